@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['InputError', 'nearest', 'root', 'resolve', 'atomic', 'write_json', 'read_json', 'dumps', 'append_jsonl', 'read_jsonl',
-           'digest', 'parse_seeds', 'progress']
+           'digest', 'parse_seeds', 'progress', 'Result']
 
-# %% ../nbs/00_core.ipynb #8bd6bbb3
+# %% ../nbs/00_core.ipynb #05cdd7d2
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -143,3 +144,15 @@ def progress(iterable=None, total: int | None = None, what: str = ""):
     quiet = not target and ("IN_TEST" in os.environ or not sys.stderr.isatty() and "ipykernel" not in sys.modules)
     return tqdm(iterable, total=total, desc=what, file=file, delay=2, mininterval=1, dynamic_ncols=not target,
                 ncols=100 if target else None, leave=False, disable=quiet)
+
+# %% ../nbs/00_core.ipynb #9c8b216f
+@dataclasses.dataclass
+class Result:
+    "What a stage did: where it wrote, how long it took, its headline numbers, and its metered usage."
+
+    stage: str
+    out: Path
+    seconds: float
+    numbers: dict = dataclasses.field(default_factory=dict)  # headline figures, plain values
+    inputs: dict = dataclasses.field(default_factory=dict)  # name -> path of each file or folder read
+    usage: list = dataclasses.field(default_factory=list)  # rows {"item", "quantity", "unit"} for the ledger
