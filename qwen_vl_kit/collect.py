@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['teacher', 'run']
 
-# %% ../nbs/12_collect.ipynb #ee89e227
+# %% ../nbs/12_collect.ipynb #32e71e0d
+import itertools
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from . import engines, models, policies, turns
 from .config import CollectConfig
 from .core import InputError, Result, append_jsonl, parse_seeds
 from .rollout import rollout
-from .traces import Store
+from .traces import Store, episodes
 
 # %% ../nbs/12_collect.ipynb #af2e968f
 def teacher(config: CollectConfig):
@@ -31,30 +32,35 @@ def teacher(config: CollectConfig):
         engine = engines.HFEngine(models.load(config.model, bf16=True), bf16=True)
     return policies.EnginePolicy(engine, config, sampling, config.model)
 
-# %% ../nbs/12_collect.ipynb #94cc2332
+# %% ../nbs/12_collect.ipynb #32cbc8a4
 def run(config: CollectConfig, out: str | Path) -> Result:
     "Play the config's seeds with its teacher into `out/rollouts.db`."
     began, out = time.perf_counter(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     policy, seeds = teacher(config), parse_seeds(config.seeds)
-    totals = {"episodes": 0, "turns": 0, "steps": 0, "achievements": 0, "prompt_tokens": 0, "completion_tokens": 0}
     with Store(out / "rollouts.db") as store:
         store.begin("collect", config, {"teacher": policy.name, "seeds": config.seeds, "noise": config.noise})
+        done = store.done("collect", policy.name)
+        count = itertools.count(len(done) + 1)
 
         def keep(episode):
             store.add(episode, arm=policy.name)
-            for name, value in (("episodes", 1), ("turns", len(episode.turns)), ("steps", episode.steps),
-                                ("achievements", len(episode.achievements)), ("prompt_tokens", episode.usage("prompt_tokens")),
-                                ("completion_tokens", episode.usage("completion_tokens"))):
-                totals[name] += value
-            append_jsonl(out / "metrics.jsonl", {"step": totals["episodes"], "seconds": round(time.perf_counter() - began, 3),
+            append_jsonl(out / "metrics.jsonl", {"step": next(count), "seconds": round(time.perf_counter() - began, 3),
                                                  "seed": episode.seed, "achievements": len(episode.achievements),
                                                  "reward": round(episode.reward, 4), "turns": len(episode.turns)})
 
-        rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency, sink=keep,
-                done=store.done("collect", policy.name), keep=False, what=f"{policy.name} plays")
-    numbers = {**totals, "achievement_rate": totals["achievements"] / 22 / max(totals["episodes"], 1), "teacher": policy.name,
+        rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency, sink=keep, done=done,
+                keep=False, what=f"{policy.name} plays")
+    totals = _totals(out / "rollouts.db")
+    numbers = {**totals, "achievement_rate": round(totals["achievements"] / 22 / totals["episodes"], 6), "teacher": policy.name,
                "prompt_hash": turns.prompt_hash(config)}
-    usage = [{"item": config.model, "quantity": totals[kind], "unit": kind} for kind in ("prompt_tokens", "completion_tokens")
-             if config.teacher == "model"]
+    usage = [{"item": f"{config.model}/{way}", "quantity": totals[f"{kind}_tokens"], "unit": "tokens"}
+             for way, kind in (("input", "prompt"), ("output", "completion")) if config.teacher == "model" and config.engine == "server"]
     return Result("collect", out, time.perf_counter() - began, numbers, {}, usage)
+
+
+def _totals(db: Path) -> dict:
+    "What a trace database holds in all, over every session that wrote to it."
+    table = episodes(db)
+    metered = {kind: int(table[kind].sum()) if kind in table else 0 for kind in ("prompt_tokens", "completion_tokens")}
+    return {"episodes": len(table), **{name: int(table[name].sum()) for name in ("turns", "steps", "achievements")}, **metered}

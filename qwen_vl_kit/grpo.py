@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRPO_NAMES', 'advantages', 'trainer_class', 'packed_logprobs', 'Sample', 'Player', 'arguments', 'run']
 
-# %% ../nbs/16_grpo.ipynb #9838e73e
+# %% ../nbs/16_grpo.ipynb #daf399dc
 import time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .core import InputError, Result, parse_seeds
 from .episodes import Episode, returns_to_go
 from .judge import game_reward
 from .rollout import rollout
-from .sft import observer, threads
+from .sft import observer, silence, threads
 from .traces import Store
 
 # %% ../nbs/16_grpo.ipynb #333156f9
@@ -191,7 +191,7 @@ class Player:
         turn = episode.turns[t]
         return Sample(self.engine.processor, turns.prompt(self.config, episode.turns[:t], turn.frame, turn.text, urls=False), turn.decision)
 
-# %% ../nbs/16_grpo.ipynb #a3899a69
+# %% ../nbs/16_grpo.ipynb #9c2db249
 GRPO_NAMES = {"loss": "loss", "return_mean": "return_mean", "return_std": "return_std", "achievement_rate": "achievement_rate",
               "invalid_rate": "invalid_rate", "episodes": "episodes", "turns": "turns", "turns_used": "turns_used",
               "groups_alike": "groups_alike", "entropy": "entropy", "kl": "kl", "clip_ratio/region_mean": "clip_fraction",
@@ -253,6 +253,7 @@ def _fit(config, out, adapter, store):
         args=trl.GRPOConfig(**arguments(config, out, updates)), train_dataset=placeholder, processing_class=loaded.processor,
         callbacks=[observer(out, updates * config.epochs * config.iterations, "grpo updates", GRPO_NAMES)],
         play=Player(config, engine, store), length=config.sequence_length)
+    silence(trainer)
     trainer.train()
     trainer.model.save_pretrained(out / "adapter", selected_adapters=["default"])
     return loaded, [row for row in read_jsonl(out / "metrics.jsonl") if "return_mean" in row]

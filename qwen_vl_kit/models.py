@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'tiny_tokenizer', 'chat_template', 'make_processor', 'tiny_config', 'make_tiny',
-           'quicken', 'tiny_folder', 'Loaded', 'save_model', 'load', 'lora_config', 'write_card', 'read_card', 'attach',
-           'cut', 'patchify', 'Encoded', 'image_tokens', 'encode', 'decode_url', 'assistant_labels', 'positions',
-           'pack', 'parameter_counts']
+           'quicken', 'tiny_folder', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'lora_config', 'write_card',
+           'read_card', 'attach', 'cut', 'patchify', 'Encoded', 'image_tokens', 'encode', 'decode_url',
+           'assistant_labels', 'positions', 'pack', 'parameter_counts']
 
-# %% ../nbs/06_models.ipynb #ae58861a
+# %% ../nbs/06_models.ipynb #3eecd02d
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,11 +140,19 @@ def _attend_images(self, hidden_states, cu_seqlens, position_embeddings=None, **
     out = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
     return self.proj(out.transpose(1, 2).reshape(total, -1))
 
-# %% ../nbs/06_models.ipynb #7e026a82
+# %% ../nbs/06_models.ipynb #3575e1cd
 def tiny_folder() -> Path:
     "Where the package keeps the weights of `tiny`'s base."
     import qwen_vl_kit
     return Path(qwen_vl_kit.__file__).with_name("tiny")
+
+
+def quiet() -> None:
+    "Turn off transformers' progress bars and notices."
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 @dataclass
@@ -184,13 +191,26 @@ def _random(size: str):
     return model, make_processor(tokenizer), "random"
 
 
-def _from_folder(folder: Path, dtype):
+def nf4():
+    "How QLoRA stores the base: 4-bit normal floats, doubly quantised, the vision tower left alone (Dettmers et al. 2023, arXiv 2305.14314)."
+    from importlib.util import find_spec
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise InputError("QLoRA needs bitsandbytes", mend="make gpu installs it; or set variety = 'lora'")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head"])
+
+
+def _from_folder(folder: Path, **how):
     "`(model, processor, weights)` from a folder with `model.safetensors`."
     from transformers import Qwen3VLForConditionalGeneration
 
     if not (folder / "tokenizer.json").is_file():
         raise InputError("a model folder without a tokenizer", folder, "save the processor beside the model")
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, local_files_only=True, **how)
     files = sorted(folder.glob("*.safetensors"))
     weights = digest([digest(file) for file in files]) if len(files) != 1 else digest(files[0])
     return model, _processor(folder), weights
@@ -209,19 +229,19 @@ def _processor(source, revision: str | None = None):
     return make_processor(tokenizer, template=tokenizer.chat_template)
 
 
-def _from_hub(name: str, revision: str, dtype):
+def _from_hub(name: str, revision: str, **how):
     "`(model, processor, weights)` from the hub or its offline cache."
     from transformers import Qwen3VLForConditionalGeneration
 
     try:
-        model = Qwen3VLForConditionalGeneration.from_pretrained(name, revision=revision or None, dtype=dtype)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(name, revision=revision or None, **how)
         return model, _processor(name, revision or None), model.config._commit_hash or revision or "unknown revision"
     except OSError as error:
         raise InputError(f"model {name!r} cannot be loaded ({str(error).splitlines()[0]})",
                          mend="check the name and the network, or fetch it once and set HF_HUB_OFFLINE=1; "
                               "'tiny' needs neither network nor GPU") from None
 
-# %% ../nbs/06_models.ipynb #1ae0e09b
+# %% ../nbs/06_models.ipynb #667cdbae
 def save_model(model, processor, folder: str | Path) -> Path:
     "Save model and processor in `folder`, ready for `load`."
     folder = Path(folder)
@@ -230,24 +250,26 @@ def save_model(model, processor, folder: str | Path) -> Path:
     return folder
 
 
-def load(name: str, revision: str = "", adapter: str | Path | None = None, bf16: bool = False, trainable: bool = False) -> Loaded:
+def load(name: str, revision: str = "", adapter: str | Path | None = None, bf16: bool = False, trainable: bool = False,
+         qlora: bool = False) -> Loaded:
     """A model by name, with an adapter if one is given.
 
     `name`: `tiny`, `random:tiny`, `random:2b`, a folder, or a hub name such as `Qwen/Qwen3-VL-2B-Instruct`. The weights are float32, or
-    bfloat16 with `bf16`. `tiny` always stays in float32; it computes in bfloat16 under autocast. Raises `InputError` for a model that
-    cannot be had, or an adapter made for another base.
+    bfloat16 with `bf16`. `tiny` always stays in float32; it computes in bfloat16 under autocast. With `qlora` the language layers are held
+    in 4 bits. Raises `InputError` for a model that cannot be had, or an adapter made for another base.
     """
     import torch
 
-    dtype = torch.bfloat16 if bf16 and name != "tiny" else torch.float32
+    quiet()
+    how = {"dtype": torch.bfloat16 if bf16 and name != "tiny" else torch.float32, **({"quantization_config": nf4()} if qlora else {})}
     if name.startswith("random:"):
         model, processor, weights = _random(name.removeprefix("random:"))
     elif name == "tiny":
-        model, processor, weights = _from_folder(tiny_folder(), dtype)
+        model, processor, weights = _from_folder(tiny_folder(), **how)
     elif resolve(name).is_dir():
-        model, processor, weights = _from_folder(resolve(name), dtype)
+        model, processor, weights = _from_folder(resolve(name), **how)
     elif "/" in name:
-        model, processor, weights = _from_hub(name, revision, dtype)
+        model, processor, weights = _from_hub(name, revision, **how)
     else:
         raise InputError(f"unknown model {name!r}", mend=nearest(name, ["tiny", "random:tiny", "random:2b", "Qwen/Qwen3-VL-2B-Instruct"]))
     quicken(model)

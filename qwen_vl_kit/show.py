@@ -9,12 +9,13 @@ __all__ = ['COLOURS', 'LINES', 'DPI', 'SFT_PANELS', 'GRPO_PANELS', 'OTHERS', 'ST
            'film', 'episode_viewer', 'typical_seed', 'episode_of', 'Several', 'films', 'best_viewer', 'manifests',
            'cost_table', 'count_weights', 'trained', 'about', 'repeat_table', 'shown', 'heading', 'run']
 
-# %% ../nbs/19_show.ipynb #67bb5433
+# %% ../nbs/19_show.ipynb #f4577f4c
 import base64
 import dataclasses
 import html
 import io
 import json
+import math
 import re
 import struct
 import textwrap
@@ -551,7 +552,7 @@ def best_viewer(run: str | Path) -> Html:
     seed = typical_seed(folder / "episodes.csv")
     return episode_viewer(episode_of(folder / "rollouts.db", best, seed), f"{best}, seed {seed}")
 
-# %% ../nbs/19_show.ipynb #90f48cbe
+# %% ../nbs/19_show.ipynb #d6f2b8fd
 STAGES = ("collect", "export", "sft", "grpo", "benchmark")  # whose folders stand beside the report's
 
 
@@ -564,7 +565,8 @@ def manifests(run: str | Path) -> dict[str, dict]:
 def cost_table(run: str | Path, usd_per_gpu_hour: float | None = None):
     """Per stage and in all: seconds, what it cost here (USD), the rent of the seed's H200s for the same seconds (USD).
 
-    `usd_per_gpu_hour` replaces the 3.50 that the seed document's tables imply. Raises `InputError` when no stage has left a manifest.
+    A stage that used something without a price has no sum (NaN). `usd_per_gpu_hour` replaces the 3.50 that the seed document's tables
+    imply. Raises `InputError` when no stage has left a manifest.
     """
     import pandas as pd
 
@@ -575,7 +577,8 @@ def cost_table(run: str | Path, usd_per_gpu_hour: float | None = None):
     for stage, manifest in found.items():
         seconds, rent = manifest["seconds"], costs.seed_equivalent(stage, manifest["seconds"])
         usd = rent["usd"] if usd_per_gpu_hour is None else float(costs.gpu_cost(seconds, rent["gpus"], usd_per_gpu_hour))
-        rows.append({"stage": stage, "seconds": round(seconds, 1), "USD here": float(manifest["usd"]), "seed's H200s": rent["gpus"],
+        here = math.nan if manifest["usd"] is None else float(manifest["usd"])
+        rows.append({"stage": stage, "seconds": round(seconds, 1), "USD here": here, "seed's H200s": rent["gpus"],
                      "USD, their rent for as long": round(usd, 4)})
     table = pd.DataFrame(rows)
     summed = table[["seconds", "USD here", "USD, their rent for as long"]].sum()

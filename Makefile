@@ -1,0 +1,56 @@
+# make setup   .venv with everything that runs on a CPU
+# make demo    the whole pipeline on the tiny model, then the table of arms
+# make test    ruff, freshness of the export, the notebooks' tests, pytest
+# make gpu     what an H200 adds: vLLM, bitsandbytes, DeepSpeed
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test gpu fresh FORCE
+
+TORCH := torch==2.13.0
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+# The stamp holds the folder it was made for: a copy of the project elsewhere is installed anew.
+ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
+.venv/installed: FORCE
+endif
+
+.venv/installed: pyproject.toml constraints.txt
+	@for candidate in "$${PYTHON:-}" python3.11 python3.12 python3.13 python3; do \
+	  base="$$("$$candidate" -c 'import ensurepip, sys, venv; print(sys._base_executable if sys.version_info >= (3, 11) else "")' 2>/dev/null || true)"; \
+	  if [ -n "$$base" ]; then break; fi; \
+	done; \
+	[ -n "$$base" ] || { echo "make: no Python >= 3.11 with venv; install one, or say make PYTHON=/path/to/python3" >&2; exit 2; }; \
+	if [ -f .venv/installed ] && [ "$$(cat .venv/installed)" != "$(CURDIR)" ]; then rm -rf .venv; fi; \
+	rm -f .venv/installed; \
+	echo "make: installing into .venv with $$base; this takes some minutes" >&2; \
+	"$$base" -m venv .venv
+	@$(PIP) install --quiet $(TORCH)
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@printf '%s' "$(CURDIR)" > .venv/installed
+
+setup: .venv/installed
+
+demo: setup
+	.venv/bin/qvk run configs/demo
+
+fresh: setup
+	@made() { cat nbs/*.ipynb nbs/*/*.ipynb qwen_vl_kit/*.py | sha256sum; }; \
+	before="$$(made)"; \
+	.venv/bin/nbdev-export; \
+	.venv/bin/nbdev-clean; \
+	[ "$$before" = "$$(made)" ] || { echo "the export was not fresh: look at git diff, and commit notebook and module together" >&2; exit 1; }
+
+test: setup fresh
+	.venv/bin/ruff check nbs qwen_vl_kit tests
+	.venv/bin/nbdev-test --n-workers 2 --pause 0.1
+	.venv/bin/python -m pytest
+
+# vLLM pins some packages otherwise than constraints.txt, so only the libraries that train are held.
+gpu: setup
+	@grep -E '^(accelerate|datasets|peft|torch|transformers|trl)==' constraints.txt > .venv/held.txt
+	@$(PIP) install --quiet -c .venv/held.txt -e '.[dev,gpu]'

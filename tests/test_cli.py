@@ -1,0 +1,166 @@
+"The command, as a real process: exit codes, one-line errors, resume, and what is left behind."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_kit import run
+from qwen_vl_kit.core import root
+
+QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.run import main; sys.exit(main())"]
+SMALL = ["--config", "configs/demo", "--set", "teacher=random", "--set", "seeds=0-2", "--set", "horizon=s5"]
+
+
+def qvk(*args, **more):
+    "Run `qvk` in the project's folder; (exit code, standard output, standard error)."
+    done = subprocess.run([*QVK, *map(str, args)], cwd=root(), capture_output=True, text=True, timeout=300, **more)
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_line(error: str) -> str:
+    "The one line of an error, checked to be one."
+    lines = [line for line in error.splitlines() if not line.startswith("note: ") and not line.endswith("…")]
+    assert len(lines) == 1 and lines[0].startswith("qvk: "), error
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    "A run's folder, its name with a space in it, in which a random teacher has played three short episodes."
+    out = tmp_path_factory.mktemp("a run")
+    code, said, error = qvk("collect", *SMALL, "--out", out)
+    assert code == 0, error
+    assert said == f"outputs: {out / 'collect'}\n"
+    assert [line.split()[0] for line in error.splitlines()] == ["collect", "collect"] and "episodes 3" in error
+    return out
+
+
+def test_a_stage_leaves_its_notebook_page_metrics_and_manifest(collected):
+    folder = collected / "collect"
+    assert {path.name for path in folder.iterdir()} == {"rollouts.db", "metrics.jsonl", "run.ipynb", "run.html", "manifest.json"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["config"]["horizon"], manifest["numbers"]["episodes"]) == ("s5", 3)
+    assert "iVBOR" in (folder / "run.html").read_text()  # pictures are in the page itself
+    assert qvk("verify", collected)[0] == 0
+
+
+def test_a_finished_stage_is_passed_over_and_another_config_refused(collected):
+    before = (collected / "collect" / "manifest.json").read_bytes()
+    assert qvk("collect", *SMALL, "--out", collected)[::2] == (0, "collect    already done\n")
+    code, _, error = qvk("collect", *SMALL, "--set", "seed=9", "--out", collected)
+    assert code == 2 and "an output folder of another run" in one_line(error) and "--force" in error
+    assert (collected / "collect" / "manifest.json").read_bytes() == before
+
+
+def test_a_truncated_store_is_bad_input_and_leaves_nothing(collected, tmp_path):
+    torn = tmp_path / "rollouts.db"
+    torn.write_bytes((collected / "collect" / "rollouts.db").read_bytes()[:5000])
+    code, said, error = qvk("export", "--config", "configs/demo", "--set", f'traces="{torn}"', "--out", tmp_path / "run")
+    assert (code, said) == (2, "") and str(torn) in one_line(error)
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_row_whose_image_does_not_decode_is_bad_input(tmp_path):
+    from qwen_vl_kit.config import load
+    from qwen_vl_kit.turns import answer, messages, prompt_hash
+    protocol = load("configs/demo", "collect")
+    said = [*messages(protocol, ["data:image/png;base64,AAAA"], []), {"role": "assistant", "content": answer(protocol, ["do"], "x")}]
+    shown = protocol.model_dump(include=set(type(protocol).__mro__[1].model_fields))
+    row = {"messages": said, "metadata": {"prompt_hash": prompt_hash(protocol), "protocol": shown, "seed": 1}}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    sets = ["--set", f'train="{tmp_path}/train.jsonl"', "--set", f'val="{tmp_path}/train.jsonl"']
+    code, _, error = qvk("sft", "--config", "configs/demo", *sets, "--out", tmp_path / "run")
+    assert code == 2 and "train.jsonl:1" in one_line(error), error
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
+    command = ["collect", "--config", "configs/demo", "--set", "seeds=0-39", "--set", "concurrency=4", "--out", str(tmp_path)]
+    started = subprocess.Popen([*QVK, *command], cwd=root(), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "collect" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n")):
+        assert started.poll() is None
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    assert started.wait(60) == 130
+    assert started.stderr.read().splitlines()[-1] == "qvk: interrupted; the same command goes on where it stopped"
+    assert (tmp_path / "collect" / ".running.json").exists() and not (tmp_path / "collect" / "manifest.json").exists()
+    code, _, error = qvk("export", "--config", "configs/demo", "--out", tmp_path)
+    assert code == 2 and "is unfinished, and export reads it" in one_line(error)
+    assert qvk(*command)[0] == 0
+    with metrics.open() as rows:
+        assert len({json.loads(row)["seed"] for row in rows}) == 40
+
+
+@pytest.mark.parametrize("args, says", [
+    (["run", "configs/none"], "configs/none: no such folder"),
+    (["run", "configs/demo", "--from", "grpo", "--to", "sft"], "grpo comes after sft"),
+    (["run", "configs/demo", "--set", "sft.lerning_rate=1"], "did you mean 'learning_rate'?"),
+    (["run", "configs/demo", "--set", "grpo.group_size=1"], "--set: key 'group_size'"),
+    (["sft", "--config", "configs/demo/stf.toml"], "no such file; did you mean 'sft.toml'?"),
+    (["sft", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml"], "is for grpo, not for sft"),
+    (["check", "configs/demo/sft.toml", "--set", "epochs"], "write --set key=value"),
+    (["show", "outputs/none"], "no such folder"),
+    (["verify", "outputs/none"], "no such folder"),
+    (["benchmrk"], "see qvk --help"),
+    (["sft"], "required: --config"),
+    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--env-file", "/path/to/.env"], "/path/to/.env: cannot be read"),
+    (["train", "--type", "rl", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"], "is for sft, not for grpo"),
+    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--trace-db", "x.sqlite"], "always called rollouts.db"),
+])
+def test_bad_input_exits_2_with_one_line(args, says, capsys, monkeypatch):
+    monkeypatch.chdir(root())
+    assert run.main(args) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and says in one_line(error)
+
+
+def test_a_teacher_without_its_key_names_the_variable(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    code, _, error = qvk("eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-1",
+                         "--trace-db", tmp_path / "traces" / "rollouts.db", env=environment)
+    assert code == 2 and "OPENAI_API_KEY" in one_line(error)
+    assert not (tmp_path / "traces").exists()
+
+
+def test_the_seeds_lines_reach_the_stages(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(root())
+    called = []
+    monkeypatch.setattr(run, "run_stage", lambda stage, settings, out, force: called.append((stage, settings, Path(out))))
+    db = tmp_path / "traces" / "rollouts.db"
+    for args in (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-99", "--trace-db", str(db)],
+                 ["filter", "--config", "configs/seed/filter_vision_test.toml"],
+                 ["train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"],
+                 ["train", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml"]):
+        assert run.main(args) == 0
+    (eval_, collect, traces), (filter_, _, rows), (sft, settings, adapter), (rl, rl_settings, rl_adapter) = called
+    assert (eval_, filter_, sft, rl) == ("collect", "export", "sft", "grpo")
+    assert (collect.seeds, collect.teacher, collect.model, collect.horizon, traces) == ("0-99", "model", "gpt-4o-mini", "t50", db.parent)
+    assert rows == Path(settings.train).parent if Path(settings.train).is_absolute() else rows == root() / Path(settings.train).parent
+    assert adapter == root() / rl_settings.adapter
+    assert rl_adapter.name == "qwen3vl_2b_crafter_rl_iter20"
+
+
+def test_check_prints_every_value_and_tells_notices_apart(capsys, monkeypatch):
+    monkeypatch.chdir(root())
+    assert run.main(["check", "configs/seed"]) == 0
+    out, error = capsys.readouterr()
+    assert "kl_coeff" not in out and "beta = 0.1" in out and "value_clip_range" in error
+
+
+def test_a_crash_exits_1_and_keeps_the_notebook(tmp_path, collected, capsys, monkeypatch):
+    monkeypatch.chdir(root())
+
+    def broken(notebook, values, out, threads):
+        raise run.RunFailed("OSError: disk full; see run.ipynb")
+
+    monkeypatch.setattr(run, "execute", broken)
+    assert run.main(["collect", *SMALL, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "qvk: OSError: disk full; see run.ipynb"
+    assert (tmp_path / "collect" / ".running.json").exists()  # so that nothing takes what is there for good

@@ -1,0 +1,105 @@
+"""The whole pipeline as a user starts it, on the smallest data that can fail: real processes, real kernels, the real model."""
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qwen_vl_kit import benchmark, collect, export, traces
+from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig
+from qwen_vl_kit.core import InputError, digest, read_json
+
+SMALL = ["--set", 'collect.seeds="0-23"', "--set", 'collect.horizon="s20"', "--set", 'grpo.horizon="s20"',
+         "--set", 'benchmark.horizon="s20"', "--set", "sft.max_steps=40", "--set", "sft.eval_steps=20",
+         "--set", "sft.batch_size=32", "--set", "grpo.iterations=1", "--set", "grpo.groups=2", "--set", "grpo.group_size=4",
+         "--set", "grpo.batch_size=80", "--set", 'benchmark.seeds="1000000-1000003"']
+PLAY = dict(prompt="brief", render_size=144, horizon="s20")
+
+
+def qvk(*words):
+    return subprocess.run([sys.executable, "-m", "qwen_vl_kit.run", *map(str, words)], capture_output=True, text=True, timeout=900,
+                          env=os.environ | {"PYTHONWARNINGS": "ignore"})
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "A finished small run of configs/demo."
+    out = tmp_path_factory.mktemp("runs") / "a run"  # the path has a space
+    done = qvk("run", "configs/demo", "--out", out, *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done
+
+
+def test_the_run_ends_with_the_table_and_a_report(demo):
+    out, done = demo
+    rows = list(csv.DictReader(open(out / "benchmark" / "arms.csv")))
+    assert [row["arm"] for row in rows] == ["random", "base", "sft", "grpo", "expert"]
+    assert all(float(row["low"]) <= float(row["achievement_rate"]) <= float(row["high"]) for row in rows)
+    assert "expert" in done.stdout and str(out / "report" / "run.html") in done.stdout
+    assert (out / "report" / "run.html").stat().st_size > 100_000  # plots and film strips are inside
+    assert "base64" not in done.stdout + done.stderr
+
+
+def test_one_prompt_from_teacher_to_table(demo):
+    out, _ = demo
+    hashes = {read_json(out / "export" / "stats.json")["prompt_hash"], *(read_json(out / s / "adapter" / "qvk.json")["prompt_hash"]
+              for s in ("sft", "grpo")), *(read_json(out / s / "manifest.json")["numbers"]["prompt_hash"] for s in ("collect", "benchmark"))}
+    assert len(hashes) == 1
+
+
+def test_a_second_call_repeats_nothing(demo):
+    out, _ = demo
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert qvk("run", "configs/demo", "--out", out, *SMALL).returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_verify_tells_a_changed_table(demo):
+    out, _ = demo
+    assert qvk("verify", out).returncode == 0
+    table = out / "benchmark" / "arms.csv"
+    whole = table.read_bytes()
+    table.write_bytes(whole.replace(b"random", b"Random"))
+    told = qvk("verify", out)
+    table.write_bytes(whole)
+    assert told.returncode != 0 and "arms.csv" in told.stdout + told.stderr
+
+
+def test_another_prompt_is_refused(demo, tmp_path):
+    out, _ = demo
+    config = BenchmarkConfig(**{**PLAY, "history": 2}, model="tiny", arms=["sft"], sft_adapter=str(out / "sft" / "adapter"))
+    with pytest.raises(InputError, match="was trained with prompt"):
+        benchmark.run(config, tmp_path / "benchmark")
+    assert not list((tmp_path / "benchmark").glob("*.csv"))
+
+
+def test_two_runs_give_the_same_traces_rows_and_table(demo, tmp_path):
+    out, _ = demo
+    for run in (tmp_path / "one", tmp_path / "two"):
+        collect.run(CollectConfig(**PLAY, seeds="0-5"), run / "collect")
+        export.run(ExportConfig(val_fraction=0.2), run / "export")
+        config = BenchmarkConfig(**PLAY, model="tiny", arms=["sft"], sft_adapter=str(out / "sft" / "adapter"), seeds="1000000-1000003",
+                                 max_new_tokens=16)
+        benchmark.run(config, run / "benchmark")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert traces.fingerprint(one / "collect" / "rollouts.db") == traces.fingerprint(two / "collect" / "rollouts.db")
+    assert traces.fingerprint(one / "benchmark" / "rollouts.db") == traces.fingerprint(two / "benchmark" / "rollouts.db")
+    for name in ("export/train.jsonl", "export/val.jsonl", "benchmark/episodes.csv"):
+        assert digest(one / name) == digest(two / name)
+    rows = [list(csv.DictReader(open(run / "benchmark" / "arms.csv"))) for run in (one, two)]
+    assert [row | {"seconds": ""} for row in rows[0]] == [row | {"seconds": ""} for row in rows[1]]
+
+
+def test_three_imported_functions_play_an_episode():
+    from qwen_vl_kit.config import Protocol
+    from qwen_vl_kit.policies import ExpertPolicy
+    from qwen_vl_kit.rollout import rollout
+    protocol = Protocol()
+    assert rollout(ExpertPolicy(protocol), protocol, [7])[0].achievements
+
+
+def test_import_is_light():
+    code = ("import qwen_vl_kit, qwen_vl_kit.run, sys; "
+            "sys.exit(' '.join({'torch', 'transformers', 'pandas', 'matplotlib', 'crafter'} & set(sys.modules)) or 0)")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
