@@ -130,7 +130,7 @@ def packed_logprobs(model, processor, samples, length: int, width: int):
     mine = mine.to(model.device)
     return out.log_probs[rows, columns] * mine, entropy[rows, columns] * mine
 
-# %% ../nbs/16_grpo.ipynb #fbf7f19e
+# %% ../nbs/16_grpo.ipynb #7d352cab
 class Sample:
     "One turn as a training sample: prompt and tokens (labels on the tokens), and the log-probabilities they were sampled with."
 
@@ -148,6 +148,7 @@ class Player:
 
     def __init__(self, config: GRPOConfig, engine, store: Store):
         self.config, self.engine, self.store = config, engine, store
+        self.seen = {engine.processor.image_token_id, engine.processor.video_token_id}  # in a reply they would stand for an image that is not there
         self.seeds = parse_seeds(config.seeds)
         needed = config.iterations * config.groups
         if len(self.seeds) < needed:
@@ -175,7 +176,7 @@ class Player:
         groups = [rewards[i:i + size] for i in range(0, len(rewards), size)]
         weighed = [a for group in advantages(groups, config.gamma, config.credit, config.scale_rewards) for a in group]
         told = [(episode, t, weight) for episode, row in zip(episodes, weighed) for t, weight in enumerate(row)]
-        useful = [item for item in told if abs(item[2]) > 1e-8]
+        useful = [(e, t, weight) for e, t, weight in told if abs(weight) > 1e-8 and not self.seen & set(e.turns[t].decision.token_ids)]
         if not useful:
             raise RuntimeError("every episode of every group earned the same: nothing to learn from; raise temperature, group_size or groups")
         samples = [self._sample(episode, t) for episode, t, _ in useful]
