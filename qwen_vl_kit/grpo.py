@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRPO_NAMES', 'advantages', 'trainer_class', 'packed_logprobs', 'Sample', 'Player', 'arguments', 'run']
 
-# %% ../nbs/16_grpo.ipynb #daf399dc
+# %% ../nbs/16_grpo.ipynb #e37196d9
 import time
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from . import engines, models, policies, turns
 from .config import GRPOConfig, horizon
-from .core import InputError, Result, parse_seeds
+from .core import InputError, Result, parse_seeds, read_jsonl
 from .episodes import Episode, returns_to_go
 from .judge import game_reward
 from .rollout import rollout
@@ -192,7 +192,7 @@ class Player:
         turn = episode.turns[t]
         return Sample(self.engine.processor, turns.prompt(self.config, episode.turns[:t], turn.frame, turn.text, urls=False), turn.decision)
 
-# %% ../nbs/16_grpo.ipynb #9c2db249
+# %% ../nbs/16_grpo.ipynb #98c00d22
 GRPO_NAMES = {"loss": "loss", "return_mean": "return_mean", "return_std": "return_std", "achievement_rate": "achievement_rate",
               "invalid_rate": "invalid_rate", "episodes": "episodes", "turns": "turns", "turns_used": "turns_used",
               "groups_alike": "groups_alike", "entropy": "entropy", "kl": "kl", "clip_ratio/region_mean": "clip_fraction",
@@ -239,10 +239,9 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
 
 def _fit(config, out, adapter, store):
     "Run the trainer; returns the loaded policy and the rows that were logged."
+    models.quiet()
     import datasets
     import trl
-
-    from qwen_vl_kit.core import read_jsonl
 
     loaded = models.load(config.model, config.revision, adapter, bf16=config.bf16, trainable=True)
     engine = engines.HFEngine(models.load(config.model, config.revision, bf16=config.bf16), bf16=config.bf16)

@@ -140,7 +140,7 @@ def _attend_images(self, hidden_states, cu_seqlens, position_embeddings=None, **
     out = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
     return self.proj(out.transpose(1, 2).reshape(total, -1))
 
-# %% ../nbs/06_models.ipynb #3575e1cd
+# %% ../nbs/06_models.ipynb #642460df
 def tiny_folder() -> Path:
     "Where the package keeps the weights of `tiny`'s base."
     import qwen_vl_kit
@@ -148,7 +148,11 @@ def tiny_folder() -> Path:
 
 
 def quiet() -> None:
-    "Turn off transformers' progress bars and notices."
+    "Turn off transformers' progress bars, notices and warnings of coming changes; call it before what it is to silence is imported."
+    import warnings
+
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

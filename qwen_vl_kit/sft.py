@@ -83,7 +83,7 @@ def silence(trainer) -> None:
 SFT_NAMES = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy": "entropy", "learning_rate": "learning_rate",
              "grad_norm": "grad_norm", "eval_loss": "val_loss", "eval_mean_token_accuracy": "val_token_accuracy"}
 
-# %% ../nbs/14_sft.ipynb #587ffcbd
+# %% ../nbs/14_sft.ipynb #e873e586
 def arguments(config: SFTConfig, out: Path, steps: int) -> dict:
     "TRL `SFTConfig` arguments from ours."
     import torch
@@ -133,6 +133,7 @@ def run(config: SFTConfig, out: str | Path) -> Result:
 
 def _fit(config, out, train, val, steps):
     "Run the trainer; returns the loaded model and the headline figures."
+    models.quiet()
     import trl
 
     loaded = models.load(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora")
