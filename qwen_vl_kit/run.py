@@ -430,7 +430,7 @@ def seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str = ""
         return resolve("lora_adapters") / adapter_name(path, stage, settings)
     return run_folder(str(path)) / stage
 
-# %% ../nbs/21_run.ipynb #88685d49
+# %% ../nbs/21_run.ipynb #7f2ac896
 class _Parser(argparse.ArgumentParser):
     "argparse whose errors are `InputError`s."
 
@@ -469,7 +469,10 @@ def parser() -> argparse.ArgumentParser:
     command("show", "the table of arms of a run", _show, path="RUN")
     _seed_commands(command)
     perf = command("perf", "speed, ours beside the stock way: env, store, generation, sft, grpo", _perf, path="NAME")
-    perf.add_argument("--json", default="", metavar="FILE")
+    perf.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    perf.add_argument("--model", metavar="NAME", help="for generation, sft and grpo")
+    perf.add_argument("--seconds", metavar="N", help="about how long to measure")
+    perf.add_argument("--threads", metavar="N", help="of torch")
     return top
 
 
@@ -487,7 +490,7 @@ def _seed_commands(command) -> None:
         one.add_argument("--env-file", action="append", default=[], metavar="FILE", help="NAME=value lines, such as OPENAI_API_KEY")
         one.add_argument("--force", action="store_true", help="write anew what another run left there")
 
-# %% ../nbs/21_run.ipynb #e4e3cc86
+# %% ../nbs/21_run.ipynb #d524a61c
 def _run(args) -> int:
     run = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
     print(shown(run) if (run / "benchmark" / "arms.csv").is_file() else f"outputs: {_told(run)}")
@@ -539,7 +542,8 @@ def _show(args) -> int:
 
 def _perf(args) -> int:
     from qwen_vl_kit import perf
-    return perf.main([args.path, *(["--json", args.json] if args.json else [])]) or 0
+    told = [word for name in ("json", "model", "seconds", "threads") if (value := getattr(args, name)) for word in (f"--{name}", value)]
+    return perf.main([args.path, *told]) or 0
 
 # %% ../nbs/21_run.ipynb #bf9bda4a
 def _seed(stage: str, args, overrides: list, trace_db: str = "") -> int:

@@ -118,7 +118,7 @@ def frame_hash(frame: np.ndarray) -> str:
     hashed.update(np.ascontiguousarray(frame))
     return hashed.hexdigest()
 
-# %% ../nbs/09_traces.ipynb #1866da45
+# %% ../nbs/09_traces.ipynb #33f75b3f
 PACKAGES = ("qwen_vl_kit", "torch", "transformers", "trl", "peft", "accelerate", "vllm", "bitsandbytes", "crafter", "numpy", "pandas")
 
 
@@ -141,7 +141,7 @@ def provenance(**more) -> dict:
     "Commit (None outside git), whether tracked files differ from it, versions, Python, platform; plus `more`, as given."
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": bool(changes) if commit else None, "python": platform.python_version(),
-            "platform": platform.platform(), "versions": {p: v for p in PACKAGES if (v := _version(p))}, **more}
+            "platform": f"{platform.system()} {platform.machine()}", "versions": {p: v for p in PACKAGES if (v := _version(p))}, **more}
 
 # %% ../nbs/09_traces.ipynb #e2b954bc
 def _blob(values: list | None, kind: str) -> bytes | None:
