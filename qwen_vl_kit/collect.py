@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['teacher', 'run']
 
-# %% ../nbs/12_collect.ipynb #32e71e0d
+# %% ../nbs/12_collect.ipynb #7d749705
 import itertools
 import time
 from pathlib import Path
 
 from . import engines, models, policies, turns
 from .config import CollectConfig
-from .core import InputError, Result, append_jsonl, parse_seeds
+from .core import InputError, Result, append_jsonl, parse_seeds, resolve
 from .rollout import rollout
 from .traces import Store, episodes
 
@@ -32,10 +32,10 @@ def teacher(config: CollectConfig):
         engine = engines.HFEngine(models.load(config.model, bf16=True), bf16=True)
     return policies.EnginePolicy(engine, config, sampling, config.model)
 
-# %% ../nbs/12_collect.ipynb #32cbc8a4
+# %% ../nbs/12_collect.ipynb #6dda100b
 def run(config: CollectConfig, out: str | Path) -> Result:
     "Play the config's seeds with its teacher into `out/rollouts.db`."
-    began, out = time.perf_counter(), Path(out)
+    began, out = time.perf_counter(), resolve(out)
     out.mkdir(parents=True, exist_ok=True)
     policy, seeds = teacher(config), parse_seeds(config.seeds)
     with Store(out / "rollouts.db") as store:

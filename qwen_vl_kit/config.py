@@ -41,7 +41,7 @@ def horizon(name: str) -> Horizon:
     turns, actions = int(match[2]), {"s": 1, "t": 4}[match[1]]
     return Horizon(name, turns, actions, turns * actions)
 
-# %% ../nbs/01_config.ipynb #cee87fe9
+# %% ../nbs/01_config.ipynb #3e7b99a3
 def _checked_horizon(name: str) -> str:
     return horizon(name).name
 
@@ -49,6 +49,12 @@ def _checked_horizon(name: str) -> str:
 def _checked_seeds(spec: str) -> str:
     parse_seeds(spec)
     return spec
+
+
+def _each_once(names: list) -> list:
+    if len(set(names)) < len(names):
+        raise ValueError("names something twice")
+    return names
 
 
 HorizonName = Annotated[str, AfterValidator(_checked_horizon)]
@@ -78,7 +84,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #7aab6d4e
+# %% ../nbs/01_config.ipynb #c7acfc2b
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -90,7 +96,6 @@ class CollectConfig(Protocol):
     concurrency: int = Field(64, ge=1, le=4096)  # episodes in flight
     temperature: float = Field(0.6, ge=0)
     max_new_tokens: int = Field(64, ge=1)
-    budget_usd: float | None = Field(None, ge=0)  # stops before it is passed
     seed: int = Field(0, ge=0)
 
 
@@ -102,7 +107,7 @@ class ExportConfig(Stage):
     max_achievements: int = Field(22, ge=0, le=22)
     min_reward: float | None = None
     models: list[str] = []  # keep these only; empty keeps all
-    seeds: str = ""  # keep these only; empty keeps all
+    seeds: Annotated[str, AfterValidator(lambda spec: spec and _checked_seeds(spec))] = ""  # keep these only; empty keeps all
     drop_invalid: bool = True
     limit: int | None = Field(None, ge=1)  # episodes
     shuffle: bool = True
@@ -176,7 +181,8 @@ class GRPOConfig(Training, Protocol):
 class BenchmarkConfig(Protocol):
     "All arms on the same unseen seeds."
 
-    arms: list[Literal["random", "base", "sft", "grpo", "expert"]] = ["random", "base", "sft", "grpo", "expert"]
+    arms: Annotated[list[Literal["random", "base", "sft", "grpo", "expert"]], Field(min_length=1), AfterValidator(_each_once)] = [
+        "random", "base", "sft", "grpo", "expert"]
     model: str = "Qwen/Qwen3-VL-2B-Instruct"
     revision: str = ""
     sft_adapter: str = ""  # default: sft/adapter of the same run
@@ -265,7 +271,7 @@ def _rollouts(value, values):
     values.update(groups=max(1, value // size), group_size=size)
     return f"{value} episodes an iteration read as {value // size} groups (one seed each) of {size} episodes"
 
-# %% ../nbs/01_config.ipynb #1431e1d6
+# %% ../nbs/01_config.ipynb #4e4fe5a6
 LANGUAGE_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -277,8 +283,14 @@ def _kind_of_training(value, values):
         values["variety"] = variety
 
 
+def _switch(value) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{_toml(value)} is not a switch", mend="write true or false")
+    return value
+
+
 def _qlora(value, values):
-    if value:
+    if _switch(value):
         values["variety"] = "qlora"
 
 
@@ -290,7 +302,7 @@ def _lora_layers(value, values):
         raise InputError(f"{_toml(value)} is not a set of layers the kit adapts",
                          mend='write ["all-linear"], or all of ' + ", ".join(sorted(LANGUAGE_LAYERS)))
 
-# %% ../nbs/01_config.ipynb #99070bd9
+# %% ../nbs/01_config.ipynb #58bd2887
 def _evaluation(value, values):
     if value in ("no", "epoch"):
         return f'{_toml(value)}; the loss is taken every eval_steps updates, "steps"'
@@ -326,12 +338,12 @@ def _seeds(value, values):
 
 
 def _vision(value, values):
-    values["observe"] = values.get("observe", "both") if value else "text"
+    values["observe"] = values.get("observe", "both") if _switch(value) else "text"
 
 
 def _image_only(value, values):
     if values.get("observe") != "text":
-        values["observe"] = "image" if value else "both"
+        values["observe"] = "image" if _switch(value) else "both"
 
 
 def _teacher(value, values):

@@ -115,7 +115,7 @@ def seed_equivalent(stage: str, seconds: float) -> dict:
     words = f"rent of {gpus} H200 for the same {seconds:,.0f} s, at $3.50 a GPU-hour" if gpus else "the seed document rents no GPU here"
     return {"gpus": gpus, "usd": float(usd), "words": words}
 
-# %% ../nbs/11_costs.ipynb #0571d441
+# %% ../nbs/11_costs.ipynb #d1c8ff10
 class OverBudget(RuntimeError):
     "The next expense would pass the cap; nothing of it was spent."
 
@@ -132,7 +132,7 @@ class Budget:
         after = self.spent + Decimal(str(usd))
         if self.cap is not None and after > self.cap:
             raise OverBudget(f"budget of ${self.cap} would be passed: ${self.spent:.6f} spent, ${Decimal(str(usd)):.6f} next; "
-                             "raise budget_usd, or go on with what there is")
+                             "raise the cap, or go on with what there is")
 
     def spend(self, usd: float) -> None:
         "Count an expense, unless it passes the cap: then raise `OverBudget` and count nothing."

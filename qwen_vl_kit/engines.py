@@ -166,7 +166,7 @@ class HFEngine:
         "Let go of the model."
         self.model = None
 
-# %% ../nbs/07_engines.ipynb #814723a5
+# %% ../nbs/07_engines.ipynb #9076e337
 class ServerEngine:
     "Chat completions over HTTP with the `openai` client, several at a time. Text only: no token ids come back."
 
@@ -190,13 +190,16 @@ class ServerEngine:
             return list(pool.map(lambda request: self._ask(request, sampling), requests))
 
     def _ask(self, request, sampling):
-        from openai import APIError
+        from openai import APIError, AuthenticationError, BadRequestError, NotFoundError, PermissionDeniedError
 
         began = time.perf_counter()
         try:
             reply = self.client.chat.completions.create(
                 model=self.model, messages=turns.with_urls(request.messages, self.detail), temperature=sampling.temperature,
                 max_tokens=sampling.max_new_tokens, seed=sampling.seed)
+        except (AuthenticationError, BadRequestError, NotFoundError, PermissionDeniedError) as error:
+            raise InputError(f"the endpoint refuses model {self.model!r}: {str(error)[:200]}", str(self.client.base_url),
+                             "check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name") from None
         except APIError as error:
             return Output("", None, None, None, f"error: {type(error).__name__}", {"seconds": time.perf_counter() - began})
         usage, choice = reply.usage, (reply.choices or [None])[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRPO_NAMES', 'advantages', 'trainer_class', 'packed_logprobs', 'Sample', 'Player', 'arguments', 'run']
 
-# %% ../nbs/16_grpo.ipynb #e37196d9
+# %% ../nbs/16_grpo.ipynb #f1ab56e6
 import time
 from pathlib import Path
 
@@ -13,11 +13,11 @@ import numpy as np
 
 from . import engines, models, policies, turns
 from .config import GRPOConfig, horizon
-from .core import InputError, Result, parse_seeds, read_jsonl
+from .core import InputError, Result, parse_seeds, read_jsonl, resolve
 from .episodes import Episode, returns_to_go
 from .judge import game_reward
 from .rollout import rollout
-from .sft import observer, silence, threads
+from .sft import checked_card, observer, silence, threads
 from .traces import Store
 
 # %% ../nbs/16_grpo.ipynb #333156f9
@@ -48,7 +48,7 @@ def _by_episode(group):
     returns = [sum(rewards) for rewards in group]
     return [np.full(len(rewards), r - np.mean(returns)) for rewards, r in zip(group, returns)]
 
-# %% ../nbs/16_grpo.ipynb #4f914e33
+# %% ../nbs/16_grpo.ipynb #c7f5d708
 def trainer_class():
     "The `GRPOTrainer` subclass; made in a function because importing TRL takes seconds."
     import torch
@@ -66,9 +66,21 @@ def trainer_class():
             updates = self.args.steps_per_generation
             iteration = self.state.global_step * self.args.gradient_accumulation_steps // updates // self.num_iterations
             self.samples, weights, metrics = self.play(self.accelerator.unwrap_model(self.model), iteration)
+            metrics["logprob_gap"] = self._gap()
             for name, value in metrics.items():
                 self._metrics["train"][name].append(value)
             return self._batch(updates, torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device))
+
+        def _gap(self, count: int = 64):
+            "Mean |log-probability of the trainer - of the engine| over some samples, in nats: what a sync that failed would show."
+            chosen = self.samples[:: -(-len(self.samples) // count)]
+            longest = max(len(sample.token_ids) for sample in chosen)
+            with torch.no_grad(), self.accelerator.autocast():
+                own = packed_logprobs(self.model, self.processing_class, chosen, self.length, longest)[0].float().cpu().numpy()
+            gap = np.concatenate([row[: len(s.token_ids)] - np.array(s.logprobs) for row, s in zip(own, chosen)])
+            if not np.abs(gap).mean() < 0.1:
+                raise RuntimeError(f"the engine's log-probabilities are {np.abs(gap).mean():.3f} nats from the trainer's: it plays other weights")
+            return float(np.abs(gap).mean())
 
         def _batch(self, updates, weights):
             "TRL's dict of tensors; rows are filled up to a multiple of `updates` with samples that count nothing."
@@ -192,11 +204,11 @@ class Player:
         turn = episode.turns[t]
         return Sample(self.engine.processor, turns.prompt(self.config, episode.turns[:t], turn.frame, turn.text, urls=False), turn.decision)
 
-# %% ../nbs/16_grpo.ipynb #98c00d22
+# %% ../nbs/16_grpo.ipynb #9640d551
 GRPO_NAMES = {"loss": "loss", "return_mean": "return_mean", "return_std": "return_std", "achievement_rate": "achievement_rate",
               "invalid_rate": "invalid_rate", "episodes": "episodes", "turns": "turns", "turns_used": "turns_used",
               "groups_alike": "groups_alike", "entropy": "entropy", "kl": "kl", "clip_ratio/region_mean": "clip_fraction",
-              "grad_norm": "grad_norm", "sync_seconds": "sync_seconds", "rollout_seconds": "rollout_seconds"}
+              "grad_norm": "grad_norm", "logprob_gap": "logprob_gap", "sync_seconds": "sync_seconds", "rollout_seconds": "rollout_seconds"}
 
 
 def arguments(config: GRPOConfig, out: Path, updates: int) -> dict:
@@ -210,7 +222,7 @@ def arguments(config: GRPOConfig, out: Path, updates: int) -> dict:
         steps_per_generation=updates * accumulate, gradient_accumulation_steps=accumulate, num_iterations=config.epochs,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         warmup_steps=round(config.warmup_ratio * total), lr_scheduler_type="constant_with_warmup", optim="adamw_torch",
-        adam_beta2=0.95, beta=config.beta, epsilon=config.epsilon, epsilon_high=config.epsilon_high, loss_type=config.loss_type,
+        adam_beta2=0.95, beta=config.beta, disable_dropout=True, epsilon=config.epsilon, epsilon_high=config.epsilon_high, loss_type=config.loss_type,
         temperature=config.temperature, max_completion_length=config.max_new_tokens, bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(), gradient_checkpointing=config.gradient_checkpointing, save_strategy="steps",
         save_steps=updates * config.epochs, save_total_limit=2, logging_steps=updates * config.epochs, report_to=config.report_to,
@@ -220,12 +232,9 @@ def arguments(config: GRPOConfig, out: Path, updates: int) -> dict:
 
 def run(config: GRPOConfig, out: str | Path) -> Result:
     "Train from the SFT adapter by playing: `out/adapter`, `out/rollouts.db` with every iteration's episodes, `out/metrics.jsonl`."
-    began, out = time.perf_counter(), Path(out)
+    began, out = time.perf_counter(), resolve(out)
     adapter = Path(config.adapter) if config.adapter else out.parent / "sft" / "adapter"
-    card, expected = models.read_card(adapter), turns.prompt_hash(config)
-    if card["prompt_hash"] != expected:
-        raise InputError(f"the adapter was trained with prompt {card['prompt_hash'][:12]}, this config makes {expected[:12]}", adapter,
-                         "give grpo the same prompt, form, history, frames and render_size as collect")
+    expected = checked_card(adapter, config)["prompt_hash"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.jsonl").unlink(missing_ok=True)
     with threads(config.threads), Store(out / "rollouts.db") as store:

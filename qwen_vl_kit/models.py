@@ -140,7 +140,7 @@ def _attend_images(self, hidden_states, cu_seqlens, position_embeddings=None, **
     out = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
     return self.proj(out.transpose(1, 2).reshape(total, -1))
 
-# %% ../nbs/06_models.ipynb #642460df
+# %% ../nbs/06_models.ipynb #565bed5c
 def tiny_folder() -> Path:
     "Where the package keeps the weights of `tiny`'s base."
     import qwen_vl_kit
@@ -214,6 +214,8 @@ def _from_folder(folder: Path, **how):
 
     if not (folder / "tokenizer.json").is_file():
         raise InputError("a model folder without a tokenizer", folder, "save the processor beside the model")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError("a model folder without weights", folder, "save the model there, or name another")
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, local_files_only=True, **how)
     files = sorted(folder.glob("*.safetensors"))
     weights = digest([digest(file) for file in files]) if len(files) != 1 else digest(files[0])
@@ -351,7 +353,7 @@ def patchify(processor, frames: list):
     grid = [1, height // images.patch_size, width // images.patch_size]
     return cut(processor, torch.from_numpy(np.stack(frames))), torch.tensor([grid] * len(frames))
 
-# %% ../nbs/06_models.ipynb #466797fb
+# %% ../nbs/06_models.ipynb #9ce50735
 @dataclass
 class Encoded:
     "A tokenised conversation: ids, labels (-100 where nothing is to be learned), and the frames it shows."
@@ -398,13 +400,13 @@ def decode_url(url: str):
     import binascii
 
     from qwen_vl_kit.env import decode_png
-    head, comma, body = url.partition(",")
-    if not comma or not head.startswith("data:image/"):
-        raise InputError(f"not a data URL with an image: {url[:40]!r}", mend="write images as data:image/png;base64,…")
+    head, _, body = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if head != "data:image/png;base64":
+        raise InputError(f"the image is not a PNG data URL: {str(url)[:40]!r}", mend="write images as data:image/png;base64,…")
     try:
         return decode_png(base64.b64decode(body, validate=True))
-    except binascii.Error:
-        raise InputError("an image is not base64", mend="export the rows again") from None
+    except binascii.Error as error:
+        raise InputError(f"the image is not base64 ({error})", mend="export the rows again") from None
 
 
 _texts: dict = {}

@@ -307,7 +307,7 @@ def stock_rows(rows: list[dict]):
         return {"prompt": prompt, "completion": [told[2]], "images": [Image.fromarray(frame) for frame in frames]}
     return datasets.Dataset.from_list([one(r["messages"]) for r in rows])
 
-# %% ../nbs/22_perf.ipynb #aeebd234
+# %% ../nbs/22_perf.ipynb #0f54c698
 _LENGTHS = (256, 2048)  # tokens of a packed sequence
 
 
@@ -349,7 +349,7 @@ def measure_sft(seconds: float, model: str = "random:tiny", batch: int = 16, upd
     with tempfile.TemporaryDirectory() as place:
         folder, rows = Path(place), []
         _material(folder, "0-1", **_SMALL)
-        export.run(ExportConfig(val_fraction=0.0), folder / "export")
+        export.run(ExportConfig(), folder / "export")
         for length in lengths:
             config = SFTConfig(model=model, train=str(folder / "export" / "train.jsonl"), batch_size=batch, max_steps=updates,
                                sequence_length=length, bf16=_bf16())

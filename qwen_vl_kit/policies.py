@@ -49,9 +49,9 @@ class RandomPolicy:
         actions = [ACTIONS[i] for i in random.integers(0, len(ACTIONS), count)]
         return Decision(actions, text=turns.answer(self.protocol.model_copy(update={"form": "plain"}), actions))
 
-# %% ../nbs/08_policies.ipynb #69f1638c
+# %% ../nbs/08_policies.ipynb #8a92431c
 class ExpertPolicy:
-    "The scripted teacher: one action a turn, and the reason for it."
+    "The scripted teacher: one action a turn, whatever the protocol allows, and the reason for it."
 
     name = "expert"
 
@@ -65,7 +65,7 @@ class ExpertPolicy:
     def _one(self, situation) -> Decision:
         seed, member, turn = situation.key
         if turn == 0:
-            self.experts[seed, member] = Expert(budget=horizon(self.protocol.horizon).steps)
+            self.experts[seed, member] = Expert(budget=horizon(self.protocol.horizon).turns)
         decision = self.experts[seed, member].act(situation.world)
         decision.text = turns.answer(self.protocol, decision.actions, decision.reason)
         return decision

@@ -8,11 +8,12 @@ __all__ = ['STAGES', 'SITE', 'MARKER', 'OUTPUTS', 'STORE', 'RESUMED', 'SOURCES',
            'run_stage', 'load_all', 'notices', 'run_folder', 'selected', 'run_all', 'shown', 'planned', 'environment',
            'adapter_name', 'seed_out', 'parser', 'main']
 
-# %% ../nbs/21_run.ipynb #bf511cf2
+# %% ../nbs/21_run.ipynb #c9708080
 import argparse
 import configparser
 import contextlib
 import os
+import shlex
 import re
 import sys
 import tempfile
@@ -36,8 +37,8 @@ def folder(stage: str, out: str = "") -> Path:
     "Where a stage notebook writes: `out` if the runner gave one, else `notebook/<stage>` below the folder of outputs."
     return resolve(out) if out else resolve(site("outputs")) / "notebook" / stage
 
-# %% ../nbs/21_run.ipynb #a3398ad0
-SITE = {"outputs": "outputs", "kernel": "python3", "prices": "", "launcher": "local"}
+# %% ../nbs/21_run.ipynb #64de2287
+SITE = {"outputs": "outputs", "kernel": "python3", "prices": ""}
 
 
 def site(key: str) -> str:
@@ -155,7 +156,7 @@ def page(executed: Path) -> Path:
         file.write(exporter.from_notebook_node(notebook, {"metadata": {"name": executed.parent.name}})[0])
     return executed.with_name("run.html")
 
-# %% ../nbs/21_run.ipynb #01fc332b
+# %% ../nbs/21_run.ipynb #dbc9a690
 MARKER = ".running.json"
 OUTPUTS = ("run.ipynb", "run.html", "manifest.json", "metrics.jsonl", MARKER, "rollouts.db", "rollouts.db-wal", "rollouts.db-shm",
            "train.jsonl", "val.jsonl", "stats.json", "kept.json", "adapter", "checkpoints", "arms.csv", "episodes.csv", "report.json")
@@ -192,6 +193,8 @@ def _finished(settings: configs.Stage, out: Path, mend: str) -> str:
     from qwen_vl_kit import manifest
 
     made = read_json(out / "manifest.json")
+    if not {"config_hash", "inputs", "outputs"} <= set(made):
+        raise InputError("is no manifest of this kit", _told(out / "manifest.json"), mend)
     if made.get("config_hash") != manifest.config_hash(settings):
         raise InputError("an output folder of another run, whose config differs", _told(out), mend)
     changes = manifest.changes(out, made)
@@ -246,12 +249,12 @@ def at_adapter(settings: configs.Stage) -> configs.Stage:
            if (resolve(path) / "adapter" / "adapter_config.json").is_file() and not (resolve(path) / "adapter_config.json").is_file()}
     return settings.model_copy(update=led)
 
-# %% ../nbs/21_run.ipynb #0e5da897
+# %% ../nbs/21_run.ipynb #ab70de2c
 def finish(result: Result, settings: configs.Stage) -> Result:
     "Write the manifest of a stage that has just run, before anything is drawn that could fail; returns the result."
     from qwen_vl_kit import manifest
-    if any("H200" in gpu for gpu in manifest.machine()["gpus"]):  # the price book has a rent for these alone
-        result.usage.append({"item": "h200", "quantity": result.seconds / 3600, "unit": "GPU-hour"})
+    for gpu in manifest.machine()["gpus"]:  # the price book knows the rent of an H200; another GPU stands there without a price
+        result.usage.append({"item": "h200" if "H200" in gpu else gpu, "quantity": result.seconds / 3600, "unit": "GPU-hour"})
     manifest.write(result.out, result, settings)
     return result
 
@@ -296,7 +299,7 @@ def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool 
     if found == "stale" and not renew:
         raise InputError("was made from other inputs than there are now", _told(out), "give --force to write it anew, or another --out")
     check_sources(stage, settings, out)
-    keep = RESUMED.get(stage, ()) if found == "torn" else ()
+    keep = RESUMED.get(stage, ()) if found == "torn" and not renew else ()
     clear(out, keep)
     write_json(out / MARKER, {"config_hash": manifest.config_hash(settings), "pid": os.getpid()})
     _say(f"{stage:<10} …")
@@ -306,7 +309,8 @@ def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool 
     except InputError as error:
         if (out / "manifest.json").is_file():
             raise RunFailed(f"{stage} is done, but its page is not: {error}; see {_told(out / 'run.ipynb')}") from None
-        clear(out, keep)
+        kept = [name for name in RESUMED.get(stage, ()) if (out / name).exists()]
+        clear(out, tuple(kept) + (MARKER,) if kept else ())  # episodes that were played are not thrown away
         raise
     (out / MARKER).unlink()
     _say(f"{stage:<10} {time.perf_counter() - began:.0f} s  {_headline(stage, read_json(out / 'manifest.json')['numbers'])}")
@@ -545,7 +549,7 @@ def _perf(args) -> int:
     told = [word for name in ("json", "model", "seconds", "threads") if (value := getattr(args, name)) for word in (f"--{name}", value)]
     return perf.main([args.path, *told]) or 0
 
-# %% ../nbs/21_run.ipynb #bf9bda4a
+# %% ../nbs/21_run.ipynb #a41fd839
 def _seed(stage: str, args, overrides: list, trace_db: str = "") -> int:
     "Run one of the seed's commands."
     for path in args.env_file:
@@ -574,6 +578,7 @@ def main(argv: list[str] | None = None) -> int:
     "The `qvk` command. Returns 0 on success, 1 on a failed run, 2 on bad input, 130 when it was interrupted."
     try:
         args = parser().parse_args(argv)
+        os.environ["QVK_COMMAND"] = shlex.join(["qvk", *(sys.argv[1:] if argv is None else argv)])  # stands in every manifest
         return args.act(args)
     except InputError as error:
         code, said = 2, error

@@ -7,9 +7,10 @@ __all__ = ['COLOURS', 'LINES', 'DPI', 'SFT_PANELS', 'GRPO_PANELS', 'OTHERS', 'ST
            'read_table', 'read_arms', 'arms_table', 'Plot', 'Panel', 'read_metrics', 'smooth', 'curves', 'Other',
            'others_table', 'arms_plot', 'achievement_rates', 'achievement_plot', 'differences', 'differences_table',
            'film', 'episode_viewer', 'typical_seed', 'episode_of', 'Several', 'films', 'best_viewer', 'manifests',
-           'cost_table', 'count_weights', 'trained', 'about', 'repeat_table', 'shown', 'heading', 'run']
+           'cost_table', 'count_weights', 'trained', 'about', 'shown_path', 'stage_commands', 'repeat_table', 'shown',
+           'heading', 'run']
 
-# %% ../nbs/19_show.ipynb #f4577f4c
+# %% ../nbs/19_show.ipynb #1b8c83ed
 import base64
 import dataclasses
 import html
@@ -26,7 +27,7 @@ import numpy as np
 
 from . import costs, models, traces, turns
 from .config import ReportConfig
-from .core import InputError, Result, digest, read_json, read_jsonl, resolve, write_json
+from .core import InputError, Result, digest, read_json, read_jsonl, resolve, root, write_json
 from .env import ACHIEVEMENTS
 from .stats import Interval, crafter_score_interval, mean_interval, paired_interval, wilson
 
@@ -552,7 +553,7 @@ def best_viewer(run: str | Path) -> Html:
     seed = typical_seed(folder / "episodes.csv")
     return episode_viewer(episode_of(folder / "rollouts.db", best, seed), f"{best}, seed {seed}")
 
-# %% ../nbs/19_show.ipynb #d6f2b8fd
+# %% ../nbs/19_show.ipynb #893dfff3
 STAGES = ("collect", "export", "sft", "grpo", "benchmark")  # whose folders stand beside the report's
 
 
@@ -581,7 +582,7 @@ def cost_table(run: str | Path, usd_per_gpu_hour: float | None = None):
         rows.append({"stage": stage, "seconds": round(seconds, 1), "USD here": here, "seed's H200s": rent["gpus"],
                      "USD, their rent for as long": round(usd, 4)})
     table = pd.DataFrame(rows)
-    summed = table[["seconds", "USD here", "USD, their rent for as long"]].sum()
+    summed = table[["seconds", "USD here", "USD, their rent for as long"]].sum(skipna=False)
     return pd.concat([table, pd.DataFrame([{"stage": "all", **summed}])], ignore_index=True)
 
 # %% ../nbs/19_show.ipynb #c03a510b
@@ -615,7 +616,17 @@ def about(run: str | Path) -> Html:
                  "nothing on this page says how the 2B would play.")
     return Html(f"<p>{text}</p>")
 
-# %% ../nbs/19_show.ipynb #9d1286e4
+# %% ../nbs/19_show.ipynb #ba055b8b
+def shown_path(path: Path) -> str:
+    "A path as one would type it in the project's folder."
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
+
+
+def stage_commands(found: dict) -> str:
+    "The command lines that made the stages, each once, in the order of the stages."
+    return "; ".join(dict.fromkeys(manifest["command"] for manifest in found.values() if manifest.get("command"))) or "called from python"
+
+
 def repeat_table(run: str | Path):
     "Commands, commit, versions, prompt and config hashes of a run, as a DataFrame of two columns."
     import pandas as pd
@@ -623,12 +634,10 @@ def repeat_table(run: str | Path):
     folder, found = resolve(run), manifests(run)
     if not found:
         raise InputError("no stage has left a manifest.json", folder, "run the stages first")
-    configs = f"configs/{folder.name}"
     last = list(found.values())[-1]
     origin = last.get("provenance", last)
     changed = ", with local changes" if origin.get("dirty") else ""
-    rows = [("run it again", f"qvk run {configs}"), ("one stage again", f"qvk run {configs} --from sft --to sft"),
-            ("prove the files", f"qvk verify outputs/{folder.name}"),
+    rows = [("stages", stage_commands(found)), ("prove the files", f"qvk verify {shown_path(folder)}"),
             ("commit", origin["commit"] + changed if origin.get("commit") else "not from a git checkout")]
     rows += [("prompt", trained(run)["prompt_hash"])] if (folder / "sft/adapter").is_dir() else []
     rows += [(f"config of {stage}", m.get("config_hash")) for stage, m in found.items()]

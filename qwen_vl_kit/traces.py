@@ -390,15 +390,15 @@ def turns(db: str | Path):
     reward, usd = table["rewards"].map(sum).astype(float), table["micro_usd"].fillna(0) / 1e6
     return table.assign(**flags, reward=reward, usd=usd).drop(columns=["session", "token_ids", "logprobs", "micro_usd"])
 
-# %% ../nbs/09_traces.ipynb #d3b0d615
+# %% ../nbs/09_traces.ipynb #6c558216
 def fingerprint(db: str | Path) -> str:
     "sha256 in hex over all episodes, turns, frames and prompts in order, without times, run names and provenance."
     hashed = hashlib.sha256()
     with _reading(db) as connection:
         for query in ("SELECT * FROM prompts ORDER BY hash", "SELECT hash, width, height FROM frames ORDER BY hash",
-                      "SELECT id, arm, seed, member, horizon, model, prompt FROM sessions ORDER BY id",
-                      "SELECT * FROM turns ORDER BY session, turn"):
+                      "SELECT arm, seed, member, horizon, model, prompt FROM sessions ORDER BY arm, seed, member",
+                      "SELECT t.* FROM turns t JOIN sessions s ON s.id = t.session ORDER BY s.arm, s.seed, s.member, t.turn"):
             for row in connection.execute(query):
-                values = {key: row[key] for key in row.keys() if key not in ("latency", "seconds")}
+                values = {key: row[key] for key in row.keys() if key not in ("id", "session", "latency", "seconds")}
                 hashed.update(digest({k: v.hex() if isinstance(v, bytes) else v for k, v in values.items()}).encode())
     return hashed.hexdigest()

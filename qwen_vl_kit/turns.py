@@ -92,7 +92,7 @@ def prompt_hash(protocol: Protocol) -> str:
     shown = protocol.model_dump(include=set(Protocol.model_fields) - {"horizon"})
     return digest([system(protocol), user_text(protocol, ["do"], "state"), shown, horizon(protocol.horizon).actions])
 
-# %% ../nbs/03_turns.ipynb #bb357160
+# %% ../nbs/03_turns.ipynb #58727c2e
 ALIASES = {"left": "move_left", "right": "move_right", "up": "move_up", "down": "move_down", "interact": "do", "collect": "do",
            "attack": "do", "rest": "sleep", "wait": "noop", "none": "noop"}
 
@@ -119,7 +119,7 @@ def parse(protocol: Protocol, text: str) -> Reply:
     if "interact_many" in text:
         found = re.search(r'"actions"\s*:\s*\[([^\]]*)\]', text)
         reason, said = "", found[1].replace('"', "") if found else ""
-    names = [re.sub(r"[^a-z]+", "_", word.lower()).strip("_") for word in re.split(r"[,;\n]", said)]
+    names = [re.sub(r"[^a-z]+", "_", word.lower()).strip("_") for word in re.split(r"[,;\n]", said) if word.strip()]
     names = [ALIASES.get(name, name) for name in names]
     most = horizon(protocol.horizon).actions
     usable = bool(names) and all(name in ACTIONS for name in names) and len(names) <= most
