@@ -302,7 +302,7 @@ def _lora_layers(value, values):
         raise InputError(f"{_toml(value)} is not a set of layers the kit adapts",
                          mend='write ["all-linear"], or all of ' + ", ".join(sorted(LANGUAGE_LAYERS)))
 
-# %% ../nbs/01_config.ipynb #58bd2887
+# %% ../nbs/01_config.ipynb #9f49fc0b
 def _evaluation(value, values):
     if value in ("no", "epoch"):
         return f'{_toml(value)}; the loss is taken every eval_steps updates, "steps"'
@@ -351,16 +351,16 @@ def _teacher(value, values):
 
 
 def _provider(value, values):
-    if value not in ("hf", "vllm", "local", "synth"):
+    if value not in ("hf", "local"):
         values["engine"] = "server"
 
-# %% ../nbs/01_config.ipynb #4e2b7092
+# %% ../nbs/01_config.ipynb #4c9c2bd1
 LABEL = Note("a label; it stays in the TOML")
 SERVICE = Note("of the hosted service; this kit runs where it stands")
 HARDWARE = Note("training takes the GPU that this machine has, or the CPU; the price book names the H200 for estimates")
 ONE_PROCESS = Note("one process trains on one device, so there is nothing to shard")
 TOPOLOGY = Note("one process samples and trains in turn on one device, so there are no GPUs to divide")
-ENGINE = Note("the sampling engine sets this itself")
+ENGINE = Note("generation runs on transformers here, which has no such setting")
 NO_VALUE_FUNCTION = Note("GRPO has no value function, so there is no value loss to clip")
 GAME_REWARD = Note("the reward is the game's own; no judge's score is mixed in")
 ALL_STORED = Note("every turn is stored whole, with its frame, prompt, reply, rewards and usage")

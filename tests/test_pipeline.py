@@ -18,7 +18,8 @@ PLAY = dict(prompt="brief", render_size=144, horizon="s20")
 
 
 def qvk(*words):
-    return subprocess.run([sys.executable, "-m", "qwen_vl_kit.run", *map(str, words)], capture_output=True, text=True, timeout=900,
+    command = [sys.executable, "-c", "from qwen_vl_kit.run import main; raise SystemExit(main())"]
+    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=900,
                           env=os.environ | {"PYTHONWARNINGS": "ignore"})
 
 
