@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['teacher', 'run']
 
-# %% ../nbs/12_collect.ipynb #7d749705
+# %% ../nbs/12_collect.ipynb #483205bd
 import itertools
 import time
 from pathlib import Path
 
 from . import engines, models, policies, turns
 from .config import CollectConfig
-from .core import InputError, Result, append_jsonl, parse_seeds, resolve
+from .core import InputError, Result, append_jsonl, parse_seeds, read_jsonl, resolve
 from .rollout import rollout
 from .traces import Store, episodes
 
@@ -32,7 +32,7 @@ def teacher(config: CollectConfig):
         engine = engines.HFEngine(models.load(config.model, bf16=True), bf16=True)
     return policies.EnginePolicy(engine, config, sampling, config.model)
 
-# %% ../nbs/12_collect.ipynb #6dda100b
+# %% ../nbs/12_collect.ipynb #22782d0a
 def run(config: CollectConfig, out: str | Path) -> Result:
     "Play the config's seeds with its teacher into `out/rollouts.db`."
     began, out = time.perf_counter(), resolve(out)
@@ -41,7 +41,7 @@ def run(config: CollectConfig, out: str | Path) -> Result:
     with Store(out / "rollouts.db") as store:
         store.begin("collect", config, {"teacher": policy.name, "seeds": config.seeds, "noise": config.noise})
         done = store.done("collect", policy.name)
-        count = itertools.count(len(done) + 1)
+        count = itertools.count(1 + _caught_up(out))
 
         def keep(episode):
             store.add(episode, arm=policy.name)
@@ -57,6 +57,17 @@ def run(config: CollectConfig, out: str | Path) -> Result:
     usage = [{"item": f"{config.model}/{way}", "quantity": totals[f"{kind}_tokens"], "unit": "tokens"}
              for way, kind in (("input", "prompt"), ("output", "completion")) if config.teacher == "model" and config.engine == "server"]
     return Result("collect", out, time.perf_counter() - began, numbers, {}, usage)
+
+
+def _caught_up(out: Path) -> int:
+    "Add to the metrics what a stopped run had stored and not yet written there; returns how many episodes there are."
+    stored = episodes(out / "rollouts.db")
+    told = {row["seed"] for row in read_jsonl(out / "metrics.jsonl")} if (out / "metrics.jsonl").is_file() else set()
+    for step, row in enumerate(stored.itertuples(), 1):
+        if row.seed not in told:
+            append_jsonl(out / "metrics.jsonl", {"step": step, "seconds": None, "seed": row.seed, "achievements": int(row.achievements),
+                                                 "reward": round(row.reward, 4), "turns": int(row.turns)})
+    return len(stored)
 
 
 def _totals(db: Path) -> dict:

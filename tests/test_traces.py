@@ -15,6 +15,7 @@ from qwen_vl_kit import export, traces
 from qwen_vl_kit.config import ExportConfig, Protocol
 from qwen_vl_kit.core import InputError, read_json
 from qwen_vl_kit.episodes import Decision, Episode, Turn
+from qwen_vl_kit.models import decode_url
 
 PROTOCOL = Protocol(prompt="brief", render_size=64)
 
@@ -222,7 +223,7 @@ def test_every_image_is_the_frame_that_was_seen(db):
     for row in export.read_rows(out / "train.jsonl"):
         parts = [part for part in row["messages"][1]["content"] if part["type"] == "image_url"]
         assert len(parts) == 1
-        assert traces.frame_hash(export.image_of(parts[0])) == row["metadata"]["frame"]
+        assert traces.frame_hash(decode_url(parts[0]["image_url"]["url"])) == row["metadata"]["frame"]
         assert row["metadata"]["prompt_hash"] == read_json(out / "stats.json")["prompt_hash"]
 
 
