@@ -330,7 +330,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'qwen_vl_kit.manifest': { 'qwen_vl_kit.manifest._input_problem': ('manifest.html#_input_problem', 'qwen_vl_kit/manifest.py'),
                                       'qwen_vl_kit.manifest._short': ('manifest.html#_short', 'qwen_vl_kit/manifest.py'),
                                       'qwen_vl_kit.manifest.changes': ('manifest.html#changes', 'qwen_vl_kit/manifest.py'),
-                                      'qwen_vl_kit.manifest.complete': ('manifest.html#complete', 'qwen_vl_kit/manifest.py'),
                                       'qwen_vl_kit.manifest.config_hash': ('manifest.html#config_hash', 'qwen_vl_kit/manifest.py'),
                                       'qwen_vl_kit.manifest.content_hash': ('manifest.html#content_hash', 'qwen_vl_kit/manifest.py'),
                                       'qwen_vl_kit.manifest.folder_hash': ('manifest.html#folder_hash', 'qwen_vl_kit/manifest.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'ASIDE', 'PASSING', 'made_files', 'outputs', 'folder_hash', 'content_hash', 'machine', 'config_hash', 'priced',
-           'write', 'complete', 'changes', 'owner', 'verify']
+           'write', 'changes', 'owner', 'verify']
 
 # %% ../nbs/20_manifest.ipynb #9aaa4a44
 import os
@@ -100,25 +100,7 @@ def write(out: str | Path, result: Result, config: Stage, ledger: Iterable[dict]
         "started": (now - timedelta(seconds=result.seconds)).isoformat(timespec="seconds"), "finished": now.isoformat(timespec="seconds"),
         "machine": machine(), "provenance": provenance(), "command": os.environ.get("QVK_COMMAND", "")})
 
-# %% ../nbs/20_manifest.ipynb #86cdecf8
-def complete(out: str | Path, config: Stage, inputs: dict[str, str | Path] | None = None) -> bool:
-    """Whether a stage's folder holds what these settings and inputs give, whole and unchanged. Files that others put there do not matter.
-
-    Without `inputs`, the paths that the manifest names are looked at again.
-    """
-    out = resolve(out)
-    if not (out / NAME).is_file():
-        return False
-    try:
-        manifest = read_json(out / NAME)
-        read = {name: given["sha256"] for name, given in manifest["inputs"].items()}
-        paths = {name: out.parent / given["path"] for name, given in manifest["inputs"].items()} if inputs is None else inputs
-        return (manifest["config_hash"] == config_hash(config) and not changes(out, manifest)
-                and read == {name: content_hash(path) for name, path in paths.items()})
-    except (InputError, KeyError, TypeError, AttributeError):  # damaged, or an input is gone: run it again
-        return False
-
-
+# %% ../nbs/20_manifest.ipynb #f3145667
 def changes(out: Path, manifest: dict) -> list[str]:
     "How the files that a manifest names differ from what it says, one line each."
     then = manifest["outputs"]
