@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['TOOLS', 'GOALS', 'WALKABLE', 'where', 'heading', 'Expert']
 
-# %% ../nbs/05_expert.ipynb #092defdd
-import heapq
+# %% ../nbs/05_expert.ipynb #a0fdf811
 import math
 import random
 
 from .env import ACHIEVEMENTS, DIRECTIONS, View, World
 from .episodes import Decision
 
-# %% ../nbs/05_expert.ipynb #e020dc80
+# %% ../nbs/05_expert.ipynb #20058301
 TOOLS = tuple(name.removeprefix("make_") for name in ACHIEVEMENTS if name.startswith("make_"))
 GOALS = ("explore", "sleep", "fight", "drink", "eat",
          *(f"collect {thing}" for thing in ("sapling", "wood", "stone", "coal", "iron", "diamond")),
          *(f"place {thing}" for thing in ("plant", "stone", "table", "furnace")),
-         *(f"make {tool.replace('_', ' ')}" for tool in TOOLS))
+         *(f"make {tool.replace('_', ' ')}" for tool in TOOLS), "noop")
 
 
 def where(kind: str, dx: int, dy: int) -> str:
@@ -34,38 +33,81 @@ def heading(dx: int, dy: int) -> str:
     upright = [f"{'down' if dy > 0 else 'up'} {min(abs(dy), 9)}"] if dy else []
     return " ".join([*sideways, *upright]) or "here"
 
-# %% ../nbs/05_expert.ipynb #1d63e491
+# %% ../nbs/05_expert.ipynb #5fa3ad33
+_ROW = 256                                                   # tile (x, y) is the number x * _ROW + y
+_TURN = {dx * _ROW + dy: f"move_{name}" for (dx, dy), name in DIRECTIONS.items()}  # way -> action
+_WAYS = {action: way for way, action in _TURN.items()}
 WALKABLE = frozenset(("grass", "sand", "path"))
-_TURN = {direction: f"move_{name}" for direction, name in DIRECTIONS.items()}  # (dx, dy) -> action
-_FAR = 10 ** 6
+_OPEN = WALKABLE | {"lava", None}                            # what an enemy or its arrow might come through; None is unknown
+_WINDOW = [(dx, dy) for dx in range(-4, 5) for dy in range(-3, 4)]
+_RIPE = 305                                                  # steps near the player until a sapling is surely ripe
+_NEAR, _FAR = 30, 10 ** 6                                     # steps
 
-
-def _add(a: tuple, b: tuple) -> tuple:
-    return (a[0] + b[0], a[1] + b[1])
-
-# %% ../nbs/05_expert.ipynb #117d5ce5
+# %% ../nbs/05_expert.ipynb #16d8f812
 class _Eyes:
-    "What the player knows: the window now, and every tile seen before."
+    "What the player knows: the window now, and what was seen before."
+
+    def forget(self) -> None:
+        "Begin an episode with an empty memory, but for the size of the map."
+        self.cows, self.plants = {}, {}                      # tile -> step when last seen, steps it grew near us
+        width, height = self.view.area
+        self.seen = {x * _ROW + y: "void" for x in range(-5, width + 5) for y in range(-5, height + 5)
+                     if not (0 <= x < width and 0 <= y < height)}  # tile -> material
+        self.lost, self.room, self.eaten = False, (), self.made["eat_plant"]   # tonight's shelter; plants eaten so far
 
     def look(self, view: View) -> None:
         "Take in a view. The first moment of an episode clears the memory."
-        if view.step == 0:
-            self.seen = {}                                # position -> material
-        self.view, self.position, self.facing = view, view.position, view.facing
-        self.inventory, self.made = view.inventory, view.achievements
-        x, y = view.position
+        self.view, self.inventory, self.made = view, view.inventory, view.achievements
+        if view.step == 0 or not self.seen:
+            self.forget()
+        here = self.position = view.position[0] * _ROW + view.position[1]
+        self.facing = view.facing[0] * _ROW + view.facing[1]
         for (dx, dy), material in view.materials.items():
-            self.seen[x + dx, y + dy] = material
-        self.creatures = {(x + dx, y + dy): name for (dx, dy), name in view.creatures.items()}
-        self.around = {self.seen.get((x + i, y + j)) for i in (-1, 0, 1) for j in (-1, 0, 1)}  # 'nearby' for making
+            self.seen[here + dx * _ROW + dy] = material
+        self.creatures = {here + dx * _ROW + dy: name for (dx, dy), name in view.creatures.items()}
+        self.archers = "skeleton" in view.creatures.values() or "arrow" in view.creatures.values()  # arrows fly over water
+        self.around = {self.seen.get(here + i * _ROW + j) for i in (-1, 0, 1) for j in (-1, 0, 1)}  # 'nearby' for making
+        self.remember()
 
-    def free(self, tile: tuple) -> bool:
-        "Whether one can walk onto a tile, as far as is known."
-        return self.seen.get(tile) in WALKABLE and tile not in self.creatures
+    def remember(self) -> None:
+        "Update where cows and own saplings are."
+        visible = {self.position + dx * _ROW + dy for dx, dy in _WINDOW}
+        self.cows = {tile: step for tile, step in self.cows.items() if tile not in visible}
+        self.cows.update({tile: self.view.step for tile, name in self.creatures.items() if name == "cow"})
+        for tile in [tile for tile in self.plants if tile in visible and self.creatures.get(tile) != "plant"]:
+            del self.plants[tile]
+        for (dx, dy), name in self.view.creatures.items():
+            if name == "plant":
+                tile = self.position + dx * _ROW + dy
+                grown = self.plants.get(tile, 0)
+                self.plants[tile] = max(grown, _RIPE) if (dx, dy) in self.view.ripe else min(grown, _RIPE - 10)
+        if self.made["eat_plant"] > self.eaten:
+            self.eaten, self.plants[self.position + self.facing] = self.made["eat_plant"], 0
+        for tile in self.plants:
+            self.plants[tile] += self.steps_to(tile) < 18    # it grows only while the player is this near
 
-    def offset(self, tile: tuple) -> tuple:
+# %% ../nbs/05_expert.ipynb #27940015
+class _Tiles(_Eyes):
+    "What is known about a tile."
+
+    def offset(self, tile: int) -> tuple:
         "(dx, dy) from the player to a tile."
-        return (tile[0] - self.position[0], tile[1] - self.position[1])
+        (x, y), (a, b) = divmod(tile, _ROW), self.view.position
+        return (x - a, y - b)
+
+    def steps_to(self, tile: int) -> int:
+        "Steps to a tile if nothing were in the way."
+        dx, dy = self.offset(tile)
+        return abs(dx) + abs(dy)
+
+    def free(self, tile: int) -> bool:
+        "Whether one can walk onto a tile, as far as is known."
+        return self.seen.get(tile) in WALKABLE and tile not in self.creatures and tile not in self.plants
+
+    def solid(self, tile: int) -> bool:
+        "Whether neither creatures nor arrows come through a tile."
+        material = self.seen.get(tile)
+        return tile in self.plants or material not in _OPEN and not (material == "water" and self.archers)
 
     def new(self, *names: str) -> int:
         "How many of these achievements are still to be made."
@@ -77,61 +119,130 @@ class _Eyes:
         needs = {"wood": ("wood",), "stone": ("wood", "stone"), "iron": ("wood", "coal", "iron")}[metal]
         return all(self.inventory[item] for item in needs)
 
-# %% ../nbs/05_expert.ipynb #dad0d910
-class _Legs(_Eyes):
-    "Paths over what is known, and the next action along them."
+# %% ../nbs/05_expert.ipynb #ebc8c8f7
+class _Ground(_Tiles):
+    "What it costs to enter a tile, and which tiles are not for entering."
 
-    def steps_into(self, material) -> int:
-        "Steps to enter a tile of a material; 0 if it cannot be entered."
-        if material in WALKABLE:
-            return 1
-        tool = {"tree": "health", "stone": "wood_pickaxe", "coal": "wood_pickaxe", "iron": "stone_pickaxe", "diamond": "iron_pickaxe"}
-        return 2 if material in tool and self.inventory[tool[material]] else 0
+    def costs(self) -> dict:
+        "Steps to enter a tile, by material; what cannot be entered is missing."
+        held, enter = self.inventory, dict.fromkeys(WALKABLE, 1)
+        needs = {"tree": "health", "stone": "wood_pickaxe", "coal": "wood_pickaxe", "iron": "stone_pickaxe", "diamond": "iron_pickaxe"}
+        enter.update({material: 2 for material, tool in needs.items() if held[tool]})
+        if held["wood_pickaxe"] and held["stone"]:
+            enter["water"] = 3
+        if self.night:
+            enter["grass"] = 4
+        return enter
 
-    def search(self) -> None:
+    def walls(self) -> set:
+        "Stones around own saplings: left alone until there is something to eat."
+        if any(grown >= _RIPE for grown in self.plants.values()) and (self.new("eat_plant") or self.inventory["food"] < 6):
+            return set()
+        return {plant + way for plant in self.plants for way in _TURN if self.seen.get(plant + way) == "stone"}
+
+    def occupied(self) -> dict:
+        "Tiles that are not entered whatever they are made of: tile -> kind of what is there."
+        self.kept = self.walls()
+        there = dict.fromkeys(self.kept, "wall") | dict.fromkeys(self.cows, "cow")
+        there.update((plant, "ripe" if grown >= _RIPE else "plant") for plant, grown in self.plants.items())
+        return self.creatures | there
+
+# %% ../nbs/05_expert.ipynb #e433991a
+class _Care(_Ground):
+    "What is dangerous and what is safe."
+
+    def enclosed(self) -> set:
+        "The tiles one can walk to if nothing else can come in, else an empty set."
+        room, todo = {self.position}, [self.position]
+        while todo:
+            here = todo.pop()
+            for way in _TURN:
+                tile = here + way
+                if tile not in room and not self.solid(tile):
+                    if self.seen.get(tile) not in WALKABLE or tile in self.creatures or len(room) > 80:
+                        return set()
+                    room.add(tile)
+                    todo.append(tile)
+        return room
+
+    def safe(self, tile: int) -> bool:
+        "Whether a closed room stays closed when a tile is added to it."
+        return tile in self.inside or all(tile + way in self.inside or self.solid(tile + way) for way in _TURN)
+
+    def danger(self) -> dict:
+        "Extra steps one would rather walk than come near an enemy: tile -> steps."
+        if not self.patient:
+            return {}
+        extra = {}
+        for tile, name in self.creatures.items():
+            if name == "zombie":
+                for dx, dy in _WINDOW:
+                    extra[tile + dx * _ROW + dy] = max(4 - abs(dx) - abs(dy), extra.get(tile + dx * _ROW + dy, 0))
+            elif name == "skeleton" and (self.inventory["health"] < 6 or not self.new("defeat_skeleton")):
+                for way in _TURN:
+                    for n in range(1, 6):
+                        if self.seen.get(tile + n * way) not in WALKABLE:
+                            break
+                        extra[tile + n * way] = 4
+        return extra
+
+# %% ../nbs/05_expert.ipynb #199b3f12
+class _Legs(_Care):
+    "Paths over what is known, and the nearest of each kind."
+
+    def search(self, limit: int = _FAR) -> None:
         "Dijkstra: `steps` and `back` by tile, and `near`: kind -> (steps to touch it, tile, tile to stand on)."
-        enter = {material: self.steps_into(material) for material in set(self.seen.values())}
+        seen, enter, occupied, danger = self.seen, self.costs(), self.occupied(), self.danger()
         self.steps, self.back, self.near = {self.position: 0}, {}, {}
-        heap, ways = [(0, self.position)], sorted(_TURN, key=lambda way: way != self.facing)
-        seen, creatures, steps = self.seen, self.creatures, self.steps
-        while heap:
-            cost, here = heapq.heappop(heap)
-            if cost > steps[here]:
-                continue
-            for dx, dy in ways:
-                tile = (here[0] + dx, here[1] + dy)
-                material, creature = seen.get(tile), creatures.get(tile)
-                kind = creature or material
-                if kind not in self.near:
-                    self.near[kind] = (cost + 1, tile, here)
-                if creature or not enter.get(material):
+        sealed = self.night and self.inside
+        near, steps, back, queue = self.near, self.steps, self.back, [[self.position]]  # queue[cost]: tiles
+        ways = sorted(_TURN, key=lambda way: way != self.facing)
+        for cost, tiles in enumerate(queue):
+            if cost > limit:
+                break
+            for here in tiles:
+                if steps[here] < cost:
                     continue
-                reach = cost + enter[material]
-                if reach < steps.get(tile, _FAR):
-                    steps[tile], self.back[tile] = reach, here
-                    heapq.heappush(heap, (reach, tile))
+                for way in ways:
+                    tile = here + way
+                    if tile in steps and steps[tile] <= cost + 1:
+                        continue
+                    kind = occupied.get(tile) or seen.get(tile)
+                    if sealed and kind in enter and not self.safe(tile):
+                        continue
+                    if kind not in near:
+                        near[kind] = (cost + 1, tile, here)
+                    if kind in enter and tile not in occupied:
+                        reach = cost + enter[kind] + danger.get(tile, 0)
+                        if reach < steps.get(tile, _FAR):
+                            steps[tile], back[tile] = reach, here
+                            while len(queue) <= reach:
+                                queue.append([])
+                            queue[reach].append(tile)
 
     def distance(self, kind: str) -> int:
         "Steps until the nearest of a kind can be touched."
         return self.near[kind][0] if kind in self.near else _FAR
 
-# %% ../nbs/05_expert.ipynb #ae82cba2
+# %% ../nbs/05_expert.ipynb #e5eb446b
 class _Hands(_Legs):
     "The next action towards a tile, or towards using one."
 
-    def walk(self, tile: tuple) -> str:
+    def walk(self, tile: int) -> str:
         "The action towards a tile that `search` has reached."
         while self.back.get(tile, self.position) != self.position:
             tile = self.back[tile]
-        way = self.offset(tile)
+        way = tile - self.position
         if way not in _TURN:
             return "noop"
-        return _TURN[way] if self.seen[tile] in WALKABLE or self.facing != way else "do"
+        if self.seen[tile] in WALKABLE or self.facing != way:
+            return _TURN[way]
+        return "place_stone" if self.seen[tile] == "water" else "do"
 
     def use(self, kind: str) -> str:
         "The action towards `do` on the nearest of a kind."
         _, tile, stand = self.near[kind]
-        way = self.offset(tile)
+        way = tile - self.position
         if stand != self.position:
             return self.walk(stand)
         if self.facing == way:
@@ -141,42 +252,99 @@ class _Hands(_Legs):
     def turn_to(self, kind: str) -> str:
         "A step after which a walkable tile of this kind is in front; walking onto it would be no use."
         for way, action in _TURN.items():
-            ahead = _add(self.position, way)
-            if self.free(ahead) and self.seen.get(_add(ahead, way)) == kind:
+            ahead = self.position + way
+            if self.free(ahead) and self.seen.get(ahead + way) == kind and ahead + way not in self.creatures:
                 return action
-        return next((action for way, action in _TURN.items() if self.free(_add(self.position, way))), "noop")
+        return next((action for way, action in _TURN.items() if self.free(self.position + way)), "noop")
 
-# %% ../nbs/05_expert.ipynb #d600b44e
-class _Ways(_Hands):
+# %% ../nbs/05_expert.ipynb #56283048
+class _Placing(_Hands):
     "The next action towards placing something, and where to explore."
 
-    def place(self, thing: str) -> str:
-        "The action towards placing a thing: here if it fits, after a step, or after digging a niche."
-        onto = {"plant": {"grass"}, "stone": WALKABLE | {"water", "lava"}}.get(thing, WALKABLE)
-        fits = lambda tile: self.seen.get(tile) in onto and tile not in self.creatures
-        if fits(_add(self.position, self.facing)):
-            return f"place_{thing}"
-        for way, action in _TURN.items():
-            ahead = _add(self.position, way)
-            if self.free(ahead) and fits(_add(ahead, way)):
-                return action
-        for way, action in _TURN.items():
-            ahead = _add(self.position, way)
-            if thing != "plant" and self.steps_into(self.seen.get(ahead)) == 2 and ahead not in self.creatures:
-                return "do" if self.facing == way else action
-        return self.turn_to("grass")
+    def spot(self, targets, stands=None) -> tuple:
+        "The quickest way to face one of `targets`: (steps, tile to stand on, way to face)."
+        best = (_FAR, 0, 0)
+        for tile in targets:
+            for way in _TURN:
+                stand, behind = tile - way, tile - 2 * way
+                if stand == self.position and self.facing == way:
+                    cost = 0
+                elif self.seen.get(stand) not in WALKABLE or stands is not None and stand not in stands or stand not in self.steps:
+                    continue
+                elif not self.free(tile):
+                    cost = self.steps[stand] + 1
+                elif self.seen.get(behind) in WALKABLE and behind in self.steps and not (stands is not None and behind not in stands):
+                    cost = self.steps[behind] + 1
+                else:
+                    continue
+                if cost < best[0]:
+                    best = (cost, stand, way)
+        return best
 
-    def frontier(self) -> tuple:
-        "The reachable tile from which most unknown tiles would come into view for the way."
+    def face(self, stand: int, way: int) -> str:
+        "The action towards standing on a tile and facing a way; 'noop' once that is so."
+        if self.position == stand:
+            if self.facing == way:
+                return "noop"
+            return _TURN[way] if not self.free(stand + way) else self.walk(stand - way)
+        if not self.free(stand + way):
+            return self.walk(stand)
+        return _TURN[way] if self.position == stand - way else self.walk(stand - way)
+
+    def place_at(self, thing: str, targets, stands=None) -> str:
+        "The action towards placing a thing on one of the tiles, or 'noop' if none can be faced."
+        cost, stand, way = self.spot(targets, stands)
+        if cost == _FAR:
+            return "noop"
+        return f"place_{thing}" if cost == 0 else self.face(stand, way)
+
+# %% ../nbs/05_expert.ipynb #f679eb3b
+class _Builder(_Placing):
+    "Placing something close by."
+
+    def fits(self, thing: str, tile: int) -> bool:
+        "Whether a thing can be placed onto a tile."
+        onto = {"plant": {"grass"}, "stone": WALKABLE | {"water", "lava"}}.get(thing, WALKABLE)
+        return self.seen.get(tile) in onto and tile not in self.creatures and tile not in self.plants and tile != self.position
+
+    def place(self, thing: str) -> str:
+        "The action towards placing a thing close by: where it fits soonest, or after digging a niche."
+        tiles = {self.position + dx * _ROW + dy for dx in range(-3, 4) for dy in range(-3, 4)}
+        cost, stand, way = self.spot([tile for tile in tiles if self.fits(thing, tile)])
+        if cost == 0:
+            return f"place_{thing}"
+        if thing != "plant" and cost > 1:
+            for dig, action in _TURN.items():
+                ahead = self.position + dig
+                if ahead not in self.creatures and self.costs().get(self.seen.get(ahead)) == 2:
+                    return "do" if self.facing == dig else action
+        return self.face(stand, way) if cost < _FAR else self.turn_to("grass")
+
+# %% ../nbs/05_expert.ipynb #27ec3afb
+_ROCK = frozenset(("stone", "path", "coal", "iron", "diamond", "lava", "table", "furnace"))
+_MEADOW = frozenset(("grass", "sand", "water", "tree"))
+_GLIMPSE = [dx * _ROW + dy for dx in (-4, -2, 0, 2, 4) for dy in (-3, -1, 1, 3)]  # a sample of the window
+
+
+class _Ways(_Builder):
+    "Where to explore."
+
+    def unknown(self, tile: int) -> int:
+        "How many of 20 sampled tiles of the window around a tile were never seen."
+        return sum(tile + step not in self.seen for step in _GLIMPSE)
+
+    def frontier(self, like=frozenset()) -> int:
+        "The reachable tile from which most unknown tiles would come into view for the way, where more of `like` is around."
         best = (0, self.position)
         for tile, cost in self.steps.items():
-            if cost and not (tile[0] % 2 or tile[1] % 2):
-                window = [(tile[0] + i, tile[1] + j) for i in (-4, -2, 0, 2, 4) for j in (-3, -1, 1, 3)]
-                new = sum(t not in self.seen and 0 <= t[0] < 64 and 0 <= t[1] < 64 for t in window)
+            if cost and not (tile & 1 or tile >> 8 & 1):     # every other row and column is enough
+                new = self.unknown(tile)
+                if new and like:
+                    new *= 0.3 + sum(self.seen.get(tile + step) in like for step in _GLIMPSE) / 20
                 best = max(best, (new / (cost + 4), tile))
         return best[1]
 
-# %% ../nbs/05_expert.ipynb #0a166322
+# %% ../nbs/05_expert.ipynb #af3d0b9d
 class _Wishes(_Ways):
     "Offers of goals: (steps per achievement, goal, where, action)."
 
@@ -185,10 +353,14 @@ class _Wishes(_Ways):
         if gain > 0 and steps <= self.left:
             self.offers.append((steps / gain, goal, place, action))
 
+    def at(self, kind: str) -> str:
+        "Where the nearest of a kind is, in words."
+        return where({"ripe": "plant"}.get(kind, kind), *self.offset(self.near[kind][1]))
+
     def fetch(self, goal: str, kind: str, gain: float, steps: float) -> None:
         "Offer to go to the nearest of a kind and use it."
         if kind in self.near:
-            self.offer(goal, gain, steps, where(kind, *self.offset(self.near[kind][1])), lambda: self.use(kind))
+            self.offer(goal, gain, steps, self.at(kind), lambda: self.use(kind))
 
     def put(self, thing: str, gain: float, steps: float) -> None:
         "Offer to place a thing here."
@@ -196,19 +368,40 @@ class _Wishes(_Ways):
 
     def make(self, tool: str) -> tuple:
         "The offer to make a tool at the table that is beside the player."
-        x, y = self.position
-        table = next((i, j) for j in (-1, 0, 1) for i in (-1, 0, 1) if self.seen.get((x + i, y + j)) == "table")
+        table = next((i, j) for j in (-1, 0, 1) for i in (-1, 0, 1) if self.seen.get(self.position + i * _ROW + j) == "table")
         return (0, f"make {tool.replace('_', ' ')}", where("table", *table), lambda: f"make_{tool}")
 
-    def danger(self):
-        "The offer to fight what touches us, or None."
-        for tile, name in self.creatures.items():
-            way = self.offset(tile)
-            if name in ("zombie", "skeleton") and way in _TURN:
-                return (0, "fight", where(name, *way), lambda way=way: "do" if self.facing == way else _TURN[way])
+# %% ../nbs/05_expert.ipynb #49f1060e
+class _Reflexes(_Wishes):
+    "What cannot wait."
 
-# %% ../nbs/05_expert.ipynb #a3e1d9a8
-class _Living(_Wishes):
+    def hit(self, tile: int) -> tuple:
+        "The offer to hit the creature on a neighbouring tile."
+        way = tile - self.position
+        return (0, "fight", where(self.creatures[tile], *self.offset(tile)), lambda: "do" if self.facing == way else _TURN[way])
+
+    def reflex(self):
+        "The offer to fight an enemy that touches us or to dodge an arrow, or None."
+        for tile, name in self.creatures.items():
+            if name in ("zombie", "skeleton") and tile - self.position in _TURN:
+                return self.hit(tile)
+        for (dx, dy), (x, y) in self.view.arrows.items():
+            if escape := self.dodge(self.position + dx * _ROW + dy, x * _ROW + y):
+                return (0, "fight", where("arrow", dx, dy), lambda: escape)
+
+    def dodge(self, tile: int, flight: int):
+        "The action against an arrow that hits within three steps, or None."
+        for n in (1, 2, 3):
+            tile += flight
+            if tile == self.position:
+                if self.facing == -flight and n > 1 and self.inventory["stone"] and self.fits("stone", tile - flight):
+                    return "place_stone"
+                return next((_TURN[way] for way in _TURN if abs(way) != abs(flight) and self.free(self.position + way)), None)
+            if self.solid(tile) or tile in self.creatures:
+                return None
+
+# %% ../nbs/05_expert.ipynb #f8a0b630
+class _Living(_Reflexes):
     "Goals that need no tools."
 
     def wish_to_live(self) -> None:
@@ -220,8 +413,10 @@ class _Living(_Wishes):
             self.fetch("eat", "cow", 9, self.distance("cow"))
         self.fetch("drink", "water", self.new("collect_drink"), self.distance("water"))
         self.fetch("eat", "cow", self.new("eat_cow"), 1.2 * self.distance("cow") + 4.5 / min(3, self.strength))
-        if held["energy"] < 9 and held["health"] >= 6 and "zombie" not in self.creatures.values():
-            self.offer("sleep", self.new("wake_up"), 12 * (9 - held["energy"]) + 1, "here", lambda: "sleep")
+        self.fetch("eat", "ripe", self.new("eat_plant"), 0.4 * self.distance("ripe"))
+        if held["energy"] < 9 and held["health"] >= 6 and "zombie" not in self.creatures.values() and not self.patient:
+            soon = 0.4 if self.left > 60 else 1              # each step of waiting makes the sleep longer
+            self.offer("sleep", self.new("wake_up") / soon, 12 * (9 - held["energy"]) + 1, "here", lambda: "sleep")
 
     def wish_to_plant(self) -> None:
         "A sapling comes with one `do` in ten."
@@ -237,7 +432,7 @@ class _Living(_Wishes):
             self.fetch("fight", "skeleton", self.new("defeat_skeleton"),
                        1.5 * self.distance("skeleton") + 2 + 4.5 / min(3, self.strength))
 
-# %% ../nbs/05_expert.ipynb #d92c84b0
+# %% ../nbs/05_expert.ipynb #2c977c6e
 class _Crafting(_Living):
     "Goals around the table."
 
@@ -250,7 +445,7 @@ class _Crafting(_Living):
             steps = tree + 2.5 * (self.short_of - 1) + first - self.new("collect_wood")
             plan = (first, steps) if steps <= self.left else (self.new("collect_wood"), tree)
             self.fetch("collect wood", "tree", *plan)
-        elif held["wood"] < min(9, all_wood):
+        elif self.todo and held["wood"] < min(9, all_wood):
             self.fetch("collect wood", "tree", 0.5 + (held["wood"] == 0), tree + 4 + 2.5 * (all_wood - held["wood"]))
 
     def wish_for_table(self) -> None:
@@ -269,7 +464,7 @@ class _Crafting(_Living):
         if "table" in self.around:
             return next((t for t in self.todo if self.can_make(t) and (not t.startswith("iron") or "furnace" in self.around)), None)
 
-# %% ../nbs/05_expert.ipynb #1c161c51
+# %% ../nbs/05_expert.ipynb #3def974c
 class _Mining(_Crafting):
     "Goals that need a pickaxe."
 
@@ -283,6 +478,8 @@ class _Mining(_Crafting):
             self.fetch("collect stone", "stone", new("collect_stone", "place_stone") + tools, stone + 1 + walk)
         if held["stone"] < want:
             self.fetch("collect stone", "stone", 0.5 + 0.5 * new("place_furnace"), stone + 2 * (want - held["stone"]))
+        elif self.patient and held["stone"] < 9:
+            self.fetch("collect stone", "stone", 0.5, stone + 2 * (9 - held["stone"]))
 
     def wish_for_ores(self) -> None:
         "Coal and iron for two tools, one diamond."
@@ -294,6 +491,10 @@ class _Mining(_Crafting):
             self.fetch("collect iron", "iron", 0.7 + 0.3 * new("collect_iron"), self.distance("iron"))
         if held["iron_pickaxe"]:
             self.fetch("collect diamond", "diamond", new("collect_diamond"), self.distance("diamond"))
+
+# %% ../nbs/05_expert.ipynb #9854ba9a
+class _Building(_Mining):
+    "Goals that place stones and furnaces."
 
     def wish_to_build(self) -> None:
         "Place a stone and a furnace, the furnace beside a table if iron is in hand."
@@ -310,22 +511,184 @@ class _Mining(_Crafting):
             elif iron and self.inventory["wood"] >= 3:
                 self.put("table", 1, 6)
 
-# %% ../nbs/05_expert.ipynb #9e1ec533
-class _Choice(_Mining):
-    "One offer out of many: reflexes first, then what can be made on the spot, then the cheapest goal."
+# %% ../nbs/05_expert.ipynb #a9549e2e
+def _border(room) -> set:
+    "The tiles that touch a room."
+    return {tile + way for tile in room for way in _TURN} - set(room)
 
-    def choose(self) -> tuple:
-        "The best offer: (steps per achievement, goal, where, action)."
-        if self.view.sleeping:
+
+_SHAPES = ((0, _ROW), (0, 1), (0, _ROW, 1, _ROW + 1))
+
+# %% ../nbs/05_expert.ipynb #37d9d153
+class _Rooms(_Building):
+    "Where a room could be, and what it would cost."
+
+    def price(self, room: tuple, first: int, enter: dict):
+        "Steps to make a room that is reached in `first` steps, or None if it cannot be made with the stones at hand."
+        stones, steps, water = self.inventory["stone"], first, False
+        for tile in room:
+            if tile in self.creatures or tile in self.plants or tile in self.kept:
+                return None
+            cost = enter.get(self.seen.get(tile))
+            if self.seen.get(tile) == "water" or not cost:
+                return None
+            if self.seen[tile] not in WALKABLE:
+                steps, stones = steps + 1.5, stones + (self.seen[tile] == "stone")
+        for tile in room:
+            for way in _TURN:
+                side = tile + way
+                if side in room:
+                    continue
+                if self.solid(side):
+                    water |= self.seen[side] == "water"
+                elif tile - way not in room or self.seen.get(side) is None:
+                    return None                              # it could not be faced from inside
+                else:
+                    steps, stones = steps + 2.5, stones - 1
+        return steps - 10 * water if stones >= 0 else None
+
+    def find_room(self, reach: int = 25) -> tuple:
+        "The room that is made soonest: its tiles, or nothing."
+        best, enter = (_FAR, ()), self.costs()
+        for tile, first in self.steps.items():
+            if first <= reach and first < best[0] + 10:
+                for shape in _SHAPES:
+                    room = tuple(tile + step for step in shape)
+                    steps = self.price(room, first, enter)
+                    if steps is not None and steps < best[0]:
+                        best = (steps, room)
+        return best[1]
+
+# %% ../nbs/05_expert.ipynb #38df3c1c
+class _Shelter(_Rooms):
+    "The way into a closed room."
+
+    def gaps(self, room: tuple) -> list:
+        "The tiles around a room that something could come through."
+        return [tile for tile in _border(room) if not self.solid(tile)]
+
+    def shelter(self):
+        "The offer to go on with the room of tonight, or None if there is none to be had."
+        if not self.room or self.price(self.room, 0, self.costs()) is None or not set(self.room) & self.steps.keys():
+            self.room = self.find_room()
+        if not self.room:
+            return None
+        dig = next((tile for tile in self.room if self.seen[tile] not in WALKABLE and tile in self.steps), None)
+        target = dig or min(self.room, key=lambda tile: self.steps.get(tile, _FAR))
+        if dig or self.position not in self.room:
+            kind = self.seen[target]
+            return (0, f"collect {kind}" if f"collect {kind}" in GOALS else "place stone", where(kind, *self.offset(target)),
+                    lambda: self.walk(target))
+        gaps = self.gaps(self.room)
+        for gap in gaps:
+            if gap in self.creatures and gap - self.position in _TURN:
+                return self.hit(gap)
+        action = self.place_at("stone", gaps, self.room)
+        return (0, "place stone", where(self.seen[gaps[0]], *self.offset(gaps[0])), lambda: action) if gaps else None
+
+# %% ../nbs/05_expert.ipynb #2274e657
+_EVENING, _DUSK, _DAWN, _DAY = 90, 180, 280, 300             # steps of a day; the screen is dark from 149 to 271
+
+
+class _Needs(_Shelter):
+    "What the body wants, in a closed room and outside."
+
+    def rest(self, room: set, starving: bool):
+        "What to do in a closed room: drink, sleep, wait for the day and for health; None if it is time to leave."
+        held, self.room = self.inventory, ()
+        if held["drink"] < 9 and "water" in self.near and self.near["water"][2] in room and self.near["water"][0] < 4:
+            return (0, "drink", self.at("water"), lambda: self.use("water"))
+        if starving and held["health"] <= 4 and held["energy"] > 0:
+            return None
+        if held["energy"] < 9 and (self.night or held["energy"] <= 5 or held["health"] <= 5):
             return (0, "sleep", "here", lambda: "sleep")
-        if danger := self.danger():
-            return danger
-        self.todo = [tool for tool in TOOLS if self.new(f"make_{tool}")]
-        if tool := self.ready_here():
-            return self.make(tool)
-        self.search()
-        held, self.offers = self.inventory, []
-        self.strength = max(1, 2 * bool(held["wood_sword"]), 3 * bool(held["stone_sword"]), 5 * bool(held["iron_sword"]))
+        if held["health"] <= 4 and min(held["food"], held["drink"]) >= 3:
+            return (0, "noop", "here", lambda: "noop")
+
+    def need(self, food: int, drink: int):
+        "The more urgent of hunger and thirst as (how much is left, goal, where, action), or None."
+        needs, evening = [], _EVENING <= self.view.step % _DAY < _DUSK
+        water, cow = self.distance("water"), self.distance("cow")
+        thirst = drink <= 3 or drink <= 6 and water <= 5 or drink <= 8 and water <= 1
+        hunger = food <= 4 or food <= 5 and cow <= 15
+        if evening:
+            thirst, hunger = thirst or drink <= 7 and water <= 8 + 4 * (8 - drink), hunger or food <= 6 and cow <= 30
+        if self.night:
+            thirst, hunger = drink <= 2 or thirst and water <= 2, food <= 1
+        food_here = next((kind for kind in ("ripe", "cow") if kind in self.near), None)
+        if thirst and "water" in self.near:
+            needs.append((drink, "drink", self.at("water"), lambda: self.use("water")))
+        if hunger and food_here:
+            needs.append((food, "eat", self.at(food_here), lambda: self.use(food_here)))
+        return min(needs, key=lambda offer: offer[0], default=None)
+
+# %% ../nbs/05_expert.ipynb #d2328a32
+class _Surviving(_Needs):
+    "Offers that keep an episode of many days going."
+
+    def survive(self):
+        "The offer that life depends on, or None. `lost` says that water or food is wanted and none is known within reach."
+        held, room, self.lost = self.inventory, self.inside, False
+        food, drink, energy, health = (held[name] for name in ("food", "drink", "energy", "health"))
+        starving = not min(food, drink)
+        if room and (offer := self.rest(room, starving)):
+            return offer
+        if room and self.night and not (starving and health <= 4):
+            return None                                      # the night is for what can be dug without opening the room
+        need = self.need(food, drink)
+        touching = need and need[1] == "drink" and self.distance("water") == 1
+        if need and (touching or need[0] <= 2 and (health > 3 or starving)):
+            return need
+        if not room and not starving and (energy <= 2 or health <= 4 or self.night):
+            if offer := self.shelter():
+                return offer
+            if energy <= 1 and "zombie" not in self.creatures.values():
+                return (0, "sleep", "here", lambda: "sleep")
+        else:
+            self.room = ()
+        if need and not (food <= 2 and need[1] == "drink" and drink > 3):
+            return need
+        self.lost = drink <= 5 and "water" not in self.near or food <= 5 and "cow" not in self.near
+
+# %% ../nbs/05_expert.ipynb #34b0d15b
+class _Farming(_Surviving):
+    "One sapling, walled in until it is ripe."
+
+    def open_sides(self, tile: int) -> list:
+        "The sides of a tile through which something could come."
+        return [tile + way for way in _TURN if not self.solid(tile + way)]
+
+    def wish_to_farm(self) -> None:
+        "A sapling, its place, its walls."
+        held = self.inventory
+        if not self.new("eat_plant") or self.left < 350 or self.night or held["stone"] < 4 and not self.plants:
+            return
+        if not self.plants:
+            if not held["sapling"]:
+                self.fetch("collect sapling", "grass", 0.4, 10 + self.distance("grass"))
+            else:
+                sites = [t for t, cost in self.steps.items() if cost < 12 and self.seen[t] == "grass" and self.fits("plant", t)]
+                sites = sorted(sites, key=lambda t: (len(self.open_sides(t)), self.steps[t]))[:12]
+                if sites:
+                    self.offer("place plant", 0.5, 6, "here", lambda: self.place_at("plant", sites))
+            return
+        plant = max(self.plants, key=lambda tile: (self.plants[tile], tile))
+        sides = [tile for tile in self.open_sides(plant) if self.seen.get(tile) in WALKABLE]
+        if sides and held["stone"]:
+            targets = [tile for tile in sides if self.fits("stone", tile)]
+            cost = self.spot(targets)[0]
+            if cost < 25:
+                self.offer("place stone", 0.8, cost + 2 * len(sides), where("plant", *self.offset(plant)), lambda: self.place_at("stone", targets))
+            elif not targets and self.position in sides:
+                self.offer("place stone", 0.8, 3, where("plant", *self.offset(plant)), lambda: self.turn_to(""))
+
+# %% ../nbs/05_expert.ipynb #da582d93
+class _Planning(_Farming):
+    "All offers, and the cheapest of them."
+
+    def cheapest(self):
+        "The cheapest of all offers, or None."
+        self.offers, held = [], self.inventory
         self.far_table = self.distance("table") > 12
         self.short_of = 2 * self.far_table + self.new("make_wood_pickaxe", "make_wood_sword") - held["wood"]
         for wish in (self.wish_to_live, self.wish_to_plant, self.wish_to_fight, self.wish_for_wood, self.wish_for_table):
@@ -334,16 +697,46 @@ class _Choice(_Mining):
             self.wish_for_stone()
             self.wish_for_ores()
         self.wish_to_build()
+        if self.patient:
+            self.wish_to_farm()
         if self.noise:
             self.offers = [(price * math.exp(self.random.gauss(0, self.noise)), *rest) for price, *rest in self.offers]
-        return min(self.offers, key=lambda offer: offer[0]) if self.offers else self.explore()
+        return min(self.offers, key=lambda offer: offer[0], default=None)
 
-    def explore(self) -> tuple:
-        "The offer to walk to where most is unknown."
-        tile = self.frontier()
+    def explore(self, like=frozenset()) -> tuple:
+        "The offer to walk to where most is unknown; at night, in a closed room with nothing left to dig, to wait."
+        tile = self.frontier(like)
+        if self.night and tile == self.position:
+            return (0, "noop", "here", lambda: "noop")
         return (0, "explore", heading(*self.offset(tile)), lambda: self.walk(tile))
 
-# %% ../nbs/05_expert.ipynb #802c968f
+# %% ../nbs/05_expert.ipynb #9b07b42e
+class _Choice(_Planning):
+    "One offer out of many."
+
+    def choose(self) -> tuple:
+        "The best offer: (steps per achievement, goal, where, action)."
+        held = self.inventory
+        if self.view.sleeping:
+            return (0, "sleep", "here", lambda: "sleep")
+        self.patient = self.budget > 300 and self.view.step >= 100  # first take what lies around, then live
+        self.night = self.patient and _DUSK <= self.view.step % _DAY < _DAWN
+        if offer := self.reflex():
+            return offer
+        self.todo = [tool for tool in TOOLS if self.new(f"make_{tool}")]
+        if tool := self.ready_here():
+            return self.make(tool)
+        self.strength = max(1, 2 * bool(held["wood_sword"]), 3 * bool(held["stone_sword"]), 5 * bool(held["iron_sword"]))
+        self.inside = self.enclosed() if self.patient else set()
+        for limit in (_NEAR, _FAR):                          # far paths are searched only if nothing near is wanted
+            self.search(limit)
+            if self.patient and (offer := self.survive()):
+                return offer
+            if not self.lost and (offer := self.cheapest()):
+                return offer
+        return self.explore(_MEADOW if self.lost else _ROCK if held["wood_pickaxe"] else frozenset())
+
+# %% ../nbs/05_expert.ipynb #fa02e805
 class Expert(_Choice):
     """The scripted teacher: `act(world)` says what it would do in any state, whoever brought the world there.
 
@@ -366,8 +759,6 @@ class Expert(_Choice):
         self.left = max(1, self.budget - self.view.step)
         _, goal, place, action = self.choose()
         action = action()
-        if action in _TURN.values():
-            way = next(way for way, name in _TURN.items() if name == action)
-            if self.seen.get(_add(self.position, way)) == "lava":
-                action = "noop"
+        if action in _WAYS and self.seen.get(self.position + _WAYS[action]) == "lava":
+            action = "noop"
         return Decision(actions=[action], reason=f"{place}; {goal}")
