@@ -1,11 +1,14 @@
 """The trace store and the export, given what they should never be given: damaged files, killed writers, rivals, wrong frames."""
 
+import base64
+import contextlib
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +200,387 @@ def test_frames_are_kept_once_and_money_is_not_rounded_away(tmp_path):
     assert connection.execute("SELECT count(*) FROM frames").fetchone()[0] == 5
     connection.close()
     assert traces.episodes(path)["usd"].sum() == pytest.approx(20 * 0.0002)
+
+
+def test_a_cost_is_kept_to_the_last_digit(tmp_path):
+    for i, usd in enumerate([0.000435, Decimal("0.00000015"), "12.3456789012", 0, None]):
+        episode = played(i, turns=1)
+        episode.turns[0].decision.usage["usd"] = usd
+        with traces.Store(tmp_path / "costs.db") as store:
+            store.begin("demo", PROTOCOL)
+            store.add(episode)
+    assert traces.spent(tmp_path / "costs.db") == Decimal("0.000435") + Decimal("0.00000015") + Decimal("12.3456789012")
+    for usd in (float("nan"), -1, "much"):
+        episode = played(9, turns=1)
+        episode.turns[0].decision.usage["usd"] = usd
+        with traces.Store(tmp_path / "costs.db") as store, pytest.raises(InputError, match="is no amount of dollars"):
+            store.begin("demo", PROTOCOL)
+            store.add(episode)
+
+
+def test_each_episode_knows_the_code_it_was_played_with(db, monkeypatch):
+    monkeypatch.setattr(traces, "provenance", lambda **more: {"commit": "the next one", **more})
+    with traces.Store(db) as store:
+        store.begin("demo", PROTOCOL, {"model": "Qwen/Qwen3-VL-2B-Instruct", "revision": "abc"})
+        store.add(played(9))
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        told = [json.loads(text) for (text,) in connection.execute("SELECT provenance FROM sessions JOIN sources s ON s.id = source")]
+    assert len({source["commit"] for source in told}) == 2 and told[-1]["revision"] == "abc" and told[-1]["render_size"] == 64
+
+
+def test_the_time_of_a_run_is_summed_over_its_sessions(tmp_path, monkeypatch):
+    clock = iter([100.0, 103.0, 104.0, 900.0, 902.0])  # begin, two episodes; begin again, one more
+    monkeypatch.setattr(traces.time, "monotonic", lambda: next(clock))
+    for seeds in ((1, 2), (3,)):
+        with traces.Store(tmp_path / "rollouts.db") as store:
+            store.begin("demo", PROTOCOL)
+            for seed in seeds:
+                store.add(played(seed))
+            total = store.seconds("demo")
+    assert total == 6.0 == traces.episodes(tmp_path / "rollouts.db")["wall"].sum()
+
+
+# ---- yesterday's files
+
+SCHEMA_1 = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE runs (run TEXT PRIMARY KEY, provenance TEXT NOT NULL);
+CREATE TABLE prompts (hash TEXT PRIMARY KEY, protocol TEXT NOT NULL, system TEXT NOT NULL);
+CREATE TABLE frames (hash TEXT PRIMARY KEY, width INTEGER NOT NULL, height INTEGER NOT NULL, png BLOB NOT NULL);
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, arm TEXT NOT NULL, seed INTEGER NOT NULL, member INTEGER NOT NULL,
+    horizon TEXT NOT NULL, model TEXT NOT NULL, prompt TEXT NOT NULL REFERENCES prompts, created REAL NOT NULL,
+    UNIQUE (run, arm, seed, member));
+CREATE TABLE turns (
+    session INTEGER NOT NULL REFERENCES sessions, turn INTEGER NOT NULL, step INTEGER NOT NULL, frame TEXT REFERENCES frames,
+    text TEXT NOT NULL, reply TEXT NOT NULL, reason TEXT NOT NULL, actions TEXT NOT NULL, executed TEXT NOT NULL,
+    rewards TEXT NOT NULL, unlocked TEXT NOT NULL, valid INTEGER NOT NULL, done INTEGER NOT NULL, dead INTEGER NOT NULL,
+    prompt_tokens INTEGER, image_tokens INTEGER, completion_tokens INTEGER, micro_usd INTEGER, latency REAL, seconds REAL NOT NULL,
+    token_ids BLOB, logprobs BLOB,
+    PRIMARY KEY (session, turn)) WITHOUT ROWID;
+CREATE VIEW episodes AS SELECT s.id AS session, s.run, s.arm, s.seed, s.member, s.horizon, s.model, s.prompt AS prompt_hash,
+    sum((SELECT total(value) FROM json_each(t.rewards))) AS reward, sum(json_array_length(t.unlocked)) AS achievements,
+    sum(json_array_length(t.executed)) AS steps, count(*) AS turns, max(t.dead) AS died, sum(1 - t.valid) AS invalid,
+    sum(t.prompt_tokens) AS prompt_tokens, sum(t.image_tokens) AS image_tokens, sum(t.completion_tokens) AS completion_tokens,
+    sum(t.seconds) AS seconds, total(t.micro_usd) / 1e6 AS usd
+FROM sessions s JOIN turns t ON t.session = s.id GROUP BY s.id ORDER BY s.id;
+INSERT INTO about VALUES ('format', 'qwen_vl_kit traces'), ('schema', '1');
+PRAGMA user_version = 1;
+"""
+
+
+@pytest.fixture
+def old(db, tmp_path):
+    "A store of schema 1 with the episodes of `db`; the second of its seeds is the benchmark's."
+    path = tmp_path / "old.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SCHEMA_1)
+        connection.execute("ATTACH ? AS new", (str(db),))
+        connection.execute("INSERT INTO runs SELECT 'demo', provenance FROM new.sources")
+        for table in ("prompts", "frames"):
+            connection.execute(f"INSERT INTO {table} SELECT * FROM new.{table}")
+        connection.execute("INSERT INTO sessions SELECT id, run, arm, seed + 1000000 * (seed = 2), member, horizon, model, prompt, created "
+                           "FROM new.sessions")
+        columns = [row[1] for row in connection.execute("PRAGMA main.table_info(turns)")]
+        values = ", ".join("round(usd * 1e6)" if name == "micro_usd" else name for name in columns)
+        connection.execute(f"INSERT INTO turns SELECT {values} FROM new.turns")
+        connection.commit()
+    return path
+
+
+def columns(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY name")]
+        return {name: connection.execute(f"PRAGMA table_info({name})").fetchall() for name in tables}
+
+
+def test_a_store_of_the_previous_schema_is_read_and_left_as_it_is(old, db):
+    before = old.read_bytes()
+    assert [e.turns[2].frame.tolist() for e in traces.load(old)] == [e.turns[2].frame.tolist() for e in traces.load(db)]
+    assert traces.episodes(old)["split"].tolist() == ["train", "test", "train"]
+    assert traces.spent(old) == Decimal("0.0030") and len(traces.turns(old)) == 15
+    assert exported(old, splits=["test"], val_fraction=0).numbers["train_rows"] == 5
+    assert old.read_bytes() == before
+
+
+def test_a_store_of_the_previous_schema_is_migrated_when_it_is_written_to(old, db):
+    with traces.Store(old) as store:
+        store.begin("demo", PROTOCOL)
+        store.add(played(9))
+        with pytest.raises(InputError, match="stored already"):
+            store.add(played(1))
+    assert columns(old) == columns(db)
+    with contextlib.closing(sqlite3.connect(old)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (traces.SCHEMA,)
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert connection.execute("SELECT count(*) FROM sessions WHERE source IS NULL").fetchone() == (0,)
+    assert list(traces.episodes(old)["seed"]) == [1, 1_000_002, 3, 9]
+    assert traces.spent(old) == Decimal("0.0040")
+
+
+def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
+    before = old.read_bytes()
+    monkeypatch.setitem(traces._MIGRATIONS, 1, traces._MIGRATIONS[1] + "; INSERT INTO nowhere VALUES (1)")
+    with pytest.raises(InputError, match="no such table: nowhere"):
+        traces.Store(old)
+    monkeypatch.undo()
+    assert columns(old)["turns"] != [] and len(list(traces.load(old))) == 3
+    assert old.stat().st_size == len(before)
+
+
+# ---- several stores
+
+
+def test_two_halves_are_merged_into_the_whole(tmp_path):
+    parts = [stored(tmp_path / name, seeds) for name, seeds in (("a.db", (1, 2)), ("b.db", (3, 4)))]
+    assert traces.merge(tmp_path / "all.db", *parts) == {"episodes": 4, "known": 0}
+    assert traces.merge(tmp_path / "all.db", *parts) == {"episodes": 0, "known": 4}
+    assert traces.fingerprint(tmp_path / "all.db") == traces.fingerprint(stored(tmp_path / "once.db", (1, 2, 3, 4)))
+    times = [traces.episodes(path)[["seed", "created", "wall"]].values.tolist() for path in (*parts, tmp_path / "all.db")]
+    assert times[0] + times[1] == times[2]
+
+
+def test_old_stores_are_merged_too(old, tmp_path):
+    assert traces.merge(tmp_path / "all.db", old)["episodes"] == 3
+    assert traces.spent(tmp_path / "all.db") == Decimal("0.0030")
+
+
+def test_merging_never_takes_one_play_for_another(db, tmp_path):
+    other = stored(tmp_path / "other.db", (3,), turns=4)  # seed 3 of the same run, but shorter
+    before = traces.fingerprint(db)
+    with pytest.raises(InputError, match="seed 3, member 0 was played differently there; keep the files apart"):
+        traces.merge(db, other)
+    with traces.Store(tmp_path / "prompt.db") as store:
+        store.begin("demo", Protocol(prompt="brief", render_size=64, history=1))
+        store.add(played(8))
+    with pytest.raises(InputError, match="run 'demo' was played with another prompt there"):
+        traces.merge(db, tmp_path / "prompt.db")
+    assert traces.fingerprint(db) == before
+
+
+def test_damage_does_not_spread_by_merging(db, tmp_path):
+    bad = stored(tmp_path / "bad.db", (7, 8))
+    with contextlib.closing(sqlite3.connect(bad)) as connection:
+        name = connection.execute("SELECT frame FROM turns WHERE session = 2 AND turn = 3").fetchone()[0]
+        connection.execute("UPDATE frames SET png = ? WHERE hash = ?", (traces.png(np.zeros((64, 64, 3), np.uint8)), name))
+        connection.commit()
+    with pytest.raises(InputError, match="bad.db: frame .* is not what was stored"):
+        traces.merge(db, bad)
+    assert list(traces.episodes(db)["seed"]) == [1, 2, 3, 7]  # what was whole came in, the damaged one did not
+
+
+# ---- disks that are full, files that are closed
+
+
+def test_a_full_disk_is_told_and_keeps_what_is_stored(db):
+    with traces.Store(db) as store:
+        store.begin("demo", PROTOCOL)
+        store._sqlite.execute(f"PRAGMA max_page_count = {store._sqlite.execute('PRAGMA page_count').fetchone()[0] + 2}")
+        with pytest.raises(InputError, match="the disk is full; free some space") as error:
+            store.add(played(9))
+        one_line(error)
+    assert len(list(traces.load(db))) == 3
+
+
+LIMITED = """
+import resource, sys
+from test_traces import PROTOCOL, InputError, played, traces
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    with traces.Store(sys.argv[1]) as store:
+        store.begin("demo", PROTOCOL)
+        for seed in range(100):
+            store.add(played(seed))
+except InputError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000, 400_000])
+def test_a_file_that_may_not_grow_is_told_in_one_line(tmp_path, limit):
+    path, here = tmp_path / "rollouts.db", Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path), str(limit)], cwd=here, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(here.parent)})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{path}: "), done.stderr
+    with traces.Store(path) as store:  # and it goes on when there is room again
+        store.begin("demo", PROTOCOL)
+        stored = len(store.done("demo"))
+        store.add(played(stored))
+    assert set(traces.episodes(path)["turns"]) == {5} and (limit < 400_000 or stored > 1)
+
+
+def as_nobody(act):
+    "What `act()` says in a process that has no rights of root's."
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            os.setuid(65534)
+            said = str(act())
+        except InputError as error:
+            said = f"InputError: {error}"
+        except BaseException as error:
+            said = f"escaped: {error!r}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give its rights away")
+def test_files_without_rights_are_told(tmp_path):
+    import tempfile
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own folders are closed to others
+        path = stored(Path(place) / "rollouts.db")
+        os.chmod(place, 0o755)
+        os.chmod(path, 0o444)
+        assert as_nobody(lambda: len(list(traces.load(path)))) == "3"
+        assert as_nobody(lambda: traces.Store(path)).startswith(f"InputError: {path}: not writable; check the rights")
+        assert "its folder cannot be made (Permission denied)" in as_nobody(lambda: traces.Store(Path(place) / "new" / "rollouts.db"))
+        os.chmod(path, 0o000)
+        assert as_nobody(lambda: traces.episodes(path)).startswith(f"InputError: {path}: cannot be opened")
+
+
+# ---- traces of synth-ai, with the tables of its 0.2.17
+
+SYNTH = """
+CREATE TABLE session_traces (session_id VARCHAR PRIMARY KEY, created_at DATETIME NOT NULL, num_timesteps INTEGER NOT NULL,
+    num_events INTEGER NOT NULL, num_messages INTEGER NOT NULL, metadata TEXT, experiment_id VARCHAR, embedding VECTOR);
+CREATE TABLE session_timesteps (id INTEGER PRIMARY KEY AUTOINCREMENT, session_id VARCHAR NOT NULL, step_id VARCHAR NOT NULL,
+    step_index INTEGER NOT NULL, turn_number INTEGER, started_at DATETIME, completed_at DATETIME, num_events INTEGER,
+    num_messages INTEGER, step_metadata TEXT, UNIQUE(session_id, step_id));
+CREATE TABLE events (id INTEGER PRIMARY KEY AUTOINCREMENT, session_id VARCHAR NOT NULL, timestep_id INTEGER, event_type VARCHAR NOT NULL,
+    system_instance_id VARCHAR, event_time FLOAT, message_time INTEGER, created_at DATETIME, model_name VARCHAR, provider VARCHAR,
+    input_tokens INTEGER, output_tokens INTEGER, total_tokens INTEGER, cost_usd INTEGER, latency_ms INTEGER, span_id VARCHAR,
+    trace_id VARCHAR, call_records TEXT, reward FLOAT, terminated BOOLEAN, truncated BOOLEAN, system_state_before TEXT,
+    system_state_after TEXT, metadata TEXT, event_metadata TEXT, embedding VECTOR,
+    CHECK (event_type IN ('cais', 'environment', 'runtime')));
+CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT, session_id VARCHAR NOT NULL, timestep_id INTEGER, message_type VARCHAR NOT NULL,
+    content TEXT NOT NULL, timestamp DATETIME, event_time FLOAT, message_time INTEGER, metadata TEXT, embedding VECTOR,
+    CHECK (message_type IN ('user', 'assistant', 'system', 'tool_use', 'tool_result')));
+CREATE TABLE outcome_rewards (id INTEGER PRIMARY KEY AUTOINCREMENT, session_id VARCHAR NOT NULL, total_reward INTEGER NOT NULL,
+    achievements_count INTEGER NOT NULL, total_steps INTEGER NOT NULL, created_at DATETIME NOT NULL, reward_metadata TEXT);
+CREATE TABLE event_rewards (id INTEGER PRIMARY KEY AUTOINCREMENT, event_id INTEGER NOT NULL, session_id VARCHAR NOT NULL, message_id INTEGER,
+    turn_number INTEGER, reward_value FLOAT NOT NULL, reward_type VARCHAR, "key" VARCHAR, annotation TEXT, source VARCHAR,
+    created_at DATETIME NOT NULL);
+"""
+
+
+def synth(path, sessions=2, turns=3, size=64, states=True, by_metadata=True, text=False, change=lambda connection: None):
+    "A database as synth-ai writes it: gpt-4o-mini plays; turn 1 reaches collect_wood, the session's end knows of wake_up too."
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SYNTH)
+        for s in range(sessions):
+            session = f"run-{s}"
+            told = {"run_id": session, "env_name": "crafter", "policy_name": "crafter-react", "seed": 40 + s, "task_split": None,
+                    "official_score": 0.7, "judge_scores": {"quality": 0.25 + s}, "model": "gpt-4o-mini"}
+            connection.execute("INSERT INTO session_traces VALUES (?, ?, ?, ?, ?, ?, NULL, NULL)",
+                               (session, f"2025-10-2{s}T10:00:00", turns, 2 * turns, 3 * turns, json.dumps(told)))
+            connection.execute("INSERT INTO outcome_rewards VALUES (NULL, ?, 2, 2, ?, '2025-10-20', ?)",
+                               (session, 2 * turns, json.dumps({"final_achievements": ["collect_wood", "wake_up"]})))
+            for turn in range(turns):
+                synth_turn(connection, session, turn, size, states, by_metadata, text)
+        change(connection)
+        connection.commit()
+    return path
+
+
+def synth_turn(connection, session, turn, size, states, by_metadata, text):
+    step = connection.execute("INSERT INTO session_timesteps (session_id, step_id, step_index, turn_number) VALUES (?, ?, ?, ?)",
+                              (session, f"decision_{turn}", turn, turn)).lastrowid
+    where = json.dumps({"turn": turn, "step_id": f"decision_{turn}"} if by_metadata else {})
+    frame = np.random.default_rng([turn, len(session)]).integers(0, 255, (size, size, 3), dtype=np.uint8)
+    url = "data:image/png;base64," + base64.b64encode(traces.png(frame)).decode()
+    parts = [{"type": "text", "text": "=== CRAFTER GAME STATE ==="}] * text + [{"type": "image_url", "image_url": {"url": url}}]
+    done = [{"tool_name": "interact_many", "arguments": {"actions": ["move_right", "do"][: 1 + (turn != 2)]}}]
+    record = [{"output_tool_calls": [{"name": "interact_many", "arguments_json": '{"actions": ["move_right", "do"]}', "index": 0}],
+               "output_text": None}]
+    for kind, content in (("system", json.dumps({"role": "system", "text": "You play", "content": "You play Crafter."})),
+                          ("user", json.dumps({"role": "user", "text": "", "content": parts})), ("assistant", json.dumps(done))):
+        connection.execute("INSERT INTO messages (session_id, timestep_id, message_type, content, metadata) VALUES (?, ?, ?, ?, ?)",
+                           (session, step, kind, content, where))
+    connection.execute("INSERT INTO events (session_id, timestep_id, event_type, model_name, provider, input_tokens, output_tokens, "
+                       "cost_usd, latency_ms, call_records, metadata) VALUES (?, ?, 'cais', 'gpt-4o-mini', 'custom', 3800, 21, 0, 900, ?, ?)",
+                       (session, step, json.dumps(record), where))
+
+    def state(after):
+        reached = "collect_wood" if turn + after > 1 else "none"
+        return json.dumps({"text": f"=== CRAFTER GAME STATE ===\nStep: {2 * (turn + after)}/10000\nAchievements: {reached}\n"}) if states else None
+
+    event = connection.execute("INSERT INTO events (session_id, timestep_id, event_type, reward, terminated, truncated, system_state_before, "
+                               "system_state_after, metadata) VALUES (?, ?, 'environment', ?, 0, 0, ?, ?, ?)",
+                               (session, step, float(turn == 1), state(0), state(1), where)).lastrowid
+    if turn == 1:
+        connection.execute("INSERT INTO event_rewards (event_id, session_id, turn_number, reward_value, reward_type, annotation, created_at) "
+                           "VALUES (?, ?, 1, 1, 'unique_achievement_delta', ?, '2025')",
+                           (event, session, json.dumps({"achievements": ["collect_wood"]})))
+
+
+@pytest.mark.parametrize("shape", [{}, {"states": False}, {"by_metadata": False}, {"text": True}])
+def test_a_database_of_synth_ai_is_read_in(tmp_path, shape):
+    count = traces.import_synth(synth(tmp_path / "v3.db", **shape), tmp_path / "rollouts.db")
+    assert count == {"episodes": 2, "turns": 6, "known": 0, "skipped": {}}
+    (session, episode), _ = traces.read(tmp_path / "rollouts.db")
+    assert (episode.seed, episode.model, session["scores"]) == (40, "gpt-4o-mini", {"quality": 0.25, "official": 0.7})
+    assert [turn.unlocked for turn in episode.turns] == [[], ["collect_wood"], ["wake_up"]]  # the end knew of one more
+    assert [turn.reward for turn in episode.turns] == [0, 1, 0] and [turn.step for turn in episode.turns] == [0, 2, 4]
+    assert [turn.altered for turn in episode.turns] == [False, False, True]  # what was done in turn 2 is not what was sampled
+    assert episode.usage("prompt_tokens") == 11_400 and episode.usage("seconds") == pytest.approx(2.7) and not episode.usage("usd")
+    assert (traces.protocol_of(tmp_path / "rollouts.db").observe, bool(episode.turns[0].text)) == \
+        (("both", True) if shape.get("text") else ("image", False))
+    with contextlib.closing(sqlite3.connect(tmp_path / "rollouts.db")) as connection:
+        assert json.loads(connection.execute("SELECT provenance FROM sources").fetchone()[0])["system_prompt"] == "You play Crafter."
+
+
+def test_what_was_read_in_can_be_exported_in_another_form(tmp_path):
+    db = tmp_path / "rollouts.db"
+    traces.import_synth(synth(tmp_path / "v3.db"), db)
+    rows = list(export.read_rows(exported(db, form="plain", val_fraction=0).out / "train.jsonl"))
+    assert {row["messages"][2]["content"] for row in rows} == {"move_right, do"} and len(rows) == 6
+    assert exported(db, scored_by="quality", min_judge_score=1.0, val_fraction=0).numbers["episodes"] == 1
+
+
+def test_a_second_import_doubles_nothing(tmp_path):
+    path, db = synth(tmp_path / "v3.db"), tmp_path / "rollouts.db"
+    traces.import_synth(path, db)
+    before = traces.fingerprint(db)
+    assert traces.import_synth(path, db)["known"] == 2 and traces.fingerprint(db) == before
+
+
+def test_a_session_that_cannot_be_read_does_not_take_the_others_along(tmp_path):
+    def spoil(connection):
+        connection.execute("UPDATE session_traces SET metadata = 'null' WHERE session_id = 'run-0'")
+        connection.execute("UPDATE messages SET content = replace(content, 'base64,', 'base64,!') WHERE session_id = 'run-1'")
+        connection.execute("DELETE FROM messages WHERE session_id = 'run-2'")
+        connection.execute("UPDATE messages SET content = substr(content, 1, 40) || '…' WHERE session_id = 'run-3' AND message_type = 'assistant'")
+
+    count = traces.import_synth(synth(tmp_path / "v3.db", sessions=5, change=spoil), tmp_path / "rollouts.db")
+    assert count["episodes"] == 2 and sum(count["skipped"].values()) == 3 and "it names no seed" in count["skipped"]
+    cut = next(traces.load(tmp_path / "rollouts.db"))
+    assert cut.seed == 43 and cut.turns[0].decision.actions == ["move_right", "do"]  # the call's own record was whole
+
+
+def test_other_files_are_no_database_of_synth_ai(tmp_path, db):
+    whole = synth(tmp_path / "v3.db").read_bytes()
+    (tmp_path / "cut.db").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.db").write_text("no database " * 500)
+    for path, words in ((tmp_path / "cut.db", "damaged"), (tmp_path / "text.db", "not a trace store"), (tmp_path / "none.db", "no such file"),
+                        (db, "not a trace database of synth-ai v3")):
+        with pytest.raises(InputError, match=words) as error:
+            traces.import_synth(path, tmp_path / "rollouts.db")
+        one_line(error)
+
+
+def test_the_commands_merge_and_import(tmp_path, capsys):
+    from qwen_vl_kit.run import main
+    assert main(["import-synth", str(synth(tmp_path / "v3.db")), "--out", str(tmp_path / "a.db")]) == 0
+    assert main(["merge", str(tmp_path / "all.db"), str(tmp_path / "a.db")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/a.db: 2 episodes, 6 turns; 0 were there already, 0 left out", f"{tmp_path}/all.db: 2 episodes copied, 0 were there already"]
+    assert main(["merge", str(tmp_path / "all.db"), str(tmp_path / "none.db")]) == 2
+    assert capsys.readouterr().err == f"qvk: {tmp_path}/none.db: no such file; check the path, or run the stage that writes it\n"
 
 
 # ---- export

@@ -1,0 +1,406 @@
+"""Export: every rule drops what it should and keeps the rest, and what is written can be read by others."""
+
+import base64
+import contextlib
+import json
+import re
+import sqlite3
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from qwen_vl_kit import config as configs
+from qwen_vl_kit import export, traces
+from qwen_vl_kit.config import ExportConfig, Protocol
+from qwen_vl_kit.core import InputError, digest, read_json
+from qwen_vl_kit.episodes import Decision, Episode, Turn
+from qwen_vl_kit.models import decode_url
+from qwen_vl_kit.turns import parse, prompt_hash
+
+PROTOCOL = Protocol(prompt="brief", render_size=64)
+WALK = ["move_left", "do", "move_up", "do", "move_right", "noop"]
+
+
+def episode(seed, actions=WALK, unlocks=None, frames=None, model="a", invalid=(), reason="a tree", member=0, size=64):
+    "An episode of one action a turn; `unlocks` by turn, each worth 1; `frames` names the picture of each turn."
+    turns = []
+    for i, action in enumerate(actions):
+        frame = np.random.default_rng([seed if frames is None else 0, i if frames is None else ord(frames[i])])
+        unlocked = (unlocks or {}).get(i, [])
+        decision = Decision([action], reason, f"{reason} -> {action}", valid=i not in invalid)
+        turns.append(Turn(i, i, frame.integers(0, 255, (size, size, 3), dtype=np.uint8), "", decision, [action], [float(len(unlocked))], unlocked))
+    return Episode(seed, "s50", model, member, turns)
+
+
+def stored(path, *episodes, run="demo", protocol=PROTOCOL, scores=None):
+    with traces.Store(path) as store:
+        store.begin(run, protocol)
+        for one in episodes:
+            store.add(one, scores=(scores or {}).get(one.seed))
+    return path
+
+
+def exported(db, out=None, **settings):
+    stores = [str(path) for path in db] if isinstance(db, list) else str(db)
+    return export.run(ExportConfig(traces=stores, **settings), out or (db[0] if isinstance(db, list) else db).parent / "export")
+
+
+def rows(result, side="train"):
+    return list(export.read_rows(result.out / f"{side}.jsonl"))
+
+
+# ---- rules about episodes
+
+WOOD, SAPLING = ["collect_wood"], ["collect_sapling"]
+
+
+@pytest.fixture
+def four(tmp_path):
+    """Seed 1: a tree after 3 turns; 2: a tree and a sapling, by model b; 900003 (of the split val): nothing, turns to and fro on the same
+    two frames; 1000004 (test): does the same thing 8 times. Stored on the first four days of 2026; judged 0.1 to 0.4, but 1000004."""
+    db = stored(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={1: SAPLING, 5: WOOD}, model="b"),
+                episode(900_003, ["move_left", "move_right"] * 3, frames="ababab"), episode(1_000_004, ["do"] * 8, unlocks={0: SAPLING}),
+                scores={1: {"rubric": 0.1}, 2: {"rubric": 0.2, "gpt": 1.0}, 900_003: {"rubric": 0.3}})
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("UPDATE sessions SET created = unixepoch('2026-01-01T12:00') + 86400 * (id - 1)")
+        connection.commit()
+    return db
+
+
+@pytest.mark.parametrize("settings, kept", [
+    (dict(seeds="2,900003"), (2, 3)), (dict(splits=["train"]), (1, 2)), (dict(splits=["val", "test"]), (3, 4)), (dict(models=["b"]), (2,)),
+    (dict(since="2026-01-03"), (3, 4)), (dict(until="2026-01-02T12:00:00+00:00"), (1,)), (dict(since="2026-01-02T13:00:00+01:00"), (2, 3, 4)),
+    (dict(min_reward=1.0), (1, 2, 4)), (dict(max_reward=1.0), (1, 3, 4)), (dict(min_achievements=2), (2,)), (dict(max_achievements=1), (1, 3, 4)),
+    (dict(required_achievements=WOOD), (1, 2)), (dict(required_achievements=WOOD + SAPLING), (2,)), (dict(excluded_achievements=SAPLING), (1, 3)),
+    (dict(min_turns=7), (4,)), (dict(max_turns=6), (1, 2, 3)), (dict(min_steps=7), (4,)), (dict(max_steps=7), (1, 2, 3)),
+    (dict(scored_by="rubric", min_judge_score=0.2), (2, 3)), (dict(scored_by="rubric", max_judge_score=0.2), (1, 2)),
+    (dict(scored_by="gpt", min_judge_score=0.5), (2,)), (dict(max_repeated_actions=7), (1, 2, 3)), (dict(max_repeated_actions=8), (1, 2, 3, 4)),
+    (dict(drop_loops=True), (1, 2, 4)), (dict(min_unique_frames=3), (1, 2, 4)), (dict(best=0.5), (1, 2)), (dict(best=0.25), (2,)),
+    (dict(offset=1), (2, 3, 4)), (dict(limit=3), (1, 2, 3)), (dict(offset=1, limit=2), (2, 3)),
+    (dict(splits=["train"], best=0.5), (2,)),  # the best of what is left
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "".join(map(str, value)))
+def test_a_rule_drops_what_it_should_and_keeps_the_rest(four, settings, kept):
+    result = exported(four, val_fraction=0, **settings)
+    listed, stats = read_json(result.out / "kept.json"), read_json(result.out / "stats.json")
+    assert tuple(session["seed"] % 100 for session in listed) == kept
+    assert {row["metadata"]["seed"] % 100 for row in rows(result)} == set(kept)
+    assert set(stats["dropped_by"]) <= set(settings) and sum(stats["dropped_by"].values()) == 4 - len(kept) == stats["dropped_episodes"]
+    assert stats["episodes"] == len(kept) and stats["train_rows"] == sum(session["turns"] for session in listed)
+
+
+def test_a_rule_that_leaves_nothing_names_itself(four):
+    with pytest.raises(InputError, match="no episode is left: min_reward dropped 3, required_achievements dropped 1; loosen"):
+        exported(four, min_reward=1.5, required_achievements=["eat_cow"])
+    assert not (four.parent / "export").exists()
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(since="yesterday"), "key 'since': write a date as 2026-11-23"), (dict(best=0), "key 'best'"), (dict(limit=0), "key 'limit'"),
+    (dict(also=["csv"]), "key 'also.0'"), (dict(also=["parquet", "parquet"]), "names something twice"), (dict(form="json"), "key 'form'"),
+    (dict(min_rewards=1.0), "did you mean 'min_reward'?"), (dict(drop_loop=True), "did you mean 'drop_loops'?"),
+    (dict(seeds="5-2"), "run backwards"), (dict(traces=3), "key 'traces")])
+def test_settings_are_checked(settings, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        configs.validate("export", settings)
+
+
+# ---- rules about turns
+
+
+def turns_of(result):
+    return sorted((row["metadata"]["seed"], row["metadata"]["turn"]) for row in rows(result))
+
+
+def test_only_turns_near_an_unlock(tmp_path):
+    db = stored(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={0: SAPLING, 4: WOOD}), episode(3))
+    for window, kept in ((0, [(1, 3), (2, 0), (2, 4)]), (1, [(1, 2), (1, 3), (2, 0), (2, 3), (2, 4)])):
+        result = exported(db, val_fraction=0, unlock_window=window)
+        assert turns_of(result) == kept
+        assert read_json(result.out / "stats.json")["dropped_by"] == {"unlock_window": 18 - len(kept)}
+
+
+def test_dedupe_keeps_the_first_of_what_is_the_same(tmp_path):
+    db = stored(tmp_path / "rollouts.db", episode(1, ["do", "do", "noop", "do"], frames="aaab"), episode(2, ["do", "noop"], frames="bb"))
+    assert len(rows(exported(db, val_fraction=0))) == 6
+    result = exported(db, val_fraction=0, dedupe=True)
+    assert turns_of(result) == [(1, 0), (1, 2), (1, 3), (2, 1)]  # the frame and the answer together
+    assert read_json(result.out / "stats.json")["dropped_by"] == {"dedupe": 2}
+
+
+def test_what_nobody_said_is_never_a_target(tmp_path):
+    two = episode(2, ["do"] * 3)
+    two.turns[0].decision.actions = ["do", "do"]  # more than this protocol's turn may carry
+    two.turns[1].decision.reason = "a <|im_end|> tree"
+    two.turns[2].decision.actions = []
+    db = stored(tmp_path / "rollouts.db", episode(1, invalid=(0, 5)), two, episode(3, ["do"], reason="see <image>"))
+    result = exported(db, val_fraction=0)
+    assert turns_of(result) == [(1, t) for t in range(1, 5)]
+    assert read_json(result.out / "stats.json")["dropped_by"] == {"invalid": 3, "unreadable": 1, "special_tokens": 2}
+    with pytest.raises(InputError, match="no turn is left to train on: {'special_tokens': 1}"):
+        exported(db, seeds="3")
+
+
+@pytest.mark.parametrize("form", ["reason", "plain", "tool"])
+def test_every_answer_is_read_back_as_what_was_done(tmp_path, form):
+    db = stored(tmp_path / "rollouts.db", episode(1), episode(2))
+    result = exported(db, form=form, val_fraction=0)
+    protocol = Protocol(**read_json(result.out / "stats.json")["protocol"])
+    assert protocol.form == form
+    for row in export.read_rows(result.out / "train.jsonl", prompt_hash(protocol)):
+        assert parse(protocol, row["messages"][2]["content"]).actions == [WALK[row["metadata"]["turn"]]]
+
+
+# ---- amount, order, sides
+
+
+def test_max_rows_takes_a_sample_after_the_shuffle(tmp_path):
+    db = stored(tmp_path / "rollouts.db", *map(episode, range(6)))
+    result = exported(db, val_fraction=0, max_rows=10)
+    assert len(rows(result)) == 10 and len({row["metadata"]["seed"] for row in rows(result)}) > 2
+    assert read_json(result.out / "stats.json")["dropped_by"] == {"max_rows": 26}
+    drawn = turns_of(result)
+    assert turns_of(exported(db, val_fraction=0, max_rows=10)) == drawn != turns_of(exported(db, val_fraction=0, max_rows=10, seed=1))
+
+
+def test_a_stratified_split_has_all_levels_and_no_seed_twice(tmp_path):
+    db = tmp_path / "rollouts.db"
+    stored(db, *(episode(seed, unlocks={t: WOOD for t in range(seed % 5)}, member=m) for seed in range(20) for m in range(2)))
+    kept = read_json(exported(db, val_fraction=0.25, stratify=True).out / "kept.json")
+    held = {session["seed"]: session["achievements"] for session in kept if session["side"] == "val"}
+    assert sorted(held.values()) == [0, 1, 2, 3, 4]
+    assert not set(held) & {session["seed"] for session in kept if session["side"] == "train"}
+
+
+def test_the_same_traces_give_the_same_bytes_whatever_the_order_of_storing(tmp_path):
+    made = [episode(seed, unlocks={2: WOOD}) for seed in range(4)]
+    one, two = stored(tmp_path / "1" / "rollouts.db", *made), stored(tmp_path / "2" / "rollouts.db", *made[::-1])
+    for settings in ({}, {"stratify": True, "best": 0.5}):
+        outs = [exported(db, **settings).out for db in (one, two)]
+        for name in ("train.jsonl", "val.jsonl", "stats.json", "kept.json"):
+            assert digest(outs[0] / name) == digest(outs[1] / name)
+
+
+def test_several_stores_are_read_as_one(tmp_path):
+    parts = [stored(tmp_path / f"{name}.db", *map(episode, seeds)) for name, seeds in (("a", (1, 2)), ("b", (3, 4)))]
+    whole = tmp_path / "whole.db"
+    traces.merge(whole, *parts)
+    several = exported(parts, tmp_path / "several", val_fraction=0)
+    assert (several.out / "train.jsonl").read_bytes() == (exported(whole, tmp_path / "one", val_fraction=0).out / "train.jsonl").read_bytes()
+    assert {name: path.name for name, path in several.inputs.items()} == {"traces": "a.db", "traces_1": "b.db"}
+    result = exported([*parts, whole], tmp_path / "twice", val_fraction=0)  # what is in two of them counts once
+    assert read_json(result.out / "stats.json")["dropped_by"] == {"known": 4}
+
+
+def test_episodes_of_two_prompts_are_refused_unless_their_forms_are_made_one(tmp_path):
+    a = stored(tmp_path / "a.db", episode(1), protocol=Protocol(prompt="brief", render_size=64, form="tool"))
+    b = stored(tmp_path / "b.db", episode(2))
+    c = stored(tmp_path / "c.db", episode(3), protocol=Protocol(prompt="brief", render_size=64, history=0))
+    with pytest.raises(InputError, match="episodes of 2 prompts"):
+        exported([a, b])
+    assert exported([a, b], form="reason").numbers["episodes"] == 2
+    with pytest.raises(InputError, match="episodes of 2 prompts"):
+        exported([a, c], form="reason")
+
+
+# ---- what others read
+
+
+def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+    result = exported(stored(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))), also=["parquet"])
+    loaded = datasets.load_dataset("parquet", data_files={side: str(result.out / f"{side}.parquet") for side in ("train", "val")},
+                                   cache_dir=str(tmp_path / "cache"))
+    lines = {side: rows(result, side) for side in ("train", "val")}
+    assert {side: len(part) for side, part in loaded.items()} == {side: len(found) for side, found in lines.items()}
+    assert loaded["train"].features["images"] == datasets.List(datasets.Image())
+    plain = loaded["train"].cast_column("images", datasets.List(datasets.Image(decode=False)))
+    for raw, row, line in zip(plain, loaded["train"], lines["train"]):
+        frame = decode_url(line["messages"][1]["content"][0]["image_url"]["url"])
+        assert isinstance(raw["images"][0]["bytes"], bytes)  # not decoded until it is asked for
+        assert (np.array(row["images"][0].convert("RGB")) == frame).all()
+        assert row["metadata"] == line["metadata"]
+        assert [part["type"] for part in row["messages"][1]["content"]] == ["image", "text"]
+        assert row["messages"][2]["content"][0]["text"] == line["messages"][2]["content"]
+    assert (result.out / "train.parquet").stat().st_size < (result.out / "train.jsonl").stat().st_size * 0.8
+
+
+def test_sharegpt_is_what_llama_factory_documents(tmp_path):
+    # hiyouga/LLaMA-Factory, data/README.md: "Multimodal Image Dataset" (the number of images equals the <image> tokens, images are paths
+    # in the dataset's folder) and "OpenAI Format" (the tags); a .jsonl is one of its file types
+    result = exported(stored(tmp_path / "rollouts.db", *map(episode, range(5)), protocol=Protocol(prompt="brief", render_size=64, frames=2)),
+                      also=["sharegpt"])
+    folder = result.out / "sharegpt"
+    told = read_json(folder / "dataset_info.json")
+    assert sorted(told) == ["qwen_vl_kit_train", "qwen_vl_kit_val"]
+    for entry in told.values():
+        assert entry["formatting"] == "sharegpt" and entry["columns"] == {"messages": "messages", "images": "images"}
+        side = entry["file_name"].removesuffix(".jsonl")
+        lines = [json.loads(line) for line in open(folder / entry["file_name"])]
+        assert len(lines) == result.numbers[f"{side}_rows"]
+        for line, row in zip(lines, rows(result, side)):
+            roles = [message[entry["tags"]["role_tag"]] for message in line["messages"]]
+            assert roles == [entry["tags"][f"{role}_tag"] for role in ("system", "user", "assistant")]
+            texts = [message[entry["tags"]["content_tag"]] for message in line["messages"]]
+            assert all(isinstance(text, str) for text in texts) and sum(text.count("<image>") for text in texts) == len(line["images"])
+            urls = [part["image_url"]["url"] for part in row["messages"][1]["content"] if part["type"] == "image_url"]
+            assert [(folder / path).read_bytes() for path in line["images"]] == [base64.b64decode(url.partition(",")[2]) for url in urls]
+    assert len(list((folder / "images").iterdir())) == 30  # each once
+    export.run(ExportConfig(traces=str(tmp_path / "rollouts.db")), result.out)
+    assert not folder.exists()  # what is no longer asked for is not left from before
+
+
+def test_image_tokens_are_those_of_the_processor_and_every_row_survives_it(tmp_path):
+    from qwen_vl_kit import models
+    processor = models.make_processor(models.tiny_tokenizer())
+    for size in (64, 288):
+        db = stored(tmp_path / str(size) / "rollouts.db", episode(1, size=size), protocol=Protocol(render_size=size, frames=2))
+        result = exported(db, val_fraction=0)
+        tokens = read_json(result.out / "stats.json")["qwen3_vl_image_tokens"]
+        for row in rows(result):
+            sample = models.encode(processor, row["messages"])
+            assert sample.input_ids.count(processor.image_token_id) == tokens * len(sample.frames) > 0
+            assert sum(label != -100 for label in sample.labels) > 2
+
+
+# ---- the seed's TOMLs
+
+VISION = """
+[filter]
+input_db = "{db}"
+output_dir = "{out}"
+min_steps_per_episode = 5
+min_achievements_per_episode = 0
+max_steps_per_episode = 50
+detect_loops = true
+max_repeated_actions = 5
+min_unique_states = 3
+filter_errors = true
+filter_timeouts = true
+export_format = "sft_jsonl"
+include_images = true
+include_metadata = true
+
+[sft]
+max_sequence_length = 2048
+deduplicate = true
+shuffle = true
+require_valid_tool_calls = true
+filter_empty_responses = true
+
+[split]
+enabled = true
+val_fraction = 0.1
+random_seed = 42
+stratify_by = "achievements"
+train_file = "train.jsonl"
+val_file = "val.jsonl"
+
+[output]
+save_stats = true
+stats_file = "filter_stats.json"
+save_filtered_episode_ids = true
+"""
+
+
+def test_the_seeds_own_filter_for_vision_does_all_that_it_says(four, tmp_path):
+    path = tmp_path / "filter_vision_sft.toml"
+    path.write_text(VISION.format(db=four, out=tmp_path / "sft"))
+    loaded = configs.load(path, "export")
+    assert (loaded.min_turns, loaded.max_turns, loaded.drop_loops, loaded.max_repeated_actions, loaded.min_unique_frames) == (5, 50, True, 5, 3)
+    assert (loaded.dedupe, loaded.stratify, loaded.val_fraction, loaded.seed) == (True, True, 0.1, 42)
+    assert any("max_sequence_length: a row is never cut" in line for line in loaded.notices)
+    from qwen_vl_kit import run
+    assert run.seed_out("export", path, loaded) == tmp_path / "sft"
+    result = export.run(loaded, tmp_path / "sft")
+    assert [session["seed"] for session in read_json(result.out / "kept.json")] == [1, 2]
+    assert read_json(result.out / "stats.json")["dropped_by"] == {"drop_loops": 1, "max_repeated_actions": 1}
+
+
+@pytest.mark.parametrize("line, field, value", [
+    ("limit = 100", "max_rows", 100), ("offset = 3", "offset", 3), ("shuffle = false", "shuffle", False), ("shuffle_seed = 7", "seed", 7),
+    ("min_official_score = 0.5", "min_reward", 0.5), ("max_official_score = 2.0", "max_reward", 2.0), ('splits = ["train"]', "splits", ["train"]),
+    ('models = ["gpt-4o-mini"]', "models", ["gpt-4o-mini"]), ("min_judge_scores = {quality = 0.5}", "min_judge_score", 0.5),
+    ("min_judge_scores = {quality = 0.5}", "scored_by", "quality"), ("max_judge_scores = {quality = 0.9}", "max_judge_score", 0.9),
+    ('min_created_at = "2025-10-01"', "since", "2025-10-01"), ("max_created_at = 2025-10-01T06:00:00Z", "until", "2025-10-01T06:00:00+00:00"),
+    ('input_dbs = "a.db, b.db"', "traces", ["a.db", "b.db"]), ('db = ["a.db", "b.db"]', "traces", ["a.db", "b.db"]),
+    ('require_achievements = ["eat_cow"]', "required_achievements", ["eat_cow"]), ("unlock_window = 3", "unlock_window", 3),
+    ("best = 0.5", "best", 0.5), ('also = ["parquet"]', "also", ["parquet"]), ("max_turns = 50", "max_turns", 50)])
+def test_a_key_of_the_seeds_filter_acts(tmp_path, line, field, value):
+    (tmp_path / "filter.toml").write_text(f"[filter]\n{line}\n")
+    assert getattr(configs.load(tmp_path / "filter.toml", "export"), field) == value
+
+
+@pytest.mark.parametrize("line, says", [
+    ("min_rewrd = 1", "unknown key 'filter.min_rewrd' for export; did you mean 'filter.min_reward'?"),
+    ('min_official_score = "abc"', "key 'filter.min_official_score': input should be a valid number"),
+    ("min_official_score = nan", "key 'filter.min_official_score'"),
+    ("filter_errors = false", "key 'filter.filter_errors': false is not to be had"),
+    ("min_judge_scores = {a = 0.5, b = 0.5}", "is not one judge and its score"),
+    ('min_created_at = "soon"', "key 'filter.min_created_at': write a date")])
+def test_a_bad_key_of_the_seeds_filter_is_told(tmp_path, line, says):
+    (tmp_path / "filter.toml").write_text(f"[filter]\n{line}\n")
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        configs.load(tmp_path / "filter.toml", "export")
+    assert str(error.value).startswith(str(tmp_path / "filter.toml")) and "\n" not in str(error.value)
+
+
+# ---- bad rows, full disks
+
+
+def png(width, height, data=b""):
+    def part(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + part(b"IDAT", data) + part(b"IEND", b"")
+
+
+def url_of(blob):
+    return "data:image/png;base64," + base64.b64encode(blob).decode()
+
+
+@pytest.mark.parametrize("image, says", [
+    ("", "the image is not a PNG data URL"), (None, "the image is not a PNG data URL"), (7, "the image is not a PNG data URL"),
+    (["data:image/png;base64,"], "the image is not a PNG data URL"), ("https://example.com/a.png", "the image is not a PNG data URL"),
+    ("data:image/png;base64,", "not a PNG image"), ("data:image/png;base64,!!!!", "not"), (url_of(b"\xff\xd8\xff\xe0 a JPEG" * 9), "not a PNG image"),
+    (url_of(png(64, 64)[:40]), "not a PNG image"), (url_of(png(64, 64, b"no zlib")), "not a PNG image"),
+    (url_of(png(30_000, 30_000, zlib.compress(bytes(1000)))), "an image of 30000x30000 pixels"),
+    (url_of(png(0, 64)), "an image of 0x64 pixels"),
+], ids=str)
+def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
+    path = exported(stored(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
+    lines = [json.loads(line) for line in open(path)]
+    lines[2]["messages"][1]["content"][0]["image_url"]["url"] = image
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError) as error:
+        list(export.read_rows(path))
+    assert str(error.value).startswith(f"{path}:3: {says}") and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("blob, says", [(b"", "not a PNG image"), ("text", "not a PNG image"), (b"GIF89a" * 99, "not a PNG image"),
+                                        (png(50_000, 50_000), "an image of 50000x50000 pixels"), (png(64, 64, b"?"), "not a PNG image")])
+def test_a_bad_image_in_a_store_is_told(tmp_path, blob, says):
+    db = stored(tmp_path / "rollouts.db", episode(1), episode(2))
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("UPDATE frames SET png = ? WHERE hash = (SELECT frame FROM turns WHERE session = 2 AND turn = 0)", (blob,))
+        connection.commit()
+    with pytest.raises(InputError, match=says) as error:
+        exported(db)
+    assert str(error.value).startswith(f"{db}: frame ") and not list((tmp_path / "export").glob("*"))
+    assert exported(db, seeds="1").numbers["episodes"] == 1  # the rest of the data is as good as ever
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    db = stored(tmp_path / "rollouts.db", episode(1))
+    before = exported(db, val_fraction=0).out / "train.jsonl"
+    whole = before.read_bytes()
+
+    def full(row):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "dumps", full)
+    with pytest.raises(InputError, match=r"export: cannot be written \(No space left on device\); free some space"):
+        exported(db, val_fraction=0, also=["parquet", "sharegpt"])
+    assert before.read_bytes() == whole and not [path for path in before.parent.iterdir() if path.name.startswith(".")]
+    assert not (before.parent / "sharegpt").exists()
