@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BOOK', 'IMAGE_TOKENS', 'SEED_GPUS', 'PEAK_H200', 'DECODE_STEP', 'FRONT_END', 'LANGUAGE', 'HEAD', 'VISION', 'Price',
-           'prices', 'price', 'gpu_cost', 'seed_equivalent', 'OverBudget', 'Budget', 'Ledger', 'image_tokens',
+           'prices', 'price', 'gpu_cost', 'seed_equivalent', 'Budget', 'Ledger', 'image_bound', 'Meter', 'image_tokens',
            'turn_tokens', 'training_flops', 'estimate']
 
-# %% ../nbs/11_costs.ipynb #abcbd405
+# %% ../nbs/11_costs.ipynb #0139fdfb
 import configparser
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from .config import CollectConfig, Protocol, Stage, horizon
-from .core import InputError, nearest, parse_seeds, read_json, resolve, root, write_json
+from .core import InputError, OverBudget, dumps, nearest, parse_seeds, read_json, read_jsonl, resolve, root, write_json
 from .turns import system
 
 # %% ../nbs/11_costs.ipynb #356aa41e
@@ -115,11 +116,7 @@ def seed_equivalent(stage: str, seconds: float) -> dict:
     words = f"rent of {gpus} H200 for the same {seconds:,.0f} s, at $3.50 a GPU-hour" if gpus else "the seed document rents no GPU here"
     return {"gpus": gpus, "usd": float(usd), "words": words}
 
-# %% ../nbs/11_costs.ipynb #d1c8ff10
-class OverBudget(RuntimeError):
-    "The next expense would pass the cap; nothing of it was spent."
-
-
+# %% ../nbs/11_costs.ipynb #46114752
 class Budget:
     "A cap in US dollars (None: no cap) and what has been spent under it."
 
@@ -139,7 +136,7 @@ class Budget:
         self.check(usd)
         self.spent += Decimal(str(usd))
 
-# %% ../nbs/11_costs.ipynb #50639aea
+# %% ../nbs/11_costs.ipynb #530c6764
 class Ledger:
     "What was used and what it cost, row by row; with a `cap` (US dollars), a row that would pass it is refused."
 
@@ -159,7 +156,7 @@ class Ledger:
         usd = entry(quantity)
         self.budget.spend(usd)
         self.rows.append({"stage": stage, "item": item, "quantity": quantity, "unit": entry.unit, "price": f"{entry.usd}",
-                          "per": entry.per, "usd": f"{usd}", "source": entry.source, "date": entry.date})
+                          "per": entry.per, "usd": f"{usd:f}", "source": entry.source, "date": entry.date})
         return usd
 
     def extend(self, stage: str, usage: list[dict]) -> Decimal:
@@ -192,7 +189,155 @@ class Ledger:
             raise InputError("not a ledger", path, "give the file that a stage wrote") from None
         return ledger
 
-# %% ../nbs/11_costs.ipynb #8d46e316
+# %% ../nbs/11_costs.ipynb #f05f7cb3
+def image_bound(model: str, detail: str, render_size: int) -> int:
+    "The most tokens that one square image can be billed as, before the endpoint has said so itself."
+    rates = IMAGE_TOKENS.get(model, IMAGE_TOKENS["gpt-4o-mini"])  # of those on record, the dearest
+    tiles = math.ceil(min(render_size, 768) / 512) ** 2
+    return rates["low"] + (0 if detail == "low" else rates["tile"] * tiles)
+
+
+class Meter:
+    """Calls of models: set aside before they are sent, counted when they come back, refused when they would pass a cap.
+
+    Parameters
+    ----------
+    budget_usd, budget_calls
+        caps, 0 for none. Every request that is sent is a call, whatever becomes of it
+    image
+        the most tokens of one image, until the first answer says what a prompt with one really counts
+    journal
+        a JSON lines file of all calls. What it holds already counts; it is written to from `begin` on
+    """
+
+    def __init__(self, budget_usd: float = 0.0, budget_calls: int = 0, image: int = 0, journal: Path | None = None, book: dict | None = None):
+        self.cap, self.cap_calls, self.image = Decimal(str(budget_usd)), budget_calls, image
+        self.book = prices() if book is None else book
+        self.calls, self.failed, self.repeated = 0, 0, 0  # requests sent; of these not answered, and asked again for want of an action
+        self.usd, self.reserved, self.aside = Decimal(0), Decimal(0), Decimal(0)  # aside: for the latest call
+        self.doubtful = Decimal(0)  # what calls without a known end may have cost
+        self.tokens: dict[str, list[int]] = {}  # model -> [prompt, completion]
+        self._flying, self._file, self._unwritten, self._factor = {}, None, [], 1.0
+        self._path = journal
+        if journal is not None and journal.is_file():
+            self._recall(journal)
+
+    @property
+    def flying(self) -> int:
+        "How many calls have been sent and not come back."
+        return len(self._flying)
+
+    def cost(self, model: str, prompt: int, completion: int) -> Decimal | None:
+        "US dollars of so many tokens, exactly; None when the price book does not know the model."
+        if f"{model}/input" not in self.book or f"{model}/output" not in self.book:
+            return None
+        return self.book[f"{model}/input"](prompt) + self.book[f"{model}/output"](completion)
+
+    def _worst(self, images: int, characters: int, completion: int) -> list[int]:
+        "The most tokens in and out: text is 4 characters a token in English, and is taken as 2."
+        return [math.ceil((images * self.image + characters / 2) * self._factor), completion]
+
+    def room(self) -> tuple[Decimal, float]:
+        "US dollars and calls that are left, if what is in flight were for nothing."
+        return (self.cap - self.usd - self.doubtful if self.cap else Decimal("inf"),
+                self.cap_calls - self.calls + self.flying if self.cap_calls else math.inf)
+
+    def fits(self, model: str, images: int, characters: int, completion: int) -> bool:
+        "Whether a call can be paid at its worst, next to all that are in flight at theirs."
+        usd, calls = self.room()
+        return self.reserved + (self.cost(model, *self._worst(images, characters, completion)) or 0) <= usd and self.flying < calls
+
+    def refuse(self) -> None:
+        "Raise `OverBudget`, with what was spent."
+        doubt = f" and up to ${self.doubtful:.6f} for calls that never came back" if self.doubtful else ""
+        caps = [f"${self.cap}"] * bool(self.cap) + [f"{self.cap_calls} calls"] * bool(self.cap_calls)
+        raise OverBudget(f"the budget of {' and '.join(caps)} would be passed: {self.calls} calls, ${self.usd:.6f} spent{doubt}")
+
+    def send(self, model: str, images: int, characters: int, completion: int, key: tuple = (), again: int = 0) -> int:
+        "Set a call aside; its number. Raises `OverBudget` when it would pass a cap, `InputError` for a cap in dollars on an unknown price."
+        if self.cap:
+            price(f"{model}/input", self.book), price(f"{model}/output", self.book)
+        if not self.fits(model, images, characters, completion):
+            self.refuse()
+        worst = self._worst(images, characters, completion)
+        usd = self.cost(model, *worst) or Decimal(0)
+        self.calls, self.repeated = self.calls + 1, self.repeated + (again > 0)
+        self.aside, self.reserved = usd, self.reserved + usd
+        self._flying[self.calls] = model, worst, usd, images
+        self._write({"call": self.calls, "model": model, "worst": worst, "key": list(key), "again": again})
+        return self.calls
+
+    def settle(self, call: int, counts: dict | None, billed: bool = True) -> Decimal | None:
+        """Put a call's token counts in the place of what was set aside; its cost, None if unknown.
+
+        `counts` is None for a call that was not answered; it may have been `billed` all the same, or cost nothing.
+        """
+        model, worst, usd, images = self._flying.pop(call)
+        self.reserved -= usd
+        if not counts:  # not answered, or without a word on tokens
+            self.failed, self.doubtful = self.failed + (counts is None), self.doubtful + (usd if billed else 0)
+            self._write({"call": call, "billed": billed, "answered": counts is not None})
+            return None
+        self._factor *= max(1.0, counts["prompt_tokens"] / max(worst[0], 1))
+        if images:  # no image can have more tokens than all of the prompt
+            self.image = min(self.image, math.ceil(counts["prompt_tokens"] / images))
+        self._count(model, counts)
+        self._write({"call": call, **counts})
+        return self.cost(model, counts["prompt_tokens"], counts["completion_tokens"])
+
+    def _count(self, model: str, counts: dict) -> None:
+        tokens = self.tokens.setdefault(model, [0, 0])
+        tokens[0], tokens[1] = tokens[0] + counts["prompt_tokens"], tokens[1] + counts["completion_tokens"]
+        self.usd += self.cost(model, counts["prompt_tokens"], counts["completion_tokens"]) or 0
+
+    def usage(self) -> list[dict]:
+        "All metered tokens as rows of a `Result.usage`."
+        return [{"item": model, "quantity": count, "unit": unit} for model, counts in self.tokens.items()
+                for count, unit in zip(counts, ("prompt_tokens", "completion_tokens"))]
+
+    def numbers(self) -> dict:
+        "Headline figures: requests, those not answered, those that asked again, US dollars (None when a model has no price)."
+        priced = all(self.cost(model, 0, 0) is not None for model in self.tokens)
+        return {"calls": self.calls, "failed_calls": self.failed, "asked_again": self.repeated, "usd": float(self.usd) if priced else None,
+                "usd_in_doubt": float(self.doubtful)}
+
+    def begin(self) -> None:
+        "Write the journal from now on, with what has not been written yet."
+        if self._path is not None and self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8")
+            self._file.writelines(self._unwritten)
+
+    def _write(self, row: dict) -> None:
+        line = dumps(row) + "\n"
+        self._unwritten.append(line) if self._file is None else self._file.write(line)
+
+    def close(self) -> None:
+        "Close the journal."
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _recall(self, journal: Path) -> None:
+        "Count what a journal holds. A line that a kill cut short is taken off; a call without an end is doubtful."
+        whole = journal.read_bytes()
+        if not whole.endswith(b"\n"):
+            os.truncate(journal, whole.rfind(b"\n") + 1)
+        for row in read_jsonl(journal):
+            if "model" in row:
+                self.calls, self.repeated = max(self.calls, row["call"]), self.repeated + (row["again"] > 0)
+                self._flying[row["call"]] = row["model"], self.cost(row["model"], *row["worst"]) or Decimal(0)
+                continue
+            model, usd = self._flying.pop(row["call"])
+            if "prompt_tokens" in row:
+                self._count(model, row)
+            else:
+                self.failed, self.doubtful = self.failed + (not row["answered"]), self.doubtful + (usd if row["billed"] else 0)
+        self.failed += len(self._flying)
+        self.doubtful += sum((usd for _, usd in self._flying.values()), Decimal(0))
+        self._flying.clear()
+
+# %% ../nbs/11_costs.ipynb #bd3e8802
 PEAK_H200 = 989e12        # dense bf16 FLOP/s of an H200 (NVIDIA's data sheet: 1,979 with sparsity)
 DECODE_STEP = 1.24e-3     # seconds for one token of 64 sequences: all weights of the 2B read once (a roofline, not a measurement)
 FRONT_END = 200           # images a second that one vLLM front end prepares
@@ -220,7 +365,7 @@ def training_flops(tokens: dict, variety: str = "lora", checkpointing: bool = Fa
     language = (tokens["prompt"] + tokens["completion"]) * LANGUAGE + tokens["completion"] * HEAD
     return passes * language + (passes if variety == "full" else 1) * tokens["image"] * VISION
 
-# %% ../nbs/11_costs.ipynb #06ddc4f3
+# %% ../nbs/11_costs.ipynb #da220972
 def _generation(turns: int, tokens: dict, at_once: int, images: int, mfu: float) -> tuple[float, float]:
     "FLOP and GPU seconds for `turns` replies, `at_once` at a time."
     reading = turns * (tokens["prompt"] * LANGUAGE + tokens["image"] * VISION)
@@ -256,7 +401,7 @@ def _work(stage: str, config: Stage, protocol: Protocol, rows: int, tokens: dict
         flops, seconds = flops + turns * each, seconds + turns * each / (PEAK_H200 * mfu)
     return turns, flops, seconds
 
-# %% ../nbs/11_costs.ipynb #57309de0
+# %% ../nbs/11_costs.ipynb #741570c8
 def _size(model: str) -> float:
     "How many times the 2B a model is, from the number before the B in its name; 0 for `tiny`, which needs no GPU."
     sizes = re.findall(r"(\d+(?:\.\d+)?)B(?![a-z])", model)
@@ -289,8 +434,8 @@ def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: 
     turns, flops, seconds = _work(stage, config, protocol, rows, tokens, mfu)
     total = turns * (tokens["prompt"] + completion)
     if stage == "collect" and f"{config.model}/input" in book:  # a teacher behind an API is paid by the token
-        image = IMAGE_TOKENS.get(config.model, {}).get("low", tokens["image"])
-        prompt = turns * (tokens["prompt"] - tokens["image"] + image * (tokens["image"] > 0))
+        image = image_bound(config.model, config.detail, config.render_size) if config.model in IMAGE_TOKENS else image_tokens(config.render_size)
+        prompt = turns * (tokens["prompt"] - tokens["image"] + image * config.frames * (config.observe != "text"))
         usd = book[f"{config.model}/input"](prompt) + book[f"{config.model}/output"](turns * completion)
         return zero | {"turns": turns, "tokens": prompt + turns * completion, "usd": float(usd), "assumed": {"completion": completion}}
     rate = float(price("h200", book).usd) if usd_per_hour is None else usd_per_hour

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'ASIDE', 'PASSING', 'made_files', 'outputs', 'folder_hash', 'content_hash', 'machine', 'config_hash', 'priced',
-           'write', 'changes', 'owner', 'verify']
+           'bill', 'write', 'changes', 'owner', 'verify']
 
 # %% ../nbs/20_manifest.ipynb #9aaa4a44
 import os
@@ -58,15 +58,15 @@ def machine() -> dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch and torch.cuda.is_available() else []
     return {"cpus": os.cpu_count(), "gpus": gpus}
 
-# %% ../nbs/20_manifest.ipynb #1778425b
+# %% ../nbs/20_manifest.ipynb #c60f5977
 def _short(path: Path, run: Path) -> str:
     "A path as the manifest tells it: relative inside the run's folder, so that a run can be moved."
     return path.relative_to(run).as_posix() if path.is_relative_to(run) else str(path)
 
 
 def config_hash(config: Stage) -> str:
-    "sha256 over every resolved value of a stage's settings."
-    return digest([type(config).__name__, config.model_dump(mode="json")])
+    "sha256 over every resolved value of a stage's settings, but for those that say only how long it may take and what it may cost."
+    return digest([type(config).__name__, config.model_dump(mode="json", exclude=set(config.patience))])
 
 
 def priced(result: Result) -> tuple[list[dict], list[dict]]:
@@ -78,6 +78,13 @@ def priced(result: Result) -> tuple[list[dict], list[dict]]:
         except InputError:  # the work is done: a missing price must not lose its manifest
             unpriced.append(row)
     return ledger.rows, unpriced
+
+
+def bill(result: Result):
+    "What a stage used, at whose price, and what that is, as a DataFrame; what has no price has no sum."
+    import pandas as pd
+    rows, unpriced = priced(result)
+    return pd.DataFrame(rows + unpriced, columns=["item", "quantity", "unit", "price", "per", "usd", "source", "date"])
 
 
 def write(out: str | Path, result: Result, config: Stage, ledger: Iterable[dict] | None = None) -> Path:
