@@ -3,115 +3,181 @@ import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
-import crafter
 import numpy as np
 import pytest
 
+from qwen_vl_kit import env
 from qwen_vl_kit.core import InputError
-from qwen_vl_kit.env import ACTIONS, GRAIN, World, decode_png, night_noise, png
+from qwen_vl_kit.env import ACTIONS, World, decode_png, gym_world, png
+from qwen_vl_kit.perf import Differs, Pair, ReproducibleStock, main, play_both
 
 EPISODE = """
 import hashlib, sys
 import numpy as np
 from qwen_vl_kit.env import World
-world, digest = World(size=54, length=230), hashlib.sha256()
-digest.update(world.reset(10).frame.tobytes())
-actions = np.random.RandomState(10).randint(0, 17, 320).tolist()
-while not world.done:
-    step = world.step(actions.pop())
-    digest.update(step.observation.frame.tobytes() + f"{step.reward} {step.info} {step.unlocked} {step.observation.text}".encode())
-print(step.observation.step, digest.hexdigest(), hashlib.sha256(world.snapshot()).hexdigest())
+
+def episode(seed, others=()):
+    world, digest = World(size=54, length=230), hashlib.sha256()
+    digest.update(world.reset(seed).frame.tobytes())
+    actions = np.random.RandomState(seed).randint(0, 17, 320).tolist()
+    while not world.done:
+        for other in others:
+            if other.done:
+                other.reset(other.seed + 1)
+            other.step(actions[0]).observation.frame
+        step = world.step(actions.pop())
+        digest.update(step.observation.frame.tobytes() + f"{step.reward} {step.info} {step.unlocked} {step.observation.text}".encode())
+    return f"{step.observation.step} {digest.hexdigest()} {hashlib.sha256(world.snapshot()).hexdigest()}"
 """
+ALONE = EPISODE + "print(episode(10))"
+LITTERED = """
+junk = [bytearray(n % 977) for n in range(200_000)]
+del junk[::3]
+import random, json, qwen_vl_kit.perf
+junk += [object() for _ in range(50_000)]
+""" + ALONE
+AMONG_OTHERS = EPISODE + """
+others = [World(size) for size in (18, 99)] + [World(27, area=(20, 40))]
+for seed, other in enumerate(others):
+    other.reset(seed)
+episode(3)
+print(episode(10, others))
+"""
+PLACES = {"hash seed 0": (ALONE, {"PYTHONHASHSEED": "0"}), "hash seed 4242": (ALONE, {"PYTHONHASHSEED": "4242"}),
+          "another allocator": (ALONE, {"PYTHONHASHSEED": "1", "PYTHONMALLOC": "malloc"}),
+          "littered memory, other imports": (LITTERED, {"PYTHONHASHSEED": "2"}),
+          "among other worlds": (AMONG_OTHERS, {"PYTHONHASHSEED": "3", "PYTHONMALLOC": "malloc"}),
+          "without numba": (ALONE, {"QVK_NUMBA": "0", "PYTHONHASHSEED": "5"})}
 
 
 def test_an_episode_is_the_same_in_every_process():
-    "Hash seeds and addresses differ between processes; frames, rewards and the final state must not."
-    told = [subprocess.Popen([sys.executable, "-c", EPISODE], env={**os.environ, "PYTHONHASHSEED": salt}, stdout=subprocess.PIPE, text=True)
-            for salt in ("0", "1", "4242")]
-    told = [process.communicate()[0].split() for process in told]
-    assert len(told[0]) == 3 and int(told[0][0]) > 200  # well into the night
-    assert told[0] == told[1] == told[2]
+    "Hash seeds, addresses, allocators and neighbours differ; frames, rewards and the final state must not."
+    told = {}
+    for name, (code, settings) in PLACES.items():
+        process = subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True, check=True)
+        told[name] = process.stdout.split()
+    assert all(len(words) == 3 and int(words[0]) > 200 for words in told.values())  # well into the night
+    assert len(set(map(tuple, told.values()))) == 1, told
 
 
-class Stock(crafter.Env):
-    "crafter itself with the two cures it needs to be repeatable: creatures by birth, night noise from outside the game."
+def test_worlds_side_by_side_play_as_they_do_alone():
+    def play(world, steps):
+        for action in np.random.RandomState(world.seed).randint(0, 17, steps).tolist():
+            if not world.done:
+                assert world.step(action).observation.frame.any()
+            yield world.snapshot()
+    worlds = [World(size, area=area) for size, area in ((18, (64, 64)), (63, (64, 64)), (36, (30, 17)), (18, (64, 64)))]
+    for world, seed in zip(worlds, (1, 2, 3, 1)):
+        world.reset(seed)
+    together = list(zip(*(play(world, 60) for world in worlds)))[-1]
+    alone = []
+    for world, seed in zip(worlds, (1, 2, 3, 1)):
+        world.reset(seed)
+        alone.append(list(play(world, 60))[-1])
+    assert together == tuple(alone) and together[0] == together[3] != together[1]
 
-    def __init__(self, seed, size):
-        super().__init__(seed=seed, size=size)
-        self._local_view._noise = self._noise
 
-    def _noise(self, canvas, amount, stddev):
-        number = hash((self._seed, self._episode)) % (2 ** 31 - 1)
-        mask = amount * self._local_view._vignette(canvas.shape, stddev)[..., None]
-        grain = 32 + GRAIN * night_noise(number, self._step, *canvas.shape[1::-1]).T[..., None]  # crafter's canvas is (width, height)
-        return (1 - mask) * canvas + mask * grain
-
-    def _balance_object(self, chunk, objs, *args):
-        place = {id(obj): number for number, obj in enumerate(self._world._objects)}
-        super()._balance_object(chunk, sorted(objs, key=lambda obj: place[id(obj)]), *args)
+def test_worlds_in_threads_play_as_they_do_alone():
+    def play(seed):
+        world = World(64)
+        digest = hashlib.sha256(world.reset(seed).frame.tobytes())
+        for action in np.random.RandomState(seed).randint(0, 17, 150).tolist():
+            if not world.done:
+                digest.update(world.step(action).observation.frame.tobytes())
+        return digest.hexdigest()
+    alone = [play(seed) for seed in range(6)]
+    env.painter.cache_clear()  # so that all tiles are drawn anew, by whoever needs them first
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(play, range(6))) == alone
 
 
 def tour(seed):
     "Actions that walk about, fight, gather, build and sleep: more of the game than uniform draws reach."
     random = np.random.RandomState(seed)
     for _ in range(60):
-        yield from [int(random.randint(1, 5))] * int(random.randint(1, 6)) + ["do"] * 3 + [int(random.randint(0, len(ACTIONS)))]
+        for action in [int(random.randint(1, 5))] * int(random.randint(1, 6)) + [5] * 3 + [int(random.randint(0, len(ACTIONS)))]:
+            yield ACTIONS[action]
 
 
-@pytest.mark.parametrize("seed, size, start", [(0, (72, 72), 0), (4, (100, 91), 140), (9, (63, 63), 200)])
+@pytest.mark.parametrize("seed, size, start", [(0, 72, 0), (4, (100, 91), 140), (9, 63, 200), (2, 18, 5_000)])
 def test_every_frame_equals_stock_crafter(seed, size, start):
     """200 steps by day (from 0) and by night (clock set forward before the first step).
 
     Crafter counts its time in steps only, so setting both clocks forward brings the night without playing through the day.
     """
-    stock, world = Stock(seed, size), World(size)
-    assert np.array_equal(world.reset(seed).frame, stock.reset())
-    stock._step = world._game.clock = start
+    pair = Pair(seed, size)
+    pair.set(clock=start)
     dark = 0
-    for number, action in zip(range(200), tour(seed)):
-        stock._player.health = world._game.player.health = 9  # or the night would end it early
-        frame, reward, done, info = stock.step(ACTIONS.index(action) if isinstance(action, str) else action)
-        step = world.step(action)
-        assert np.array_equal(step.observation.frame, frame), number
-        assert (step.reward, step.done, step.info["discount"]) == (reward, done, info["discount"])
-        assert step.observation.inventory == info["inventory"] and step.info["achievements"] == info["achievements"]
-        assert step.info["position"] == tuple(info["player_pos"])
+    for _, action in zip(range(200), tour(seed)):
+        pair.set(health=9)  # or the night would end it early
+        step = pair.step(action)
         dark += step.observation.daylight < 0.5
-        if done:
+        if step.done:
             break
-    assert number == 199 and 50 < dark < 150
+    assert step.observation.step == start + 200 and 50 < dark < 150
+
+
+@pytest.mark.parametrize("area", [(9, 9), (10, 25), (25, 10), (31, 47), (64, 96), (130, 12)])
+def test_other_areas_equal_stock_crafter(area):
+    pair = Pair(5, (45, 40), area)
+    for number, action in zip(range(120), tour(5)):
+        pair.set(health=9, clock=140 if number == 60 else None)
+        if pair.step(action).done:
+            break
+    assert number > 30
+    other = World(18)
+    other.restore(pair.world.snapshot())
+    assert other.tiles() == pair.world.tiles() and other.snapshot() == pair.world.snapshot()
+
+
+EVERYTHING = ("by night", "asleep", "asleep by night", "deaths", "unlocked: eat_plant", "unlocked: wake_up",
+              *(f"in sight: {name}" for name in ("cow", "zombie", "skeleton", "arrow", "plant", "plant-ripe", "table", "furnace", "lava", "iron",
+                                                 "diamond")),
+              *(f"held: {name}" for name in ("wood_pickaxe", "stone_pickaxe", "iron_pickaxe", "wood_sword", "stone_sword", "iron_sword")))
+
+
+def test_long_play_equals_stock_crafter_with_everything_in_it():
+    "Plays on until it has met everything, 600 steps a seed; `qvk perf equality` does the same with more seeds and steps."
+    counts, seed = play_both(4, 100, size=27, mortal=True), 3
+    while missing := [what for what in EVERYTHING if not counts[what]]:
+        assert seed < 60, missing
+        counts += play_both(seed, 600, size=63)
+        seed += 5
+    assert counts["steps compared"] >= 700
+
+
+def test_a_difference_is_found_and_told(capsys, monkeypatch):
+    pair = Pair(1, 27)
+    pair.world._game.map.random.uniform()
+    with pytest.raises(Differs, match="seed 1, step 1: another"):
+        pair.step("noop")
+    monkeypatch.setattr(env, "_DEATH", {kind: (1.0, 0) for kind in env._DEATH})  # creatures vanish sooner than crafter has it
+    assert main(["equality", "--seeds", "1", "--steps", "60"]) == 1
+    assert "the games differ: seed 1, step" in capsys.readouterr().err
 
 
 def test_sleep_and_items_are_drawn_as_crafter_draws_them():
-    stock, world = Stock(1, (81, 81)), World(81)
-    stock.reset()
-    world.reset(1)
-    for player in (stock._player, world._game.player):
-        player.inventory.update(energy=3, wood=9, iron_sword=1, diamond=4)
+    pair = Pair(1, 81)
+    pair.set(energy=3, wood=9, iron_sword=1, diamond=4)
     for action in ["sleep", "noop", "move_left", "place_table", "sleep"]:
-        frame, *_ = stock.step(ACTIONS.index(action))
-        step = world.step(action)
-        assert np.array_equal(step.observation.frame, frame)
+        step = pair.step(action)
     assert step.observation.sleeping and step.observation.text.startswith("asleep")
 
 
 def test_the_window_at_the_edge_of_the_map():
-    stock, world = Stock(2, (72, 72)), World(72)
-    stock.reset()
-    world.reset(2)
-    for game in (stock._world, world._game.map):
+    pair = Pair(2, 72)
+    for game in (pair.stock._world, pair.world._game.map):
         for x in range(32):
             game[x, 32] = "path"
             if game[x, 32][1]:
                 game.remove(game[x, 32][1])
     for _ in range(40):
-        frame, *_ = stock.step(1)
-        step = world.step("move_left")
-        assert np.array_equal(step.observation.frame, frame)
+        step = pair.step("move_left")
         if step.done or step.info["position"][0] < 3:
             break
-    assert "void" in world.tiles() and (-4, 0) not in world.view().materials
+    assert "void" in pair.world.tiles() and (-4, 0) not in pair.world.view().materials
 
 
 def test_tiles_and_view_say_the_same():
@@ -134,7 +200,7 @@ def test_branches_from_a_snapshot_are_independent_and_equal():
     for _ in range(30):
         world.step("move_right")
     saved, ends = world.snapshot(), []
-    for other in (world, World((45, 30), length=90), World(27)):
+    for other in (world, World((45, 30), length=90), World(27, area=(20, 20))):
         assert other.restore(saved).step == 30
         for action in tour(8):
             if other.done or other.step(action).observation.step >= 90:
@@ -144,8 +210,132 @@ def test_branches_from_a_snapshot_are_independent_and_equal():
     assert world.restore(saved).step == 30 and world.snapshot() == saved
 
 
-@pytest.mark.parametrize("bad, says", [(b"", "not a snapshot"), (b"qwen_vl_kit world 0 crafter 9\n..", "another version"),
-                                       ("cut", "damaged")])
+def test_lit_tiles_are_forgotten_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(env, "_LIT_BYTES", 100_000)
+    env.painter.cache_clear()
+    frames = []
+    for _ in range(2):
+        world = World(64)
+        world.reset(3)
+        frames.append([world.step("noop").observation.frame for _ in range(100)])
+        bank = env.painter(64, 64).bank
+        assert sum(lights.nbytes for lights, _ in bank.lights.values()) <= 100_000
+    assert np.array_equal(*frames)
+    env.painter.cache_clear()
+
+
+# --- numba
+
+
+@pytest.mark.skipif(not env.compiled(), reason="numba is not installed, or switched off")
+def test_compiled_loops_give_the_same_bytes():
+    from opensimplex import OpenSimplex
+    random = np.random.default_rng(0)
+    for width, height in ((18, 14), (63, 49), (99, 70), (288, 224)):
+        for light in (0.0, 0.1, 0.33, 0.4999):
+            ground, grain = random.integers(0, 256, (height, width, 3), np.uint8), random.integers(0, 256, (height, width), np.uint8)
+            out = np.empty_like(ground)
+            env._compiled(env._night_loop)(ground, grain, light, env._vignette(height, width), env._faded(), out)
+            assert np.array_equal(out, env._night_sum(ground, grain, light))
+    for seed in range(5):
+        simplex, (x, y) = OpenSimplex(seed), random.uniform(0, 64, (2, 5000))
+        x[::2] //= 1  # whole numbers lie on the lattice, where a last bit decides
+        for z in range(9):
+            assert np.array_equal(env._noise(simplex, x, y, z), env._noise3(simplex, x, y, z))
+
+
+@pytest.mark.parametrize("blocked", ["import os; os.environ['QVK_NUMBA'] = '0'", "import sys; sys.modules['numba'] = None"])
+def test_it_works_without_numba(blocked):
+    code = f"{blocked}; from qwen_vl_kit import env; print(env.compiled(), env.World(18).reset(1).step)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split() == ["False", "0"]
+
+
+def test_the_package_alone_imports_nothing_heavy():
+    code = "import sys, qwen_vl_kit; print(any(name in sys.modules for name in ('numba', 'numpy', 'crafter', 'gymnasium', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip() == "False"
+
+
+# --- gymnasium
+
+
+def test_the_gymnasium_world_keeps_its_contract():
+    pytest.importorskip("gymnasium")
+    from gymnasium.utils.env_checker import check_env
+    from gymnasium.vector import SyncVectorEnv
+    check_env(gym_world(36), skip_render_check=True)
+    game, stock = gym_world((45, 36), length=40, area=(30, 20)), ReproducibleStock(8, (45, 36), (30, 20), length=40)
+    frame, _ = game.reset(seed=8)
+    assert game.observation_space.contains(frame) and np.array_equal(frame, stock.reset())
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = game.action_space.sample()
+        frame, reward, terminated, truncated, info = game.step(action)
+        theirs, their_reward, done, their_info = stock.step(action)
+        assert np.array_equal(frame, theirs) and (reward, terminated or truncated) == (their_reward, done)
+        assert info["inventory"] == their_info["inventory"] and info["achievements"] == their_info["achievements"]
+    assert truncated != terminated and np.array_equal(game.render(), frame)
+    frames, _ = SyncVectorEnv([lambda: gym_world(18)] * 2).reset(seed=[1, 2])
+    assert np.array_equal(frames[1], World(18).reset(2).frame)
+
+
+def test_death_terminates_and_does_not_truncate():
+    pytest.importorskip("gymnasium")
+    game = gym_world(18, length=1)
+    game.reset(seed=1)
+    game.world._game.player.inventory.update(health=1, food=0)
+    game.world._game.player._recover = -15
+    assert game.step(0)[2:4] == (True, False)
+
+
+def test_without_gymnasium_the_error_names_the_extra():
+    code = ("import sys; sys.modules['gymnasium'] = None\nfrom qwen_vl_kit import core, env\n"
+            "try: env.gym_world()\nexcept core.InputError as error: print(error)")
+    told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert told.strip() == "gymnasium is not installed; pip install 'qwen_vl_kit[gym]'"
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize("action, says", [("move_lft", "did you mean 'move_left'"), (17, "from 0 to 16"), (-1, "from 0 to 16"),
+                                          (True, "from 0 to 16"), (1.0, "from 0 to 16"), (None, "from 0 to 16")])
+def test_unknown_actions_are_refused_and_change_nothing(action, says):
+    world = World(18)
+    world.reset(1)
+    before = world.snapshot()
+    with pytest.raises(InputError, match=says):
+        world.step(action)
+    assert world.snapshot() == before
+
+
+def test_a_step_after_the_end_is_refused():
+    world = World(18, length=1)
+    with pytest.raises(InputError, match="reset"):
+        world.step(0)
+    world.reset(1)
+    assert world.step(0).done
+    with pytest.raises(InputError, match="the episode is over; call reset"):
+        world.step(0)
+    dead = World(18)
+    dead.reset(1)
+    dead._game.player.health = 0
+    with pytest.raises(InputError, match="the episode is over"):
+        dead.step(0)
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"size": 17}, "17x17 is too small; crafter draws from 18 pixels up"), ({"size": (64, 9)}, "64x9 is too small"),
+    ({"size": "big"}, "cannot read a frame size"), ({"size": 64.0}, "cannot read a frame size"), ({"length": -1}, "as a length"),
+    *(({"area": area}, "impossible area") for area in [(8, 64), (64, 8), (0, 0), (-9, -9), (64,), (64, 64, 64), 64, 1e9, (9.5, 9), "ab", None,
+                                                       (10 ** 6, 10 ** 6), (True, 9)])])
+def test_impossible_worlds_are_refused_in_one_line(settings, says):
+    with pytest.raises(InputError, match=says) as error:
+        World(**settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad, says", [(b"", "not a snapshot"), (b"qwen_vl_kit world 1 crafter 1.8.3\n..", "another version"),
+                                       (b"qwen_vl_kit world 2 crafter 1.8.2\n..", "another version"), ("cut", "damaged"), ("text", "not a snapshot")])
 def test_foreign_snapshots_are_told_in_one_line(bad, says):
     world = World(18)
     world.reset(0)
