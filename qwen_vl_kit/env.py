@@ -845,7 +845,7 @@ def _shrink(world: Map, player: Player, creatures: set, kind: type) -> None:
         if player.distance(chosen) >= apart:
             world.remove(chosen)
 
-# %% ../nbs/02_env.ipynb #3b956e7d
+# %% ../nbs/02_env.ipynb #588011e1
 _HEADER = f"qwen_vl_kit world 2 crafter {version('crafter')}\n".encode()
 _REBUILT = {"world", "random", "player", "removed", "pos", "index"}  # attributes that a restored game sets itself
 
@@ -872,7 +872,7 @@ def _unpack(snapshot: bytes) -> tuple:
         state = json.loads(state)
         materials = np.frombuffer(arrays, np.uint8, offset=4 * 624).reshape(state["area"])
         return np.frombuffer(arrays, "<u4", 624), materials, state
-    except (zlib.error, ValueError) as error:
+    except (zlib.error, ValueError, KeyError, TypeError) as error:
         raise InputError(f"damaged snapshot ({error})", mend=mend) from None
 
 # %% ../nbs/02_env.ipynb #27c09e80
@@ -897,7 +897,7 @@ def _rebuild(game: Game, snapshot: bytes) -> None:
             creature.player = game.player
     game.set_light()
 
-# %% ../nbs/02_env.ipynb #fe2789d6
+# %% ../nbs/02_env.ipynb #292538de
 def _size(size) -> tuple:
     "(width, height) from an int or a pair; crafter cannot draw below 18 pixels."
     try:
@@ -906,6 +906,8 @@ def _size(size) -> tuple:
         raise InputError(f"cannot read a frame size from {size!r}", mend="give pixels as one int or (width, height)") from None
     if min(width, height) < 18:
         raise InputError(f"frame size {width}x{height} is too small", mend="crafter draws from 18 pixels up; 288 makes a tile a token")
+    if max(width, height) > 4096:
+        raise InputError(f"frame size {width}x{height} is too large", mend="4096 pixels a side is the most; 288 makes a tile a token")
     return width, height
 
 
@@ -935,7 +937,7 @@ def _start(game: Game, seed: int, area: tuple) -> None:
     if (seed, area) in _STARTS:
         return _rebuild(game, _STARTS[seed, area])
     game.begin(seed, area)
-    if len(_STARTS) >= 1024:         # about 5 KB each
+    if len(_STARTS) >= 1024:         # about 5 KB each on a map of 64x64
         _STARTS.pop(list(_STARTS)[0], None)
     _STARTS[seed, area] = _pack(game)
 
@@ -1043,7 +1045,7 @@ class World(_Screen):
         _rebuild(self._game, snapshot)
         return _observe(self._game, self.size)
 
-# %% ../nbs/02_env.ipynb #5301fc41
+# %% ../nbs/02_env.ipynb #368b3f38
 @functools.cache
 def _gym_class() -> type:
     "`World` as a `gymnasium.Env`."
@@ -1057,22 +1059,24 @@ def _gym_class() -> type:
         metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
 
         def __init__(self, world: World):
-            self.world, self.render_mode, (width, height) = world, "rgb_array", world.size
+            self.world, self.seen, self.render_mode, (width, height) = world, None, "rgb_array", world.size
             self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
             self.action_space = gymnasium.spaces.Discrete(len(ACTIONS))
 
         def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
             super().reset(seed=seed)
             self.seen = self.world.reset(int(self.np_random.integers(2 ** 31 - 1)) if seed is None else seed)
-            return self.seen.frame, {"seed": self.world.seed, "inventory": self.seen.inventory}
+            return self.render(), {"seed": self.world.seed, "inventory": self.seen.inventory}
 
         def step(self, action) -> tuple:
             step = self.world.step(action)
             self.seen = step.observation
             info = step.info | {"inventory": self.seen.inventory, "unlocked": step.unlocked}
-            return self.seen.frame, step.reward, step.dead, step.done and not step.dead, info
+            return self.render(), step.reward, step.dead, step.done and not step.dead, info
 
         def render(self) -> np.ndarray:
+            if self.seen is None:
+                raise InputError("no episode yet", mend="call reset(seed=0) first")
             return self.seen.frame.copy()
 
     return GymWorld

@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['TOOLS', 'GOALS', 'WALKABLE', 'where', 'heading', 'Expert']
 
-# %% ../nbs/05_expert.ipynb #a0fdf811
+# %% ../nbs/05_expert.ipynb #224f69d4
 import math
 import random
 
+from crafter import constants
+
+from .core import InputError
 from .env import ACHIEVEMENTS, DIRECTIONS, View, World
 from .episodes import Decision
 
@@ -33,8 +36,8 @@ def heading(dx: int, dy: int) -> str:
     upright = [f"{'down' if dy > 0 else 'up'} {min(abs(dy), 9)}"] if dy else []
     return " ".join([*sideways, *upright]) or "here"
 
-# %% ../nbs/05_expert.ipynb #5fa3ad33
-_ROW = 256                                                   # tile (x, y) is the number x * _ROW + y
+# %% ../nbs/05_expert.ipynb #1255e13b
+_ROW = 2048                                                  # tile (x, y) is the number x * _ROW + y
 _TURN = {dx * _ROW + dy: f"move_{name}" for (dx, dy), name in DIRECTIONS.items()}  # way -> action
 _WAYS = {action: way for way, action in _TURN.items()}
 WALKABLE = frozenset(("grass", "sand", "path"))
@@ -43,22 +46,26 @@ _WINDOW = [(dx, dy) for dx in range(-4, 5) for dy in range(-3, 4)]
 _RIPE = 305                                                  # steps near the player until a sapling is surely ripe
 _NEAR, _FAR = 30, 10 ** 6                                     # steps
 
-# %% ../nbs/05_expert.ipynb #16d8f812
+# %% ../nbs/05_expert.ipynb #591fd530
 class _Eyes:
     "What the player knows: the window now, and what was seen before."
 
     def forget(self) -> None:
         "Begin an episode with an empty memory, but for the size of the map."
-        self.cows, self.plants = {}, {}                      # tile -> step when last seen, steps it grew near us
+        self.cows, self.plants = set(), {}                   # tiles; tile -> steps it grew near us
+        self.watched = {}                                    # block of 8x8 tiles -> step when we were last there
         width, height = self.view.area
         self.seen = {x * _ROW + y: "void" for x in range(-5, width + 5) for y in range(-5, height + 5)
                      if not (0 <= x < width and 0 <= y < height)}  # tile -> material
-        self.lost, self.room, self.eaten = False, (), self.made["eat_plant"]   # tonight's shelter; plants eaten so far
+        self.room, self.leg = (), []                         # tonight's shelter; the next tiles of a far way
+        self.lost, self.eaten = False, self.made["eat_plant"]  # whether food or water is wanted and unknown; plants eaten so far
 
     def look(self, view: View) -> None:
-        "Take in a view. The first moment of an episode clears the memory."
+        "Take in a view. The first moment of an episode clears the memory, and so does a step back in time."
+        fresh = not self.seen or view.step == 0 or view.step < self.view.step or view.area != self.view.area
+        passed = 0 if fresh else view.step - self.view.step
         self.view, self.inventory, self.made = view, view.inventory, view.achievements
-        if view.step == 0 or not self.seen:
+        if fresh:
             self.forget()
         here = self.position = view.position[0] * _ROW + view.position[1]
         self.facing = view.facing[0] * _ROW + view.facing[1]
@@ -66,14 +73,18 @@ class _Eyes:
             self.seen[here + dx * _ROW + dy] = material
         self.creatures = {here + dx * _ROW + dy: name for (dx, dy), name in view.creatures.items()}
         self.archers = "skeleton" in view.creatures.values() or "arrow" in view.creatures.values()  # arrows fly over water
-        self.around = {self.seen.get(here + i * _ROW + j) for i in (-1, 0, 1) for j in (-1, 0, 1)}  # 'nearby' for making
-        self.remember()
+        self.around = set() if self.at_edge(here) else {self.seen.get(here + i * _ROW + j) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+        self.watched[self.block(here)] = view.step
+        self.remember(passed)
 
-    def remember(self) -> None:
-        "Update where cows and own saplings are."
+# %% ../nbs/05_expert.ipynb #f7a0ff42
+class _Memory(_Eyes):
+    "What becomes of things that were seen."
+
+    def remember(self, passed: int) -> None:
+        "Update where cows and own saplings are, after so many steps."
         visible = {self.position + dx * _ROW + dy for dx, dy in _WINDOW}
-        self.cows = {tile: step for tile, step in self.cows.items() if tile not in visible}
-        self.cows.update({tile: self.view.step for tile, name in self.creatures.items() if name == "cow"})
+        self.cows = (self.cows - visible) | {tile for tile, name in self.creatures.items() if name == "cow"}
         for tile in [tile for tile in self.plants if tile in visible and self.creatures.get(tile) != "plant"]:
             del self.plants[tile]
         for (dx, dy), name in self.view.creatures.items():
@@ -84,10 +95,18 @@ class _Eyes:
         if self.made["eat_plant"] > self.eaten:
             self.eaten, self.plants[self.position + self.facing] = self.made["eat_plant"], 0
         for tile in self.plants:
-            self.plants[tile] += self.steps_to(tile) < 18    # it grows only while the player is this near
+            self.plants[tile] += passed * (self.steps_to(tile) < 18)
 
-# %% ../nbs/05_expert.ipynb #27940015
-class _Tiles(_Eyes):
+    def block(self, tile: int) -> int:
+        "The block of 8x8 tiles that a tile is in."
+        return tile // (8 * _ROW) * _ROW + tile % _ROW // 8
+
+    def at_edge(self, tile: int) -> bool:
+        "Whether crafter finds nothing 'nearby' from a tile: in the first row and column of the map its slices come out empty."
+        return tile < _ROW or tile % _ROW == 0
+
+# %% ../nbs/05_expert.ipynb #5d41192d
+class _Tiles(_Memory):
     "What is known about a tile."
 
     def offset(self, tile: int) -> tuple:
@@ -115,19 +134,22 @@ class _Tiles(_Eyes):
 
     def can_make(self, tool: str) -> bool:
         "Whether the materials for a tool are in hand."
-        metal = tool.split("_")[0]
-        needs = {"wood": ("wood",), "stone": ("wood", "stone"), "iron": ("wood", "coal", "iron")}[metal]
-        return all(self.inventory[item] for item in needs)
+        return all(self.inventory[item] >= amount for item, amount in constants.make[tool]["uses"].items())
 
-# %% ../nbs/05_expert.ipynb #ebc8c8f7
+# %% ../nbs/05_expert.ipynb #53de531e
+_DIG = {material: rule["require"] for material, rule in constants.collect.items()
+        if rule["leaves"] in WALKABLE and material not in WALKABLE}  # what can be taken away -> tools it takes
+
+
 class _Ground(_Tiles):
     "What it costs to enter a tile, and which tiles are not for entering."
 
     def costs(self) -> dict:
         "Steps to enter a tile, by material; what cannot be entered is missing."
         held, enter = self.inventory, dict.fromkeys(WALKABLE, 1)
-        needs = {"tree": "health", "stone": "wood_pickaxe", "coal": "wood_pickaxe", "iron": "stone_pickaxe", "diamond": "iron_pickaxe"}
-        enter.update({material: 2 for material, tool in needs.items() if held[tool]})
+        for material, tools in _DIG.items():
+            if all(held[tool] >= amount for tool, amount in tools.items()):
+                enter[material] = 2
         if held["wood_pickaxe"] and held["stone"]:
             enter["water"] = 3
         if self.night:
@@ -143,11 +165,11 @@ class _Ground(_Tiles):
     def occupied(self) -> dict:
         "Tiles that are not entered whatever they are made of: tile -> kind of what is there."
         self.kept = self.walls()
-        there = dict.fromkeys(self.kept, "wall") | dict.fromkeys(self.cows, "cow")
+        there = dict.fromkeys(self.kept, "wall") | dict.fromkeys(sorted(self.cows), "cow")
         there.update((plant, "ripe" if grown >= _RIPE else "plant") for plant, grown in self.plants.items())
         return self.creatures | there
 
-# %% ../nbs/05_expert.ipynb #e433991a
+# %% ../nbs/05_expert.ipynb #ef37e27f
 class _Care(_Ground):
     "What is dangerous and what is safe."
 
@@ -186,7 +208,7 @@ class _Care(_Ground):
                         extra[tile + n * way] = 4
         return extra
 
-# %% ../nbs/05_expert.ipynb #199b3f12
+# %% ../nbs/05_expert.ipynb #c663c148
 class _Legs(_Care):
     "Paths over what is known, and the nearest of each kind."
 
@@ -210,9 +232,9 @@ class _Legs(_Care):
                     kind = occupied.get(tile) or seen.get(tile)
                     if sealed and kind in enter and not self.safe(tile):
                         continue
-                    if kind not in near:
+                    if kind not in near and not (kind == "table" and self.at_edge(here)):
                         near[kind] = (cost + 1, tile, here)
-                    if kind in enter and tile not in occupied:
+                    if kind in enter:
                         reach = cost + enter[kind] + danger.get(tile, 0)
                         if reach < steps.get(tile, _FAR):
                             steps[tile], back[tile] = reach, here
@@ -224,14 +246,25 @@ class _Legs(_Care):
         "Steps until the nearest of a kind can be touched."
         return self.near[kind][0] if kind in self.near else _FAR
 
-# %% ../nbs/05_expert.ipynb #e5eb446b
+# %% ../nbs/05_expert.ipynb #2bfe10bf
 class _Hands(_Legs):
     "The next action towards a tile, or towards using one."
 
     def walk(self, tile: int) -> str:
         "The action towards a tile that `search` has reached."
-        while self.back.get(tile, self.position) != self.position:
-            tile = self.back[tile]
+        self.leg = [tile]
+        while self.back.get(self.leg[-1], self.position) != self.position:
+            self.leg.append(self.back[self.leg[-1]])
+        self.leg = self.leg[:-9:-1]                          # the next eight tiles
+        return self.enter(self.leg[0])
+
+    def head_for(self, tile: int) -> str:
+        "The action towards a tile that is looked for itself."
+        self.target = tile
+        return self.walk(tile)
+
+    def enter(self, tile: int) -> str:
+        "The action towards standing on a neighbouring tile."
         way = tile - self.position
         if way not in _TURN:
             return "noop"
@@ -241,8 +274,8 @@ class _Hands(_Legs):
 
     def use(self, kind: str) -> str:
         "The action towards `do` on the nearest of a kind."
-        _, tile, stand = self.near[kind]
-        way = tile - self.position
+        _, self.target, stand = self.near[kind]
+        tile, way = self.target, self.target - self.position
         if stand != self.position:
             return self.walk(stand)
         if self.facing == way:
@@ -257,9 +290,9 @@ class _Hands(_Legs):
                 return action
         return next((action for way, action in _TURN.items() if self.free(self.position + way)), "noop")
 
-# %% ../nbs/05_expert.ipynb #56283048
+# %% ../nbs/05_expert.ipynb #27fa39b7
 class _Placing(_Hands):
-    "The next action towards placing something, and where to explore."
+    "The next action towards placing something."
 
     def spot(self, targets, stands=None) -> tuple:
         "The quickest way to face one of `targets`: (steps, tile to stand on, way to face)."
@@ -298,29 +331,29 @@ class _Placing(_Hands):
             return "noop"
         return f"place_{thing}" if cost == 0 else self.face(stand, way)
 
-# %% ../nbs/05_expert.ipynb #f679eb3b
+# %% ../nbs/05_expert.ipynb #3e27251f
 class _Builder(_Placing):
     "Placing something close by."
 
     def fits(self, thing: str, tile: int) -> bool:
         "Whether a thing can be placed onto a tile."
-        onto = {"plant": {"grass"}, "stone": WALKABLE | {"water", "lava"}}.get(thing, WALKABLE)
+        onto = constants.place[thing]["where"]
         return self.seen.get(tile) in onto and tile not in self.creatures and tile not in self.plants and tile != self.position
 
     def place(self, thing: str) -> str:
         "The action towards placing a thing close by: where it fits soonest, or after digging a niche."
-        tiles = {self.position + dx * _ROW + dy for dx in range(-3, 4) for dy in range(-3, 4)}
+        tiles, enter = [self.position + dx * _ROW + dy for dx in range(-3, 4) for dy in range(-3, 4)], self.costs()
         cost, stand, way = self.spot([tile for tile in tiles if self.fits(thing, tile)])
         if cost == 0:
             return f"place_{thing}"
         if thing != "plant" and cost > 1:
             for dig, action in _TURN.items():
                 ahead = self.position + dig
-                if ahead not in self.creatures and self.costs().get(self.seen.get(ahead)) == 2:
+                if ahead not in self.creatures and enter.get(self.seen.get(ahead)) == 2:
                     return "do" if self.facing == dig else action
         return self.face(stand, way) if cost < _FAR else self.turn_to("grass")
 
-# %% ../nbs/05_expert.ipynb #27ec3afb
+# %% ../nbs/05_expert.ipynb #4b49655f
 _ROCK = frozenset(("stone", "path", "coal", "iron", "diamond", "lava", "table", "furnace"))
 _MEADOW = frozenset(("grass", "sand", "water", "tree"))
 _GLIMPSE = [dx * _ROW + dy for dx in (-4, -2, 0, 2, 4) for dy in (-3, -1, 1, 3)]  # a sample of the window
@@ -335,16 +368,23 @@ class _Ways(_Builder):
 
     def frontier(self, like=frozenset()) -> int:
         "The reachable tile from which most unknown tiles would come into view for the way, where more of `like` is around."
-        best = (0, self.position)
+        best, step = (0, self.position), self.view.step
         for tile, cost in self.steps.items():
-            if cost and not (tile & 1 or tile >> 8 & 1):     # every other row and column is enough
+            if cost and not (tile & 1 or tile // _ROW & 1):  # every other row and column is enough
                 new = self.unknown(tile)
+                if self.lost:
+                    new += min(5, (step - self.watched.get(self.block(tile), step)) / 60)
                 if new and like:
-                    new *= 0.3 + sum(self.seen.get(tile + step) in like for step in _GLIMPSE) / 20
+                    new *= 0.3 + sum(self.seen.get(tile + glimpse) in like for glimpse in _GLIMPSE) / 20
                 best = max(best, (new / (cost + 4), tile))
         return best[1]
 
-# %% ../nbs/05_expert.ipynb #af3d0b9d
+    def revisit(self) -> int:
+        "The reachable tile that was left longest ago for the way; this one when none is."
+        age = {tile: self.view.step - self.watched.get(self.block(tile), self.view.step) for tile in self.steps}
+        return max(self.steps, key=lambda tile: (age[tile] / (self.steps[tile] + 20), -self.steps[tile]))
+
+# %% ../nbs/05_expert.ipynb #921e9313
 class _Wishes(_Ways):
     "Offers of goals: (steps per achievement, goal, where, action)."
 
@@ -371,7 +411,7 @@ class _Wishes(_Ways):
         table = next((i, j) for j in (-1, 0, 1) for i in (-1, 0, 1) if self.seen.get(self.position + i * _ROW + j) == "table")
         return (0, f"make {tool.replace('_', ' ')}", where("table", *table), lambda: f"make_{tool}")
 
-# %% ../nbs/05_expert.ipynb #49f1060e
+# %% ../nbs/05_expert.ipynb #c6d1e365
 class _Reflexes(_Wishes):
     "What cannot wait."
 
@@ -400,7 +440,7 @@ class _Reflexes(_Wishes):
             if self.solid(tile) or tile in self.creatures:
                 return None
 
-# %% ../nbs/05_expert.ipynb #f8a0b630
+# %% ../nbs/05_expert.ipynb #76c6fb4a
 class _Living(_Reflexes):
     "Goals that need no tools."
 
@@ -432,7 +472,10 @@ class _Living(_Reflexes):
             self.fetch("fight", "skeleton", self.new("defeat_skeleton"),
                        1.5 * self.distance("skeleton") + 2 + 4.5 / min(3, self.strength))
 
-# %% ../nbs/05_expert.ipynb #2c977c6e
+# %% ../nbs/05_expert.ipynb #3d7365e0
+_TABLE, _FURNACE = (sum(constants.place[thing]["uses"].values()) for thing in ("table", "furnace"))  # pieces of wood, of stone
+
+
 class _Crafting(_Living):
     "Goals around the table."
 
@@ -440,7 +483,7 @@ class _Crafting(_Living):
         "Wood for the table and its first tools together, then for the tools that are left."
         held = self.inventory
         first = self.new("collect_wood", "place_table", "make_wood_pickaxe", "make_wood_sword")
-        tree, all_wood = self.distance("tree"), len(self.todo) + 2 * self.far_table
+        tree, all_wood = self.distance("tree"), len(self.todo) + _TABLE * self.far_table
         if first and self.short_of > 0:
             steps = tree + 2.5 * (self.short_of - 1) + first - self.new("collect_wood")
             plan = (first, steps) if steps <= self.left else (self.new("collect_wood"), tree)
@@ -452,9 +495,9 @@ class _Crafting(_Living):
         "A table here, or the walk to the one that is known."
         ready, wood = [tool for tool in self.todo if self.can_make(tool)], self.inventory["wood"]
         again = not self.new("place_table")
-        if self.far_table and ready and wood >= 2 + again and (
+        if self.far_table and ready and wood >= _TABLE + again and (
                 self.short_of <= 0 or self.distance("tree") > 4 or self.left < 8 or again):
-            self.put("table", (not again) + min(len(ready), wood - 2), 2)
+            self.put("table", (not again) + min(len(ready), wood - _TABLE), 2)
         early = [tool for tool in ready if not tool.startswith("iron")]
         if not self.far_table and early:
             self.fetch(f"make {early[0].replace('_', ' ')}", "table", 1, self.distance("table") + 1)
@@ -464,7 +507,7 @@ class _Crafting(_Living):
         if "table" in self.around:
             return next((t for t in self.todo if self.can_make(t) and (not t.startswith("iron") or "furnace" in self.around)), None)
 
-# %% ../nbs/05_expert.ipynb #3def974c
+# %% ../nbs/05_expert.ipynb #231def93
 class _Mining(_Crafting):
     "Goals that need a pickaxe."
 
@@ -472,7 +515,7 @@ class _Mining(_Crafting):
         "Stone to place, for two tools and for a furnace."
         held, new, stone = self.inventory, self.new, self.distance("stone")
         tools = min(held["wood"], new("make_stone_pickaxe", "make_stone_sword"))
-        want = new("make_stone_pickaxe", "make_stone_sword", "place_stone") + 4 * new("place_furnace")
+        want = new("make_stone_pickaxe", "make_stone_sword", "place_stone") + _FURNACE * new("place_furnace")
         if held["stone"] == 0:
             walk = min(self.distance("table"), 10) if tools else 0
             self.fetch("collect stone", "stone", new("collect_stone", "place_stone") + tools, stone + 1 + walk)
@@ -492,7 +535,7 @@ class _Mining(_Crafting):
         if held["iron_pickaxe"]:
             self.fetch("collect diamond", "diamond", new("collect_diamond"), self.distance("diamond"))
 
-# %% ../nbs/05_expert.ipynb #9854ba9a
+# %% ../nbs/05_expert.ipynb #833074ab
 class _Building(_Mining):
     "Goals that place stones and furnaces."
 
@@ -501,17 +544,17 @@ class _Building(_Mining):
         iron = [tool for tool in self.todo if tool.startswith("iron") and self.can_make(tool)]
         if self.inventory["stone"]:
             self.put("stone", self.new("place_stone"), 1.5)
-        if self.inventory["stone"] >= 4:
+        if self.inventory["stone"] >= _FURNACE:
             if self.new("place_furnace"):
                 self.put("furnace", 1, 1.5)
             elif iron and "table" in self.around:
                 self.put("furnace", 1, 2)
             elif iron and self.distance("table") <= 25:
                 self.fetch("place furnace", "table", 1, self.distance("table") + 4)
-            elif iron and self.inventory["wood"] >= 3:
+            elif iron and self.inventory["wood"] > _TABLE:
                 self.put("table", 1, 6)
 
-# %% ../nbs/05_expert.ipynb #a9549e2e
+# %% ../nbs/05_expert.ipynb #5e7ab68c
 def _border(room) -> set:
     "The tiles that touch a room."
     return {tile + way for tile in room for way in _TURN} - set(room)
@@ -519,7 +562,7 @@ def _border(room) -> set:
 
 _SHAPES = ((0, _ROW), (0, 1), (0, _ROW, 1, _ROW + 1))
 
-# %% ../nbs/05_expert.ipynb #37d9d153
+# %% ../nbs/05_expert.ipynb #28aeb5c7
 class _Rooms(_Building):
     "Where a room could be, and what it would cost."
 
@@ -559,13 +602,13 @@ class _Rooms(_Building):
                         best = (steps, room)
         return best[1]
 
-# %% ../nbs/05_expert.ipynb #38df3c1c
+# %% ../nbs/05_expert.ipynb #c2ed860e
 class _Shelter(_Rooms):
     "The way into a closed room."
 
     def gaps(self, room: tuple) -> list:
         "The tiles around a room that something could come through."
-        return [tile for tile in _border(room) if not self.solid(tile)]
+        return [tile for tile in sorted(_border(room)) if not self.solid(tile)]
 
     def shelter(self):
         "The offer to go on with the room of tonight, or None if there is none to be had."
@@ -574,8 +617,8 @@ class _Shelter(_Rooms):
         if not self.room:
             return None
         dig = next((tile for tile in self.room if self.seen[tile] not in WALKABLE and tile in self.steps), None)
-        target = dig or min(self.room, key=lambda tile: self.steps.get(tile, _FAR))
-        if dig or self.position not in self.room:
+        target = dig if dig is not None else min(self.room, key=lambda tile: self.steps.get(tile, _FAR))
+        if dig is not None or self.position not in self.room:
             kind = self.seen[target]
             return (0, f"collect {kind}" if f"collect {kind}" in GOALS else "place stone", where(kind, *self.offset(target)),
                     lambda: self.walk(target))
@@ -586,8 +629,8 @@ class _Shelter(_Rooms):
         action = self.place_at("stone", gaps, self.room)
         return (0, "place stone", where(self.seen[gaps[0]], *self.offset(gaps[0])), lambda: action) if gaps else None
 
-# %% ../nbs/05_expert.ipynb #2274e657
-_EVENING, _DUSK, _DAWN, _DAY = 90, 180, 280, 300             # steps of a day; the screen is dark from 149 to 271
+# %% ../nbs/05_expert.ipynb #babafa6e
+_EVENING, _DUSK, _DAWN, _DAY = 90, 180, 280, 300             # steps of a day; the screen is dark from 148 to 272
 
 
 class _Needs(_Shelter):
@@ -622,7 +665,7 @@ class _Needs(_Shelter):
             needs.append((food, "eat", self.at(food_here), lambda: self.use(food_here)))
         return min(needs, key=lambda offer: offer[0], default=None)
 
-# %% ../nbs/05_expert.ipynb #d2328a32
+# %% ../nbs/05_expert.ipynb #65b31fc5
 class _Surviving(_Needs):
     "Offers that keep an episode of many days going."
 
@@ -650,7 +693,7 @@ class _Surviving(_Needs):
             return need
         self.lost = drink <= 5 and "water" not in self.near or food <= 5 and "cow" not in self.near
 
-# %% ../nbs/05_expert.ipynb #34b0d15b
+# %% ../nbs/05_expert.ipynb #89a0722a
 class _Farming(_Surviving):
     "One sapling, walled in until it is ripe."
 
@@ -682,7 +725,7 @@ class _Farming(_Surviving):
             elif not targets and self.position in sides:
                 self.offer("place stone", 0.8, 3, where("plant", *self.offset(plant)), lambda: self.turn_to(""))
 
-# %% ../nbs/05_expert.ipynb #da582d93
+# %% ../nbs/05_expert.ipynb #e104d1d8
 class _Planning(_Farming):
     "All offers, and the cheapest of them."
 
@@ -690,7 +733,7 @@ class _Planning(_Farming):
         "The cheapest of all offers, or None."
         self.offers, held = [], self.inventory
         self.far_table = self.distance("table") > 12
-        self.short_of = 2 * self.far_table + self.new("make_wood_pickaxe", "make_wood_sword") - held["wood"]
+        self.short_of = _TABLE * self.far_table + self.new("make_wood_pickaxe", "make_wood_sword") - held["wood"]
         for wish in (self.wish_to_live, self.wish_to_plant, self.wish_to_fight, self.wish_for_wood, self.wish_for_table):
             wish()
         if held["wood_pickaxe"]:
@@ -706,20 +749,50 @@ class _Planning(_Farming):
     def explore(self, like=frozenset()) -> tuple:
         "The offer to walk to where most is unknown; at night, in a closed room with nothing left to dig, to wait."
         tile = self.frontier(like)
-        if self.night and tile == self.position:
+        if tile == self.position:
+            tile = self.position if self.night else self.revisit()
+        if tile == self.position:
             return (0, "noop", "here", lambda: "noop")
-        return (0, "explore", heading(*self.offset(tile)), lambda: self.walk(tile))
+        return (0, "explore", heading(*self.offset(tile)), lambda: self.head_for(tile))
 
-# %% ../nbs/05_expert.ipynb #9b07b42e
-class _Choice(_Planning):
+# %% ../nbs/05_expert.ipynb #a8a143a4
+_SHORT, _MORNING = 300, 100  # an episode of up to 300 steps is not lived but used; a longer one is used until step 100, then lived
+
+
+class _Errands(_Planning):
+    "Walks to what is far."
+
+    def set_out(self, offer: tuple) -> tuple:
+        "An offer out of a far search: whoever begins it remembers the way."
+        price, goal, place, action = offer
+
+        def begin():
+            self.target = None
+            first = action()
+            if self.target is None:
+                self.leg = []
+            self.errand = (goal, place.split()[0])
+            return first
+        return (price, goal, place, begin)
+
+    def follow(self, leg: list):
+        "The offer to go on along a far way, or None."
+        leg = leg[1:] if leg and leg[0] == self.position else leg
+        if not leg or self.back.get(leg[0]) != self.position:
+            return None
+        (goal, kind), offset, self.leg = self.errand, self.offset(self.target), leg
+        return (0, goal, heading(*offset) if goal == "explore" else where(kind, *offset), lambda: self.enter(leg[0]))
+
+# %% ../nbs/05_expert.ipynb #e8b494fb
+class _Choice(_Errands):
     "One offer out of many."
 
     def choose(self) -> tuple:
         "The best offer: (steps per achievement, goal, where, action)."
-        held = self.inventory
+        held, leg, self.far = self.inventory, self.leg, False
         if self.view.sleeping:
             return (0, "sleep", "here", lambda: "sleep")
-        self.patient = self.budget > 300 and self.view.step >= 100  # first take what lies around, then live
+        self.patient = self.budget > _SHORT and self.view.step >= _MORNING
         self.night = self.patient and _DUSK <= self.view.step % _DAY < _DAWN
         if offer := self.reflex():
             return offer
@@ -728,30 +801,53 @@ class _Choice(_Planning):
             return self.make(tool)
         self.strength = max(1, 2 * bool(held["wood_sword"]), 3 * bool(held["stone_sword"]), 5 * bool(held["iron_sword"]))
         self.inside = self.enclosed() if self.patient else set()
-        for limit in (_NEAR, _FAR):                          # far paths are searched only if nothing near is wanted
-            self.search(limit)
-            if self.patient and (offer := self.survive()):
-                return offer
-            if not self.lost and (offer := self.cheapest()):
-                return offer
-        return self.explore(_MEADOW if self.lost else _ROCK if held["wood_pickaxe"] else frozenset())
+        self.search(_NEAR)
+        if offer := self.plan():
+            return offer
+        self.far = True
+        if self.patient and not self.inside and (offer := self.follow(leg)):
+            return offer
+        self.search()
+        return self.set_out(self.plan() or self.explore(_MEADOW if self.lost else _ROCK if held["wood_pickaxe"] else frozenset()))
 
-# %% ../nbs/05_expert.ipynb #fa02e805
+    def plan(self):
+        "The offer that life depends on or the cheapest one, or None; goals have to wait while food or water is looked for."
+        if self.patient and (offer := self.survive()):
+            return offer
+        return None if self.lost else self.cheapest()
+
+# %% ../nbs/05_expert.ipynb #f9330027
 class Expert(_Choice):
     """The scripted teacher: `act(world)` says what it would do in any state, whoever brought the world there.
 
-    It knows the 9x7 window, what earlier windows showed since the episode began, the inventory, and what it has achieved; not the map.
-    `budget` is the number of environment steps of an episode: what cannot be had in the steps left is not begun.
-    `noise` blurs its estimates by that many log units, drawn from `seed`, so that teachers differ.
+    It knows what the 9x7 window shows and earlier windows showed, the inventory, what it has achieved, where it stands, how large the map
+    is and how late; at night it sees through the noise. It does not know the rest of the map. An episode that begins at step 0 clears its
+    memory; call `reset()` before it is put into the middle of another one.
+
+    Parameters
+    ----------
+    budget
+        environment steps of an episode: what cannot be had in the steps left is not begun. Up to 300 it goes for achievements alone; in
+        longer episodes it eats, drinks, farms and spends the nights behind walls from step 100 on
+    noise
+        blurs its estimates by that many log units, so that teachers differ
+    seed
+        what the noise is drawn from
+
+    Raises `InputError` for a budget below 1 or a negative noise.
     """
 
     def __init__(self, budget: int = 50, noise: float = 0.0, seed: int = 0):
+        if not isinstance(budget, int) or budget < 1:
+            raise InputError(f"cannot plan for {budget!r} steps", mend="give the episode's length, from 1 up")
+        if not noise >= 0:
+            raise InputError(f"noise {noise!r} is negative", mend="give 0 for none, 0.5 for much")
         self.budget, self.noise, self.seed = budget, noise, seed
         self.reset()
 
     def reset(self) -> None:
         "Forget everything."
-        self.seen, self.random = {}, random.Random(self.seed)
+        self.seen, self.view, self.random = {}, None, random.Random(self.seed)
 
     def act(self, world: World) -> Decision:
         "One action and the reason for it."
@@ -759,6 +855,8 @@ class Expert(_Choice):
         self.left = max(1, self.budget - self.view.step)
         _, goal, place, action = self.choose()
         action = action()
+        if not self.far:
+            self.leg = []
         if action in _WAYS and self.seen.get(self.position + _WAYS[action]) == "lava":
             action = "noop"
         return Decision(actions=[action], reason=f"{place}; {goal}")
