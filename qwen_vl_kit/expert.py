@@ -353,7 +353,7 @@ class _Builder(_Placing):
                     return "do" if self.facing == dig else action
         return self.face(stand, way) if cost < _FAR else self.turn_to("grass")
 
-# %% ../nbs/05_expert.ipynb #4b49655f
+# %% ../nbs/05_expert.ipynb #6ae634b9
 _ROCK = frozenset(("stone", "path", "coal", "iron", "diamond", "lava", "table", "furnace"))
 _MEADOW = frozenset(("grass", "sand", "water", "tree"))
 _GLIMPSE = [dx * _ROW + dy for dx in (-4, -2, 0, 2, 4) for dy in (-3, -1, 1, 3)]  # a sample of the window
@@ -368,21 +368,24 @@ class _Ways(_Builder):
 
     def frontier(self, like=frozenset()) -> int:
         "The reachable tile from which most unknown tiles would come into view for the way, where more of `like` is around."
-        best, step = (0, self.position), self.view.step
+        best = (0, self.position)
         for tile, cost in self.steps.items():
             if cost and not (tile & 1 or tile // _ROW & 1):  # every other row and column is enough
                 new = self.unknown(tile)
                 if self.lost:
-                    new += min(5, (step - self.watched.get(self.block(tile), step)) / 60)
+                    new += min(5, self.age(tile) / 60)
                 if new and like:
                     new *= 0.3 + sum(self.seen.get(tile + glimpse) in like for glimpse in _GLIMPSE) / 20
                 best = max(best, (new / (cost + 4), tile))
         return best[1]
 
+    def age(self, tile: int) -> int:
+        "Steps since we were near a tile, less the 60 in which nothing much can have changed."
+        return max(0, self.view.step - self.watched.get(self.block(tile), 0) - 60)
+
     def revisit(self) -> int:
         "The reachable tile that was left longest ago for the way; this one when none is."
-        age = {tile: self.view.step - self.watched.get(self.block(tile), self.view.step) for tile in self.steps}
-        return max(self.steps, key=lambda tile: (age[tile] / (self.steps[tile] + 20), -self.steps[tile]))
+        return max(self.steps, key=lambda tile: (self.age(tile) / (self.steps[tile] + 20), -self.steps[tile]))
 
 # %% ../nbs/05_expert.ipynb #921e9313
 class _Wishes(_Ways):
