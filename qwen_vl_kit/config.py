@@ -98,7 +98,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #2d24f43d
+# %% ../nbs/01_config.ipynb #941d7a3b
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -132,6 +132,7 @@ class ExportConfig(Stage):
     seeds: Annotated[str, AfterValidator(lambda spec: spec and _checked_seeds(spec))] = ""  # keep these only; empty keeps all
     splits: list[str] = []  # train, val, test, or what an imported store calls its own; empty keeps all
     models: list[str] = []  # keep these only; empty keeps all
+    prompts: list[Annotated[str, Field(pattern="^[0-9a-f]{4,64}$")]] = []  # how the hashes of these begin; empty keeps all
     since: Time = ""  # keep what was stored then or later (UTC)
     until: Time = ""  # keep what was stored before then (UTC)
     min_reward: float | None = None  # of an episode

@@ -116,7 +116,7 @@ def seed_equivalent(stage: str, seconds: float) -> dict:
     words = f"rent of {gpus} H200 for the same {seconds:,.0f} s, at $3.50 a GPU-hour" if gpus else "the seed document rents no GPU here"
     return {"gpus": gpus, "usd": float(usd), "words": words}
 
-# %% ../nbs/11_costs.ipynb #46114752
+# %% ../nbs/11_costs.ipynb #ae281344
 class Budget:
     "A cap in US dollars (None: no cap) and what has been spent under it."
 
@@ -128,7 +128,7 @@ class Budget:
         "Raise `OverBudget` when `usd` more would pass the cap."
         after = self.spent + Decimal(str(usd))
         if self.cap is not None and after > self.cap:
-            raise OverBudget(f"budget of ${self.cap} would be passed: ${self.spent:.6f} spent, ${Decimal(str(usd)):.6f} next; "
+            raise OverBudget(f"budget of ${self.cap:f} would be passed: ${self.spent:.6f} spent, ${Decimal(str(usd)):.6f} next; "
                              "raise the cap, or go on with what there is")
 
     def spend(self, usd: float) -> None:
@@ -189,7 +189,7 @@ class Ledger:
             raise InputError("not a ledger", path, "give the file that a stage wrote") from None
         return ledger
 
-# %% ../nbs/11_costs.ipynb #f05f7cb3
+# %% ../nbs/11_costs.ipynb #94187bdd
 def image_bound(model: str, detail: str, render_size: int) -> int:
     "The most tokens that one square image can be billed as, before the endpoint has said so itself."
     rates = IMAGE_TOKENS.get(model, IMAGE_TOKENS["gpt-4o-mini"])  # of those on record, the dearest
@@ -250,7 +250,7 @@ class Meter:
     def refuse(self) -> None:
         "Raise `OverBudget`, with what was spent."
         doubt = f" and up to ${self.doubtful:.6f} for calls that never came back" if self.doubtful else ""
-        caps = [f"${self.cap}"] * bool(self.cap) + [f"{self.cap_calls} calls"] * bool(self.cap_calls)
+        caps = [f"${self.cap:f}"] * bool(self.cap) + [f"{self.cap_calls} calls"] * bool(self.cap_calls)
         raise OverBudget(f"the budget of {' and '.join(caps)} would be passed: {self.calls} calls, ${self.usd:.6f} spent{doubt}")
 
     def send(self, model: str, images: int, characters: int, completion: int, key: tuple = (), again: int = 0) -> int:

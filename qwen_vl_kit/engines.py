@@ -283,7 +283,7 @@ def read_reply(reply) -> tuple[str, str, dict]:
     metered = all(isinstance(count, int) and count >= 0 for count in counts.values())
     return reply_text(choice), choice.get("finish_reason") or "empty", counts if metered else {}
 
-# %% ../nbs/07_engines.ipynb #5a32c13b
+# %% ../nbs/07_engines.ipynb #1fe47903
 class Unmetered:
     "A meter that counts nothing and refuses nothing."
 
@@ -424,10 +424,11 @@ class ServerEngine:
             self.reached = True
             raise self._refusal(error, body) from None
         except APIConnectionError as error:
-            cause = error.__cause__ or error
-            if type(cause).__name__ in ("ConnectError", "ConnectTimeout") and not self.reached:
+            cause = type(error.__cause__ or error).__name__
+            unsent = cause in ("ConnectError", "ConnectTimeout")  # there was no connection that could have carried it
+            if unsent and not self.reached:
                 raise InputError("no server answers there", self._place(), "check OPENAI_BASE_URL, and that the server runs") from None
-            raise Passing(f"the connection broke ({type(cause).__name__})", billed=self.reached) from None
+            raise Passing(f"the connection broke ({cause})", billed=self.reached and not unsent) from None
         except (ValueError, APIError):  # 200, and a body that is no JSON
             raise Passing("its reply is no JSON", billed=True) from None
         self.reached = True
@@ -438,9 +439,11 @@ class ServerEngine:
         status, said = error.status_code, told(error, [self.access["api_key"], *self.access["default_headers"].values()])
         if status in (400, 422) and self._learn(said, body):
             return Relearnt(said)
-        if status in (401, 403, 404) or "insufficient_quota" in str(error.body):
-            return InputError(f"the endpoint refuses model {self.model!r} ({status}: {said})", self._place(),
-                              "check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name")
+        if status in (401, 403, 404, 405) or "insufficient_quota" in str(error.body):
+            mend = "check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name"
+            if status in (404, 405) and not urlsplit(self.access["base_url"] or "/v1").path.rstrip("/").endswith("/v1"):
+                mend = "check OPENAI_BASE_URL: most addresses end in /v1, does this one?"
+            return InputError(f"the endpoint refuses model {self.model!r} ({status}: {said})", self._place(), mend)
         if status in (408, 409, 425, 429) or status >= 500:
             return Passing(f"{status}: {said}", retry_after(error.response.headers))
         return CallFailed(f"{status}: {said}")

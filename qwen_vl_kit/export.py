@@ -55,7 +55,7 @@ def _went_round(episode: Episode) -> bool:
 def _unique_frames(episode: Episode) -> int:
     return len({turn.frame for turn in episode.turns if turn.frame})
 
-# %% ../nbs/13_export.ipynb #c6b54ef2
+# %% ../nbs/13_export.ipynb #dd237863
 Rule = Callable[[dict, Episode], bool]  # (session, episode) -> whether it keeps the rule
 
 
@@ -66,6 +66,7 @@ def rules(config: ExportConfig) -> dict[str, Rule]:
         "seeds": (c.seeds, lambda s, e: s["seed"] in wanted),
         "splits": (c.splits, lambda s, e: s["split"] in c.splits),
         "models": (c.models, lambda s, e: s["model"] in c.models),
+        "prompts": (c.prompts, lambda s, e: s["prompt"].startswith(tuple(c.prompts))),
         "since": (c.since, lambda s, e: s["created"] >= _after(c.since)),
         "until": (c.until, lambda s, e: s["created"] < _after(c.until)),
         "min_reward": (c.min_reward is not None, lambda s, e: e.reward >= c.min_reward),
@@ -138,19 +139,21 @@ def select(stores: Path | list[Path], config: ExportConfig) -> tuple[list[tuple[
         raise InputError(f"no episode is left: {why}", ", ".join(map(str, stores)), "loosen the rules, or collect more")
     return kept, +dropped
 
-# %% ../nbs/13_export.ipynb #4b67b052
+# %% ../nbs/13_export.ipynb #8039c7ea
 def protocol_of(kept: list, config: ExportConfig) -> Protocol:
     "The one protocol that the rows are written under. Raises `InputError` when the episodes have several."
-    played = {(session["db"], session["prompt"]) for session, _ in kept}
-    found = {}
+    played = Counter((session["db"], session["prompt"]) for session, _ in kept)
+    found, names = {}, {}  # by the hash that the rows will have: the protocol; the stored hashes, and how many episodes each has
     for db, name in sorted(played):
         protocol = traces.protocol_of(db, name)
         protocol = protocol.model_copy(update={"form": config.form}) if config.form else protocol
         found[prompt_hash(protocol)] = protocol
+        names.setdefault(prompt_hash(protocol), Counter())[name[:8]] += played[db, name]
     if len(found) > 1:
-        raise InputError(f"episodes of {len(found)} prompts: {', '.join(sorted(name[:8] for name in found))}",
-                         ", ".join(sorted({str(db) for db, _ in played})),
-                         "keep one of them with models or seeds: a model is trained under one prompt")
+        told = ", ".join(f"{' and '.join(sorted(stored))} ({stored.total()} episodes)" for stored in names.values())
+        most = dumps(sorted(max(names.values(), key=Counter.total)))
+        raise InputError(f"episodes of {len(found)} prompts: {told}", ", ".join(sorted({str(db) for db, _ in played})),
+                         f"keep one of them, as with prompts = {most}: a model is trained under one prompt")
     return next(iter(found.values()))
 
 # %% ../nbs/13_export.ipynb #a0361005

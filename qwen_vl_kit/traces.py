@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'SPLITS', 'LARGEST', 'PACKAGES', 'split_of', 'png_size', 'f
            'frames', 'read', 'load', 'protocol_of', 'episodes', 'turns', 'spent', 'fingerprint', 'merge',
            'import_synth']
 
-# %% ../nbs/09_traces.ipynb #bdd8949a
+# %% ../nbs/09_traces.ipynb #effefb96
 import base64
 import contextlib
 import hashlib
@@ -29,12 +29,12 @@ from urllib.parse import quote
 import numpy as np
 
 from .config import Protocol
-from .core import InputError, digest, dumps, resolve, root
+from .core import InputError, absent, digest, dumps, remove_empty, resolve, root
 from .env import ACHIEVEMENTS, ACTIONS, decode_png, png
 from .episodes import Decision, Episode, Turn
 from .turns import prompt_hash, system
 
-# %% ../nbs/09_traces.ipynb #9023081d
+# %% ../nbs/09_traces.ipynb #92b28ee6
 SCHEMA = 2  # goes up when a table changes, with a step in _MIGRATIONS; a store with a higher number is refused, never guessed at
 
 _TABLES = """
@@ -62,7 +62,9 @@ CREATE VIEW episodes AS SELECT s.id AS session, s.run, s.arm, s.seed, s.member, 
     sum((SELECT total(value) FROM json_each(t.rewards))) AS reward, sum(json_array_length(t.unlocked)) AS achievements,
     sum(json_array_length(t.executed)) AS steps, count(*) AS turns, max(t.dead) AS died, sum(1 - t.valid) AS invalid,
     sum(t.prompt_tokens) AS prompt_tokens, sum(t.image_tokens) AS image_tokens, sum(t.completion_tokens) AS completion_tokens,
-    sum(t.seconds) AS seconds, s.wall, total(t.usd) AS usd, datetime(s.created, 'unixepoch') AS created
+    sum(t.seconds) AS seconds, s.wall,
+    CASE WHEN count(t.usd) OR NOT count(coalesce(t.prompt_tokens, t.latency)) THEN total(t.usd) END AS usd,  -- NULL: a model without a price
+    datetime(s.created, 'unixepoch') AS created
 FROM sessions s JOIN turns t ON t.session = s.id GROUP BY s.id ORDER BY s.id;
 """
 
@@ -540,19 +542,26 @@ def protocol_of(db: str | Path, prompt_hash: str | None = None) -> Protocol:
     with _sound(resolve(db)):
         return Protocol(**json.loads(found[name]))
 
-# %% ../nbs/09_traces.ipynb #0c89b724
+# %% ../nbs/09_traces.ipynb #6d3e339b
 def _table(rows):
     "A DataFrame of what a query finds."
     import pandas as pd
     return pd.DataFrame([tuple(row) for row in rows], columns=[column[0] for column in rows.description])
 
 
+def _unpriced(connection: sqlite3.Connection) -> list[int]:
+    "Sessions in which a model was asked, and nothing has a price: the view of an older store sums these up to 0."
+    query = "SELECT session FROM turns GROUP BY session HAVING NOT count(usd) AND count(coalesce(prompt_tokens, latency))"
+    return [session for (session,) in connection.execute(query)]
+
+
 def episodes(db: str | Path):
     """One row an episode, as a DataFrame: run, arm, seed, member, horizon, model, prompt_hash, split, reward, achievements (how many),
-    steps, turns, died, invalid (turns), tokens, seconds (of its turns), wall (its share of the run's time), usd, created (UTC),
-    unlocked (their names, in order)."""
+    steps, turns, died, invalid (turns), tokens, seconds (of its turns), wall (its share of the run's time), usd (NaN when a model was asked
+    that has no price), created (UTC), unlocked (their names, in order)."""
     with _reading(db) as connection, _sound(resolve(db)):
         table = _table(connection.execute("SELECT * FROM episodes"))
+        table["usd"] = table["usd"].astype(float).mask(table["session"].isin(_unpriced(connection)))
         names = {session: [] for session in table["session"]}
         for session, unlocked in connection.execute("SELECT session, unlocked FROM turns WHERE unlocked <> '[]' ORDER BY session, turn"):
             names[session] += _names(unlocked)
@@ -561,14 +570,15 @@ def episodes(db: str | Path):
 
 def turns(db: str | Path):
     """One row a turn, as a DataFrame: run, arm, seed, member, model, turn, step, text, reply, reason, actions, executed, reward,
-    unlocked (lists of names), valid, done, dead, tokens, usd, latency and seconds, frame (its hash)."""
+    unlocked (lists of names), valid, done, dead, tokens, usd (NaN: not known), latency and seconds, frame (its hash)."""
     with _reading(db) as connection, _sound(resolve(db)):
         table = _table(connection.execute("SELECT s.run, s.arm, s.seed, s.member, s.model, t.* FROM sessions s "
                                           "JOIN turns t ON t.session = s.id ORDER BY s.id, t.turn"))
         for column in ("actions", "executed", "rewards", "unlocked"):
             table[column] = table[column].map(json.loads)
         flags = {name: table[name].astype(bool) for name in ("valid", "done", "dead")}
-        reward, usd = table["rewards"].map(sum).astype(float), table["usd"].fillna(0).astype(float)
+        reward, usd = table["rewards"].map(sum).astype(float), table["usd"].astype(float)
+        usd = usd.mask(usd.isna() & table["prompt_tokens"].isna() & table["latency"].isna(), 0.0)  # nobody was asked: it cost nothing
         return table.assign(**flags, reward=reward, usd=usd).drop(columns=["session", "token_ids", "logprobs"])
 
 
@@ -615,7 +625,21 @@ def _parcel(connection: sqlite3.Connection, path: Path, session: sqlite3.Row) ->
                 "frames": [row for name in names for row in rows("SELECT * FROM frames WHERE hash = ?", name)],
                 "source": [row["provenance"] for row in rows("SELECT provenance FROM sources WHERE id = ?", session["source"])]}
 
-# %% ../nbs/09_traces.ipynb #135a9e13
+# %% ../nbs/09_traces.ipynb #19b0f0df
+@contextlib.contextmanager
+def _whole_or_absent(db: str | Path):
+    "A store that was not there before the block is not there either when the block raises an error, nor are folders made for it."
+    path = resolve(db)
+    made, new = absent(path.parent), not path.exists()
+    try:
+        yield
+    except Exception:
+        for suffix in ("", "-wal", "-shm", "-journal") if new else ():
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        remove_empty(made)
+        raise
+
+# %% ../nbs/09_traces.ipynb #beffae42
 def _put(execute, parcel: dict, path: Path) -> bool:
     "Insert a session of the store at `path` with all that hangs on it; False when the same is there already."
     session, keep = dict(parcel["session"]), "INSERT OR IGNORE INTO {} VALUES (?, ?, ?{})".format
@@ -640,26 +664,30 @@ def _put(execute, parcel: dict, path: Path) -> bool:
             _add_row(execute, table, (number, *tuple(row)[1:]))
     return True
 
-# %% ../nbs/09_traces.ipynb #d2b612ba
+# %% ../nbs/09_traces.ipynb #95ed9877
 def merge(target: str | Path, *sources: str | Path) -> dict:
     """Copy the episodes of `sources` into the store `target`, which is made if it is not there.
 
     Returns how many were copied (`episodes`) and how many were in it already (`known`). An episode is copied whole or not at all. Raises
-    `InputError` when a source is damaged, or when two files hold different play under one run, arm, seed and member.
+    `InputError` when a source is damaged (all are looked at before the first is copied), or when two files hold different play under one
+    run, arm, seed and member.
     """
-    count = {"episodes": 0, "known": 0}
-    with Store(target) as store:
-        for path in map(resolve, sources):
-            if path.resolve() == store.path.resolve():
-                raise InputError("would be merged into itself", path, "name another target")
-            with _reading(path) as connection:
+    count, paths = {"episodes": 0, "known": 0}, [resolve(path) for path in sources]
+    for path in paths:
+        if path.resolve() == resolve(target).resolve():
+            raise InputError("would be merged into itself", path, "name another target")
+        with _reading(path):
+            pass
+    with _whole_or_absent(target), Store(target) as store:
+        for path in paths:
+            with _reading(path, thorough=False) as connection:
                 for session in connection.execute("SELECT * FROM sessions ORDER BY id").fetchall():
                     parcel = _parcel(connection, path, session)
                     with store.transaction() as execute:
                         count["episodes" if _put(execute, parcel, path) else "known"] += 1
     return count
 
-# %% ../nbs/09_traces.ipynb #4639fb4d
+# %% ../nbs/09_traces.ipynb #125852b0
 _SYNTH = ("session_traces", "session_timesteps", "events", "messages", "outcome_rewards", "event_rewards")
 
 
@@ -686,7 +714,7 @@ def _called(calls) -> list[str]:
         actions += given["actions"] if isinstance(given.get("actions"), list) else []
     return [str(action) for action in actions]
 
-# %% ../nbs/09_traces.ipynb #8e075f42
+# %% ../nbs/09_traces.ipynb #de5be6fa
 def _shown(content: str) -> tuple[bytes | None, str]:
     "The picture (PNG bytes) and the words of a user's message. Raises ValueError for a picture that is none."
     message = _loaded(content)
@@ -702,7 +730,7 @@ def _shown(content: str) -> tuple[bytes | None, str]:
             words.append(str(part.get("text", "")))
     return picture, "\n".join(words).strip()
 
-# %% ../nbs/09_traces.ipynb #ecca855f
+# %% ../nbs/09_traces.ipynb #a9ed96c4
 def _by_turn(connection: sqlite3.Connection, table: str, session: str) -> dict[int, list[dict]]:
     "A session's messages or events by turn; those that name none belong to the turn before, and a user's message opens one."
     turns, number = {}, 0
@@ -740,7 +768,7 @@ def _decided(messages: list[dict], call: dict) -> tuple[Decision, list[str]]:
                         usage={key: value for key, value in usage.items() if isinstance(value, (int, float))})
     return decision, done if done and all(action in ACTIONS for action in done) else list(decision.actions)
 
-# %% ../nbs/09_traces.ipynb #c6d5a104
+# %% ../nbs/09_traces.ipynb #1e9f0938
 def _synth_turns(connection: sqlite3.Connection, session: str, final: list[str]) -> list[Turn]:
     "The turns of a session of synth-ai's, frames as PNG bytes. `final`: the achievements that its end is said to have."
     messages, events = (_by_turn(connection, table, session) for table in ("messages", "events"))
@@ -779,7 +807,7 @@ def _synth_protocol(turns: list[Turn]) -> Protocol:
     observe = "text" if not size else "both" if any(turn.text for turn in turns) else "image"
     return Protocol(form="tool", observe=observe, horizon="t50", **({"render_size": size[0]} if size else {}))
 
-# %% ../nbs/09_traces.ipynb #9887034b
+# %% ../nbs/09_traces.ipynb #e8710bd2
 def _synth_session(connection: sqlite3.Connection, row: sqlite3.Row, file: Path) -> tuple[Episode, Protocol, dict]:
     "One session of synth-ai's: the episode, its protocol, and what is told of it. Raises ValueError (also `InputError`) if it is unusable."
     told = _dict(row["metadata"])
@@ -801,21 +829,26 @@ def _synth_session(connection: sqlite3.Connection, row: sqlite3.Row, file: Path)
         "facts": {"imported": file.name, "env_name": told.get("env_name"), "policy_name": told.get("policy_name"),
                   "system_prompt": _dict(system[0]).get("content", system[0]) if system else None}}
 
-# %% ../nbs/09_traces.ipynb #6b04a9e2
+# %% ../nbs/09_traces.ipynb #5193fdde
 def import_synth(file: str | Path, db: str | Path) -> dict:
     """Read the sessions of a synth-ai v3 trace database into the store `db`.
 
-    Returns how many `episodes` and `turns` came in, how many were `known` from an earlier import, and what was `skipped`, by reason.
+    Returns how many `episodes` and `turns` came in, how many were `known` from an earlier import, and what was `skipped`, by reason; raises
+    `InputError` when nothing could be read.
     A session's run is named after the file and the prompt; sessions of one model and seed are members 0, 1, ... in order of time. The
     decision's rewards are known only as a sum, which stands at its last action.
     """
     path, count, members = resolve(file), {"episodes": 0, "turns": 0, "known": 0}, Counter()
     skipped: Counter = Counter()
-    with _told(path), contextlib.closing(_open(path)) as connection, Store(db) as store:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_told(path))
+        connection = stack.enter_context(contextlib.closing(_open(path)))
         connection.row_factory = sqlite3.Row
         if missing := set(_SYNTH) - {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}:
             raise InputError(f"not a trace database of synth-ai v3 (no table {min(missing)})", path, "give the file after --trace-db")
         _whole(connection, path)
+        stack.enter_context(_whole_or_absent(db))
+        store = stack.enter_context(Store(db))
         for row in connection.execute("SELECT * FROM session_traces ORDER BY created_at, session_id").fetchall():
             try:
                 episode, protocol, more = _synth_session(connection, row, path)
@@ -831,4 +864,7 @@ def import_synth(file: str | Path, db: str | Path) -> dict:
             store.begin(run, protocol, more["facts"])
             store.add(episode, arm=episode.model, split=more["split"], scores=more["scores"])
             count["episodes"], count["turns"] = count["episodes"] + 1, count["turns"] + len(episode.turns)
+        if not count["episodes"] and not count["known"]:
+            why = "; ".join(f"{sessions} left out: {reason}" for reason, sessions in skipped.most_common(3)) or "there is none"
+            raise InputError(f"no session can be read ({why})", path, "give the file that synth-ai eval wrote")
     return count | {"skipped": dict(skipped)}

@@ -1,10 +1,12 @@
 "The command, as a real process: exit codes, one-line errors, resume, and what is left behind."
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -112,6 +114,12 @@ def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
     (["sft"], "required: --config"),
     (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--env-file", "/path/to/.env"], "/path/to/.env: cannot be read"),
     (["train", "--type", "rl", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"], "is for sft, not for grpo"),
+    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", ""], "--seeds: cannot read seeds from ''"),
+    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-99999999999"], "--seeds: seeds '0-99999999999' are more"),
+    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--trace-db", "rollouts.db"], "put a folder before it"),
+    (["eval", "--config", "nowhere.toml"], f"{root()}/nowhere.toml: no such file"),
+    (["collect", "--config", "configs/demo", "--env-file", "no.env"], f"{root()}/no.env: cannot be read"),
+    (["collect", "--config", "configs/demo", "--out", "settings.ini/x"], "is a file; name another folder"),
     (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--trace-db", "x.sqlite"], "always called rollouts.db"),
 ])
 def test_bad_input_exits_2_with_one_line(args, says, capsys, monkeypatch):
@@ -132,7 +140,7 @@ def test_a_teacher_without_its_key_names_the_variable(tmp_path):
 def test_the_seeds_lines_reach_the_stages(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(root())
     called = []
-    monkeypatch.setattr(run, "run_stage", lambda stage, settings, out, force: called.append((stage, settings, Path(out))))
+    monkeypatch.setattr(run, "run_stage", lambda stage, settings, out, *_, **__: called.append((stage, settings, Path(out))))
     db = tmp_path / "traces" / "rollouts.db"
     for args in (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-99", "--trace-db", str(db)],
                  ["filter", "--config", "configs/seed/filter_vision_test.toml"],
@@ -164,3 +172,83 @@ def test_a_crash_exits_1_and_keeps_the_notebook(tmp_path, collected, capsys, mon
     assert run.main(["collect", *SMALL, "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "qvk: OSError: disk full; see run.ipynb"
     assert (tmp_path / "collect" / ".running.json").exists()  # so that nothing takes what is there for good
+
+
+@pytest.fixture
+def small():
+    from qwen_vl_kit.config import load
+    return load("configs/demo", "collect", ["teacher=random", "seeds=0-2", "horizon=s5"])
+
+
+def test_only_folders_that_the_command_made_are_taken_away(tmp_path, small, monkeypatch):
+    def refused(*_):
+        raise run.InputError("no such file", "rollouts.db")
+
+    monkeypatch.setattr(run, "execute", refused)
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir(mode=0o750)
+    link.symlink_to(there)
+    for out in (there, link, tmp_path / "new" / "x" / "sft"):
+        with pytest.raises(run.InputError, match="no such file"):
+            run.run_stage("collect", small, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "link"} and not any(there.iterdir())
+
+
+def test_of_two_that_start_together_one_runs(tmp_path, small, monkeypatch):
+    began, end, ran = threading.Event(), threading.Event(), []
+
+    def slow(notebook, values, out, threads):
+        ran.append(out)
+        began.set()
+        assert end.wait(30)
+        raise run.RunFailed("ended")
+
+    def first():
+        with pytest.raises(run.RunFailed):
+            run.run_stage("collect", small, tmp_path)
+
+    monkeypatch.setattr(run, "execute", slow)
+    monkeypatch.setattr(run, "state", lambda *_: "new")  # both have looked before either began
+    thread = threading.Thread(target=first)
+    thread.start()
+    try:
+        assert began.wait(30)
+        for force in (False, True):
+            with pytest.raises(run.InputError, match="is being written by another process"):
+                run.run_stage("collect", small, tmp_path, force)
+    finally:
+        end.set()
+        thread.join()
+    assert len(ran) == 1 and (tmp_path / ".running.json").is_file()
+
+
+def test_a_refused_folder_says_what_force_would_delete(collected, small):
+    with pytest.raises(run.InputError, match="another run") as error:
+        run.state("collect", small.model_copy(update={"seed": 9}), collected / "collect", "--trace-db")
+    said = str(error.value)
+    assert "--trace-db" in said and "qvk merge" in said and "deletes metrics.jsonl, rollouts.db" in said and "--out" not in said
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_played(tmp_path, small, monkeypatch, capsys):
+    def full(notebook, values, out, threads):
+        (out / "rollouts.db").write_bytes(b"played")
+        raise OSError(errno.ENOSPC, "No space left on device", str(out / "rollouts.db"))
+
+    monkeypatch.setattr(run, "execute", full)
+    monkeypatch.chdir(root())
+    assert run.main(["collect", *SMALL, "--out", str(tmp_path)]) == 2
+    assert one_line(capsys.readouterr().err).endswith("rollouts.db: no space left on device; free some space, then give the same command again")
+    assert (tmp_path / "collect" / "rollouts.db").is_file() and (tmp_path / "collect" / ".running.json").is_file()
+
+
+def test_config_and_env_file_are_looked_for_where_the_user_stands(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(run, "run_stage", lambda stage, settings, *_, **__: called.append(settings.seeds))
+    monkeypatch.setenv("QVK_ROOT", str(root()))
+    monkeypatch.setenv("QVK_TEST_B", "")
+    monkeypatch.delenv("QVK_TEST_B")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "collect.toml").write_text('seeds = "7"\n')
+    (tmp_path / "keys").write_text("QVK_TEST_B=here\n")
+    assert run.main(["collect", "--config", "collect.toml", "--env-file", "keys"]) == 0
+    assert called == ["7"] and os.environ["QVK_TEST_B"] == "here"

@@ -200,8 +200,12 @@ def test_episodes_of_two_prompts_are_refused_unless_their_forms_are_made_one(tmp
     with pytest.raises(InputError, match="episodes of 2 prompts"):
         exported([a, b])
     assert exported([a, b], form="reason").numbers["episodes"] == 2
-    with pytest.raises(InputError, match="episodes of 2 prompts"):
-        exported([a, c], form="reason")
+    with pytest.raises(InputError, match="episodes of 2 prompts") as error:
+        exported([a, b, c], form="reason")
+    told = json.loads(re.search(r"prompts = (\[.*?\])", str(error.value))[1])  # what the message says does it: a and b are the most
+    assert len(told) == 2 and exported([a, b, c], form="reason", prompts=told).numbers["episodes"] == 2
+    kept = exported([a, b, c], prompts=[prompt_hash(Protocol(prompt="brief", render_size=64, history=0))[:8]])
+    assert kept.numbers["episodes"] == 1 and read_json(kept.out / "stats.json")["dropped_by"]["prompts"] == 2
 
 
 # ---- what others read

@@ -220,6 +220,54 @@ def test_a_budget_in_dollars_needs_a_price(at, tmp_path):
         assert not endpoint.bodies and not (tmp_path / "collect").exists()
         result = collect.run(settings(seeds="0", model="my-model"), tmp_path / "collect")
     assert result.numbers["usd"] is None and [row["quantity"] for row in result.usage] == [4500, 60]
+    assert traces.episodes(tmp_path / "collect" / "rollouts.db").usd.isna().all()  # not known is not nothing
+    assert traces.turns(tmp_path / "collect" / "rollouts.db").usd.isna().all()
+    assert next(read_jsonl(tmp_path / "collect" / "metrics.jsonl"))["usd"] is None
+
+
+def test_a_model_without_a_price_is_told_before_it_plays(at, capsys):
+    at("http://127.0.0.1:1/v1")
+    run.check_access(settings(model="my-model"))
+    assert capsys.readouterr().err.startswith("note: no price for 'my-model'")
+    run.check_access(settings())
+    assert not capsys.readouterr().err
+
+
+def test_an_emptied_store_is_not_bought_again_unasked(at, tmp_path):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        collect.run(settings(seeds="0-1"), tmp_path)
+        asked = len(endpoint.bodies)
+        (tmp_path / "rollouts.db").write_bytes(b"")
+        for name in ("metrics.jsonl", "calls.jsonl"):
+            with pytest.raises(InputError, match=rf"rollouts.db: is empty, and .*{name}.* beside it"):
+                collect.run(settings(seeds="0-1"), tmp_path)
+            (tmp_path / name).unlink()
+            assert len(endpoint.bodies) == asked and not (tmp_path / "rollouts.db").stat().st_size
+        collect.run(settings(seeds="0-1"), tmp_path)  # nothing tells of anything: it is as good as new
+    assert len(endpoint.bodies) == 2 * asked
+
+
+def test_a_call_that_found_no_server_is_not_in_doubt(at):
+    from qwen_vl_kit import costs, engines
+    meter = costs.Meter(image=2833)
+    at("http://127.0.0.1:1/v1")
+    engine = engines.ServerEngine("gpt-4o-mini", 1, retries=0, meter=meter)
+    engine.reached = True  # the server has answered before, and is gone
+    with pytest.raises(engines.CallFailed, match="the connection broke"):
+        engine.generate([engines.Request([{"role": "user", "content": "x"}])], engines.Sampling())
+    engine.close()
+    assert (meter.failed, meter.doubtful) == (1, 0)
+
+
+def test_an_address_without_v1_is_told(at, tmp_path):
+    with Endpoint(lambda number, body: refuses(404, "Not Found")) as endpoint:
+        at(endpoint.url.removesuffix("/v1"))
+        with pytest.raises(InputError, match="end in /v1"):
+            collect.run(settings(seeds="0"), tmp_path / "collect")
+        at(endpoint.url)
+        with pytest.raises(InputError, match="and the model's name"):
+            collect.run(settings(seeds="0"), tmp_path / "collect")
 
 
 def test_a_remote_judge_stands_on_the_same_bill_and_answers_once(at, tmp_path):

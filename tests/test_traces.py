@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -571,6 +572,52 @@ def test_other_files_are_no_database_of_synth_ai(tmp_path, db):
         with pytest.raises(InputError, match=words) as error:
             traces.import_synth(path, tmp_path / "rollouts.db")
         one_line(error)
+
+
+@pytest.mark.parametrize("target", ["all.db", "new/all.db"])
+def test_what_fails_leaves_no_target(tmp_path, db, target):
+    "Neither an empty nor a partial store; one that was there stays as it was."
+    def unreadable(connection):
+        connection.execute("UPDATE session_traces SET metadata = 'null'")
+
+    target, torn = tmp_path / target, tmp_path / "torn.db"
+    torn.write_bytes(db.read_bytes()[:-5000])
+    spoilt = tmp_path / "spoilt.db"  # whole for SQLite, so it is found out only when its last episode is copied
+    spoilt.write_bytes(db.read_bytes())
+    with sqlite3.connect(spoilt) as connection:
+        connection.execute("UPDATE turns SET rewards = '[' WHERE session = (SELECT max(id) FROM sessions)")
+    for fails in (lambda: traces.merge(target, db, tmp_path / "none.db"), lambda: traces.merge(target, db, torn),
+                  lambda: traces.merge(target, spoilt), lambda: traces.import_synth(db, target),
+                  lambda: traces.import_synth(tmp_path / "none.db", target),
+                  lambda: traces.import_synth(synth(tmp_path / "v3.db", change=unreadable), target)):
+        with pytest.raises(InputError):
+            fails()
+        assert not target.exists() and not (tmp_path / "new").exists() and not list(tmp_path.glob("all.db*"))
+        (tmp_path / "v3.db").unlink(missing_ok=True)
+    traces.merge(target, db)
+    before = traces.fingerprint(target)
+    with pytest.raises(InputError):
+        traces.merge(target, torn)
+    assert traces.fingerprint(target) == before
+
+
+def test_a_store_made_before_unpriced_was_told_from_nothing_is_read_alike(tmp_path):
+    unpriced = Decision(["do"], "x", "x -> do", usage={"prompt_tokens": 9, "completion_tokens": 2, "seconds": 0.1})
+    free = Decision(["do"], "x", "x -> do")
+    with traces.Store(tmp_path / "a.db") as store:
+        store.begin("demo", Protocol(prompt="brief", render_size=64, observe="text"))
+        for seed, decision in enumerate((unpriced, free)):
+            store.add(Episode(seed, "s50", "m", turns=[Turn(0, 0, None, "", decision, ["do"], [0.0])]))
+    with sqlite3.connect(tmp_path / "a.db") as connection:
+        assert connection.execute("SELECT usd FROM episodes").fetchall() == [(None,), (0.0,)]
+    for view in ("", "total(t.usd) AS usd"):
+        if view:
+            with sqlite3.connect(tmp_path / "a.db") as connection:
+                [(made,)] = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'episodes'").fetchall()
+                connection.execute("DROP VIEW episodes")
+                connection.execute(re.sub(r"CASE .* END AS usd", view, made))
+        for table in (traces.episodes(tmp_path / "a.db"), traces.turns(tmp_path / "a.db")):
+            assert table.usd.isna().tolist() == [True, False] and table.usd[1] == 0
 
 
 def test_the_commands_merge_and_import(tmp_path, capsys):
