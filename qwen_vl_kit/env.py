@@ -170,7 +170,7 @@ def _noise3(simplex, x_N: np.ndarray, y_N: np.ndarray, z: float) -> np.ndarray:
     slope = sum(GRADIENTS3.take(gradient + axis) * d_8N.ravel()[near] for axis, d_8N in enumerate((dx_8N, dy_8N, dz_8N)))
     return np.bincount(near % len(x_N), kernel * kernel * slope, len(x_N)) / NORM_CONSTANT3
 
-# %% ../nbs/02_env.ipynb #d240eb62
+# %% ../nbs/02_env.ipynb #2e40ee9d
 def _simplex_loop(x_N, y_N, z, perm, gradient, out_N):
     for i in range(len(x_N)):
         out_N[i] = _simplex3(x_N[i], y_N[i], z, perm, gradient)
@@ -179,7 +179,8 @@ def _simplex_loop(x_N, y_N, z, perm, gradient, out_N):
 def _noise(simplex, x_N: np.ndarray, y_N: np.ndarray, z: float) -> np.ndarray:
     "`simplex.noise3` at N points of one height z, by the quicker way there is."
     if not (loop := _compiled(_simplex_loop)):
-        blocks = [slice(start, start + 2048) for start in range(0, len(x_N), 2048)]  # sums stay in the cache
+        # sums stay in the cache, and arrays below the size that is handed back to the system and fetched again for each of them
+        blocks = [slice(start, start + 1024) for start in range(0, len(x_N), 1024)]
         return np.concatenate([_noise3(simplex, x_N[block], y_N[block], z) for block in blocks] or [np.zeros(0)])
     out_N = np.empty(len(x_N))
     loop(x_N, y_N, float(z), simplex._perm, simplex._perm_grad_index3, out_N)
