@@ -83,7 +83,7 @@ def test_a_row_whose_image_does_not_decode_is_bad_input(tmp_path):
 
 
 def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
-    command = ["collect", "--config", "configs/demo", "--set", "seeds=0-39", "--set", "concurrency=4", "--out", str(tmp_path)]
+    command = ["collect", "--config", "configs/demo", "--set", "seeds=0-99", "--set", "concurrency=4", "--out", str(tmp_path)]
     started = subprocess.Popen([*QVK, *command], cwd=root(), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "collect" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n")):
@@ -97,7 +97,7 @@ def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
     assert code == 2 and "is unfinished, and export reads it" in one_line(error)
     assert qvk(*command)[0] == 0
     with metrics.open() as rows:
-        assert len({json.loads(row)["seed"] for row in rows}) == 40
+        assert len({json.loads(row)["seed"] for row in rows}) == 100
 
 
 @pytest.mark.parametrize("args, says", [
