@@ -84,7 +84,8 @@ def test_a_row_whose_image_does_not_decode_is_bad_input(tmp_path):
 
 def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
     command = ["collect", "--config", "configs/demo", "--set", "seeds=0-99", "--set", "concurrency=4", "--out", str(tmp_path)]
-    started = subprocess.Popen([*QVK, *command], cwd=root(), stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, do not hear Ctrl-C
+    started = subprocess.Popen([*QVK, *command], cwd=root(), stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     metrics = tmp_path / "collect" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n")):
         assert started.poll() is None
