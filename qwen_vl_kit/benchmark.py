@@ -88,23 +88,27 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
 
-# %% ../nbs/18_benchmark.ipynb #45c7e4a9
+# %% ../nbs/18_benchmark.ipynb #6b02d99a
 def run(config: BenchmarkConfig, out: str | Path) -> Result:
-    "Play every arm on the config's seeds: `out/arms.csv`, `out/episodes.csv`, `out/rollouts.db`."
+    """Play every arm on the config's seeds: `out/arms.csv`, `out/episodes.csv`, `out/rollouts.db`.
+
+    Its seconds are those of all sessions that stored episodes there; so are the metrics', which tell of each arm how long all took up to it.
+    """
     began, out = time.perf_counter(), resolve(out)
     seeds = unseen(parse_seeds(config.seeds), out.parent)
     adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, out.parent))}
     for path in adapters.values():
         checked_card(path, config)  # told before hours are spent on the other arms
-    name = "benchmark " + digest({arm: digest(path / "adapter_model.safetensors") for arm, path in adapters.items()})[:8]
+    name = "benchmark " + digest({arm: models.trained_weights(path) for arm, path in adapters.items()})[:8]
     out.mkdir(parents=True, exist_ok=True)
-    arms, episodes = [], []
+    arms, episodes, took = [], [], 0.0
     with threads(config.threads), Store(out / "rollouts.db") as store:
         if others := set(sessions(out / "rollouts.db").get("run", ())) - {name}:
             raise InputError(f"holds episodes of other adapters ({', '.join(others)})", out / "rollouts.db", "give --force, or another --out")
+        earlier = round(store.seconds(name), 3)
         store.begin(name, config, {"model": config.model, "seeds": config.seeds})
+        (out / "metrics.jsonl").unlink(missing_ok=True)
         for arm in config.arms:
-            started = time.perf_counter()
             policy = policy_of(arm, config, out.parent)
             rollout(policy, config, seeds, seed=config.seed, concurrency=config.concurrency,
                     sink=lambda episode, arm=arm: store.add(episode, arm=arm), done=store.done(name, arm), keep=False, what=arm)
@@ -112,9 +116,10 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
             seconds = sum(turn.seconds for episode in played for turn in episode.turns)
             arms.append({**arm_row(arm, played), "seconds": round(seconds, 2), "usd": round(sum(e.usage("usd") for e in played), 6)})
             episodes += [episode_row(arm, episode) for episode in played]
-            append_jsonl(out / "metrics.jsonl", {"step": len(arms), "seconds": round(time.perf_counter() - started, 3), **arms[-1]})
+            took += store.seconds(name, arm)
+            append_jsonl(out / "metrics.jsonl", {"step": len(arms), **arms[-1], "seconds": round(took, 3)})
     write_csv(out / "arms.csv", arms)
     write_csv(out / "episodes.csv", episodes)
     numbers = {"model": config.model, "prompt_hash": turns.prompt_hash(config), "seeds": config.seeds,
-               **{arm["arm"]: arm["achievement_rate"] for arm in arms}}
-    return Result("benchmark", out, time.perf_counter() - began, numbers, adapters)
+               **{arm["arm"]: arm["achievement_rate"] for arm in arms}, **({"earlier_seconds": earlier} if earlier else {})}
+    return Result("benchmark", out, earlier + time.perf_counter() - began, numbers, adapters)

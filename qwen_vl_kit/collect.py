@@ -34,7 +34,7 @@ def teacher(config: CollectConfig, meter: costs.Meter | None = None):
         return policies.ServerPolicy(engine, config, sampling, config.model, config.asks, config.episode_seconds)
     return policies.EnginePolicy(engines.HFEngine(models.load(config.model, bf16=True), bf16=True), config, sampling, config.model)
 
-# %% ../nbs/12_collect.ipynb #73f5f262
+# %% ../nbs/12_collect.ipynb #dd7d37eb
 def bought(config: CollectConfig, out: Path) -> costs.Meter | None:
     "The meter of a collection that an endpoint plays, with what it has spent so far; None for other teachers."
     if config.teacher != "model" or config.engine != "server":
@@ -48,10 +48,11 @@ def forecast(policy: policies.ServerPolicy, config: CollectConfig, seeds: list[i
     world = World(size=config.render_size)
     used = policy.probe(policies.Situation(Episode(seeds[0], config.horizon, config.model), world.reset(seeds[0]), world))
     calls = len(seeds) * horizon(config.horizon).turns
+    usd = policy.engine.meter.cost(config.model, used["prompt_tokens"], used["completion_tokens"]) if "usd" in used else None
     return {"estimated_calls": calls, "prompt_tokens_of_a_call": used.get("prompt_tokens"),
-            "estimated_usd": float(used["usd"] * calls) if "usd" in used else None}
+            "estimated_usd": None if usd is None else float(usd * calls)}  # at the full price: the next call may find nothing in a cache
 
-# %% ../nbs/12_collect.ipynb #9f8e4633
+# %% ../nbs/12_collect.ipynb #195bfecd
 def check(config: CollectConfig) -> None:
     "Raise `InputError` for settings that contradict each other, before anything is played or paid."
     if (config.judge == "remote") != bool(config.judge_model):
@@ -62,16 +63,20 @@ def check(config: CollectConfig) -> None:
 
 
 def check_store(out: Path) -> None:
-    "Raise `InputError` when the store is empty and the files beside it tell of play: what was paid for is not bought again unasked."
+    """Raise `InputError` when the store is empty or missing and the files beside it tell of play: what was paid for is not bought again unasked.
+
+    Metrics have a line for each episode that was stored. Calls alone do not speak for a store that is missing: a session that was stopped
+    before its first episode ended leaves them, too.
+    """
     db, beside = out / "rollouts.db", [out / "metrics.jsonl", out / "calls.jsonl"]
     told = [path.name for path in beside if path.is_file() and path.stat().st_size]
-    if db.is_file() and not db.stat().st_size and told:
-        raise InputError(f"is empty, and {' and '.join(told)} beside it tell of what it held", db,
+    if told and (not db.stat().st_size if db.is_file() else _metrics(beside[0])):
+        raise InputError(f"is {'empty' if db.is_file() else 'missing'}, and {' and '.join(told)} beside it tell of what it held", db,
                          "bring it back from a copy, or give --force to play (and pay for) everything again")
 
 
 def run(config: CollectConfig, out: str | Path) -> Result:
-    """Play the config's seeds with its teacher into `out/rollouts.db`.
+    """Play the config's seeds with its teacher into `out/rollouts.db`. Its seconds are those of all sessions that stored episodes there.
 
     Raises `LostEpisodes` when some could not be played and `OverBudget` when the money ends; all others are stored by then.
     """
@@ -89,11 +94,12 @@ def run(config: CollectConfig, out: str | Path) -> Result:
     totals = _totals(out / "rollouts.db")
     numbers = {**totals, "achievement_rate": round(totals["achievements"] / 22 / totals["episodes"], 6), "teacher": policy.name,
                "prompt_hash": turns.prompt_hash(config), **plan, **(meter.numbers() if meter else {})}
-    return Result("collect", out, time.perf_counter() - began, numbers, {}, meter.usage() if meter else [])
+    seconds = plan.get("earlier_seconds", 0.0) + time.perf_counter() - began
+    return Result("collect", out, seconds, numbers, {}, meter.usage() if meter else [])
 
 
 def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: costs.Meter | None) -> dict:
-    "Play the seeds that the store does not hold yet; what was forecast for them."
+    "Play the seeds that the store does not hold yet; what was forecast for them, and how long earlier sessions took, if there were any."
     db, plan = out / "rollouts.db", {}
     if meter and (missing := _missing(db, policy.name, seeds)):
         plan = forecast(policy, config, missing)
@@ -104,6 +110,8 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: cos
         if meter:
             meter.begin()
             facts |= {"detail": config.detail, "parameters_changed": policy.engine.learned}
+        if earlier := store.seconds("collect"):
+            plan["earlier_seconds"] = round(earlier, 3)
         store.begin("collect", config, facts)
         rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency,
                 sink=_keeper(store, out, policy.name), done=store.done("collect", policy.name), keep=False, what=what)
@@ -121,7 +129,7 @@ def _missing(db: Path, arm: str, seeds: list[int]) -> list[int]:
 
 def _keeper(store: Store, out: Path, arm: str):
     "What is done with each episode that ends: into the store, then a line of metrics."
-    began, count = time.perf_counter(), itertools.count(1 + _caught_up(out))
+    began, count = time.perf_counter() - store.seconds("collect"), itertools.count(1 + _caught_up(out))
 
     def keep(episode: Episode) -> None:
         store.add(episode, arm=arm)
@@ -153,10 +161,12 @@ def _caught_up(out: Path) -> int:
     stored, told = episodes(out / "rollouts.db"), _metrics(out / "metrics.jsonl")
     if not len(stored) and not told:
         return 0
+    stored["took"] = stored["wall"].astype(float).cumsum().round(3)
     with atomic(out / "metrics.jsonl") as file:
         for step, row in enumerate(stored.itertuples(), 1):
-            new = {"seconds": None, "seed": row.seed, "achievements": int(row.achievements), "reward": round(row.reward, 4),
-                   "turns": int(row.turns), "invalid": int(row.invalid), "usd": None if math.isnan(row.usd) else float(row.usd)}
+            new = {"seconds": None if math.isnan(row.took) else row.took, "seed": row.seed, "achievements": int(row.achievements),
+                   "reward": round(row.reward, 4), "turns": int(row.turns), "invalid": int(row.invalid),
+                   "usd": None if math.isnan(row.usd) else float(row.usd)}
             file.write(dumps({"step": step} | told.get(row.seed, new) | {"step": step}) + "\n")
     return len(stored)
 
@@ -164,5 +174,5 @@ def _caught_up(out: Path) -> int:
 def _totals(db: Path) -> dict:
     "What a trace database holds in all, over every session that wrote to it."
     table = episodes(db)
-    metered = {kind: int(table[kind].sum()) if kind in table else 0 for kind in ("prompt_tokens", "completion_tokens")}
+    metered = {kind: int(table[kind].sum()) if kind in table else 0 for kind in ("prompt_tokens", "cached_tokens", "completion_tokens")}
     return {"episodes": len(table), **{name: int(table[name].sum()) for name in ("turns", "steps", "achievements", "invalid")}, **metered}

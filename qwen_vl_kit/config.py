@@ -98,7 +98,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #941d7a3b
+# %% ../nbs/01_config.ipynb #efd00ae4
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -183,7 +183,7 @@ class Training(Stage):
 class SFTConfig(Training):
     "Supervised fine-tuning on exported rows."
 
-    variety: Literal["lora", "qlora"] = "lora"
+    variety: Literal["lora", "qlora", "full"] = "lora"  # what is trained: an adapter, one on a base of 4 bits, or all weights
     lora_rank: int = Field(32, ge=1)
     lora_alpha: int = Field(64, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -199,7 +199,13 @@ class SFTConfig(Training):
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     eval_steps: int = Field(50, ge=1)
     eval_rows: int = Field(512, ge=1)  # of the validation file, evenly spread
-    keep_best: bool = True  # the adapter with the lowest validation loss; False keeps the last one
+    keep_best: bool = True  # the adapter that is best by the next key; False keeps the last one
+    best_by: Literal["val_loss", "dev.achievement_rate"] = "val_loss"  # the second plays dev_seeds at each evaluation
+    dev_seeds: Annotated[str, AfterValidator(lambda spec: spec and _checked_seeds(spec))] = ""  # neither trained on nor in the benchmark
+    processes: int = Field(1, ge=1, le=64)  # on each machine, one for a GPU; without GPUs they share the cores
+    machines: int = Field(1, ge=1, le=64)  # the same command is given on each
+    deepspeed_stage: Literal[0, 1, 2, 3] = 0  # ZeRO divides among the processes: 1 the optimizer, 2 gradients, 3 weights too
+    fsdp: bool = False  # or torch's own way to divide all of it
 
 
 class GRPOConfig(Training, Protocol):
@@ -321,14 +327,14 @@ def _rollouts(value, values):
     values.update(groups=max(1, value // size), group_size=size)
     return f"{value} episodes an iteration read as {value // size} groups (one seed each) of {size} episodes"
 
-# %% ../nbs/01_config.ipynb #4e4fe5a6
+# %% ../nbs/01_config.ipynb #7c92eb5f
 LANGUAGE_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def _kind_of_training(value, values):
-    variety = {"lora": "lora", "peft": "lora", "qlora": "qlora"}.get(str(value))
+    variety = {"lora": "lora", "peft": "lora", "qlora": "qlora", "full": "full", "fft": "full"}.get(str(value))
     if variety is None:
-        raise InputError(f"{_toml(value)} is not a way of training", mend='write "lora" or "qlora"')
+        raise InputError(f"{_toml(value)} is not a way of training", mend='write "lora", "qlora" or "full"')
     if values.get("variety") != "qlora":
         values["variety"] = variety
 
@@ -352,7 +358,7 @@ def _lora_layers(value, values):
         raise InputError(f"{_toml(value)} is not a set of layers the kit adapts",
                          mend='write ["all-linear"], or all of ' + ", ".join(sorted(LANGUAGE_LAYERS)))
 
-# %% ../nbs/01_config.ipynb #78732a83
+# %% ../nbs/01_config.ipynb #bd1e2481
 def _evaluation(value, values):
     if value in ("no", "epoch"):
         return f'{_toml(value)}; the loss is taken every eval_steps updates, "steps"'
@@ -360,7 +366,22 @@ def _evaluation(value, values):
 
 
 def _best_metric(value, values):
-    return _says("val.loss", "val_loss", "eval_loss", "loss")(value, values)
+    by = dict.fromkeys(("val.loss", "val_loss", "eval_loss", "loss"), "val_loss") | {"dev.achievement_rate": "dev.achievement_rate"}
+    if value not in by:
+        raise InputError(f"{_toml(value)} is not to be had here", mend='write "val.loss" or "dev.achievement_rate"')
+    values["best_by"] = by[value]
+
+
+def _zero(value, values):
+    if _switch(value):
+        values.setdefault("deepspeed_stage", 2)
+    else:
+        values["deepspeed_stage"] = 0
+
+
+def _stage(value, values):
+    if values.get("deepspeed_stage") != 0:  # 0: use_deepspeed = false came before
+        values["deepspeed_stage"] = value
 
 
 def _data(value, values):
@@ -472,7 +493,7 @@ _TRAINING: dict[str, object] = {
     "hyperparameters.parallelism.tensor_parallel_size": ONE_PROCESS, "hyperparameters.parallelism.pipeline_parallel_size": ONE_PROCESS,
 }
 
-# %% ../nbs/01_config.ipynb #858ae9d8
+# %% ../nbs/01_config.ipynb #102fade2
 _SFT: dict[str, object] = {
     **_TRAINING, "algorithm.type": _says("offline"), "algorithm.method": _says("sft", "supervised_finetune"),
     "algorithm.variety": _kind_of_training,
@@ -480,7 +501,10 @@ _SFT: dict[str, object] = {
     "training.use_qlora": _qlora, "hyperparameters.n_epochs": "epochs", "training.validation.enabled": _says(True),
     "training.validation.evaluation_strategy": _evaluation, "training.validation.eval_steps": "eval_steps",
     "training.validation.save_best_model_at_end": "keep_best", "training.validation.metric_for_best_model": _best_metric,
-    "training.validation.greater_is_better": _says(False),
+    "training.validation.greater_is_better": Note("it follows from the metric"),
+    "compute.gpu_count": "processes", "compute.nodes": "machines", "hyperparameters.parallelism.use_deepspeed": _zero,
+    "hyperparameters.parallelism.deepspeed_stage": _stage, "hyperparameters.parallelism.fsdp": "fsdp",
+    "hyperparameters.parallelism.fsdp_sharding_strategy": Note("fsdp divides everything: weights, gradients and optimizer"),
 }
 
 ADAPTER = Note("the adapter that GRPO goes on from brings its own LoRA shape")

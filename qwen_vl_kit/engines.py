@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Request', 'Sampling', 'Output', 'uniforms', 'prefill', 'draw', 'decode', 'merged_weights', 'HFEngine', 'access',
            'told', 'CallFailed', 'Passing', 'Relearnt', 'retry_after', 'backoff', 'size', 'reply_text', 'read_reply',
-           'Unmetered', 'ServerEngine']
+           'cached', 'Unmetered', 'ServerEngine']
 
 # %% ../nbs/07_engines.ipynb #fbcea852
 import asyncio
@@ -114,12 +114,16 @@ def decode(model, samples: list, inputs: dict, u_BT, temperature: float, eos: in
         out = model(input_ids=token_B[:, None], attention_mask=mask, position_ids=place_B.expand(3, -1)[..., None],
                     past_key_values=out.past_key_values, use_cache=True)
 
-# %% ../nbs/07_engines.ipynb #fa1cf0c6
+# %% ../nbs/07_engines.ipynb #716ef344
 def merged_weights(model):
-    "`(name, tensor)` of every linear layer that carries a LoRA, with the adapter added out of place; names as in the plain model."
+    "`(name, tensor)` of every linear layer that carries a LoRA, with the adapter added out of place, or of all that is trained itself."
     import torch
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+    if not isinstance(model, PeftModel):
+        yield from model.named_parameters()
+        return
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and module.active_adapters:
@@ -257,7 +261,7 @@ def backoff(attempt: int) -> float:
     "Seconds to wait after failure number `attempt` (from 0): doubling from 0.5 to 60, and between half and all of it at random."
     return min(60.0, 0.5 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
 
-# %% ../nbs/07_engines.ipynb #3d62f4b7
+# %% ../nbs/07_engines.ipynb #2d8f3c8d
 def size(messages: list[dict]) -> tuple[int, int]:
     "How many images and how many characters of text messages hold."
     parts = [part for m in messages for part in ([{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"])]
@@ -281,7 +285,14 @@ def read_reply(reply) -> tuple[str, str, dict]:
     usage = reply.get("usage") or {}
     counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     metered = all(isinstance(count, int) and count >= 0 for count in counts.values())
-    return reply_text(choice), choice.get("finish_reason") or "empty", counts if metered else {}
+    return reply_text(choice), choice.get("finish_reason") or "empty", counts | cached(usage, counts["prompt_tokens"]) if metered else {}
+
+
+def cached(usage: dict, prompt: int) -> dict:
+    "{'cached_tokens': how many of `prompt` tokens the endpoint had in a cache}; {} when it had none, or more than there are."
+    details = usage.get("prompt_tokens_details")
+    count = details.get("cached_tokens") if isinstance(details, dict) else None
+    return {"cached_tokens": count} if isinstance(count, int) and 0 < count <= prompt else {}
 
 # %% ../nbs/07_engines.ipynb #1fe47903
 class Unmetered:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# %% ../nbs/04_episodes.ipynb #4276f9f5
+# %% ../nbs/04_episodes.ipynb #169ffba2
 @dataclass
 class Decision:
     "A policy's answer: action names, the reason it gave, and what it really said."
@@ -22,7 +22,7 @@ class Decision:
     prompt_ids: list[int] | None = None
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None  # of token_ids under the distribution they were sampled from, in nats
-    usage: dict = field(default_factory=dict)  # prompt_tokens, image_tokens, completion_tokens, seconds, usd
+    usage: dict = field(default_factory=dict)  # prompt_tokens, of these cached_tokens and image_tokens, completion_tokens, seconds, usd
 
 # %% ../nbs/04_episodes.ipynb #4efe9fac
 @dataclass

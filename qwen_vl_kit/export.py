@@ -6,10 +6,11 @@
 __all__ = ['Rule', 'rules', 'select', 'protocol_of', 'validation_seeds', 'row', 'turn_places', 'template_checker',
            'parquet_writer', 'sharegpt', 'sharegpt_folder', 'run', 'read_rows']
 
-# %% ../nbs/13_export.ipynb #ede33413
+# %% ../nbs/13_export.ipynb #83d7e006
 import base64
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -178,7 +179,7 @@ def _levels(kept: list) -> dict[int, float]:
         counts.setdefault(session["seed"], []).append(len(episode.achievements))
     return {seed: sum(found) / len(found) for seed, found in counts.items()}
 
-# %% ../nbs/13_export.ipynb #8cd0b1fb
+# %% ../nbs/13_export.ipynb #77f173aa
 def _picture(pictures, name: str | None, protocol: Protocol, where: str) -> bytes:
     "A stored PNG by hash, of the size that the protocol shows."
     if name is None:
@@ -200,7 +201,7 @@ def row(protocol: Protocol, session: dict, episode: Episode, index: int, picture
     metadata = {"run": session["run"], "arm": session["arm"], "seed": session["seed"], "member": session["member"], "turn": turn.turn,
                 "step": turn.step, "model": session["model"], "reward": turn.reward, "unlocked": turn.unlocked,
                 "episode_achievements": len(episode.achievements), "altered": turn.altered, "frame": turn.frame,
-                "prompt_hash": prompt_hash(protocol)}
+                "prompt_hash": prompt_hash(protocol), "protocol": dumps(protocol.model_dump(include=set(Protocol.model_fields)))}
     return {"messages": [*prompt(protocol, past, shown[-1], turn.text), {"role": "assistant", "content": said}], "metadata": metadata}
 
 # %% ../nbs/13_export.ipynb #d47d6e9a
@@ -278,13 +279,13 @@ def template_checker(protocol: Protocol) -> Callable[[dict], None]:
             raise RuntimeError(f"seed {told['seed']}, turn {told['turn']}: {marks[0]} messages and {marks[1]} of {images} images in the template")
     return check
 
-# %% ../nbs/13_export.ipynb #ae99089d
+# %% ../nbs/13_export.ipynb #4a113e80
 def _features():
     "The columns of a Parquet file, as `datasets` describes them; it finds them in the file's own schema."
     from datasets import Features, Image, List, Value
     text, number, names = Value("string"), Value("int64"), List(Value("string"))
     told = {name: number for name in ("seed", "member", "turn", "step", "episode_achievements")}
-    told |= {name: text for name in ("run", "arm", "model", "frame", "prompt_hash")}
+    told |= {name: text for name in ("run", "arm", "model", "frame", "prompt_hash", "protocol")}
     said = List({"role": text, "content": List({"type": text, "text": text})})
     return Features({"messages": said, "images": List(Image()),
                      "metadata": told | {"reward": Value("float64"), "unlocked": names, "altered": Value("bool")}})
@@ -445,7 +446,7 @@ def _bad_image(part: dict) -> str:
         return "the image is not base64"
     return ""
 
-# %% ../nbs/13_export.ipynb #d55eb77c
+# %% ../nbs/13_export.ipynb #07125670
 def _bad_row(row: dict, expected: str | None) -> str:
     "What is wrong with a row, or an empty string."
     messages = row.get("messages") if isinstance(row, dict) else None
@@ -464,7 +465,20 @@ def _bad_row(row: dict, expected: str | None) -> str:
     found = metadata.get("prompt_hash") if isinstance(metadata, dict) else None
     if not isinstance(found, str) or not found or expected and found != expected:
         return f"prompt {found[:8]} where {expected[:8]} is expected" if found and isinstance(found, str) else "no prompt_hash in metadata"
-    return next(filter(None, (_bad_image(part) for part in user if part["type"] == "image_url")), "")
+    images = [part for part in user if part["type"] == "image_url"]
+    return _bad_count(len(images), metadata) or next(filter(None, map(_bad_image, images)), "")
+
+
+def _bad_count(images: int, metadata: dict) -> str:
+    "Whether a row shows another number of images than its protocol does at its turn, in words, or an empty string."
+    try:
+        shown, turn = json.loads(metadata["protocol"]), int(metadata["turn"])
+        promised = 0 if shown["observe"] == "text" else min(int(shown["frames"]), turn + 1)
+    except KeyError:  # rows of other makers do not say
+        return ""
+    except (ValueError, TypeError):
+        return "protocol and turn in metadata cannot be read"
+    return "" if images == promised else f"{images} image{'s' * (images != 1)} where {promised} {'are' if promised != 1 else 'is'} promised"
 
 # %% ../nbs/13_export.ipynb #74254be1
 def read_rows(path: str | Path, prompt_hash: str | None = None) -> Iterator[dict]:

@@ -67,7 +67,7 @@ def machine() -> dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch and torch.cuda.is_available() else []
     return {"cpus": os.cpu_count(), "gpus": gpus}
 
-# %% ../nbs/20_manifest.ipynb #84eab60f
+# %% ../nbs/20_manifest.ipynb #9d840887
 def _short(path: Path, run: Path) -> str:
     "A path as the manifest tells it: relative inside the run's folder, so that a run can be moved."
     return path.relative_to(run).as_posix() if path.is_relative_to(run) else str(path)
@@ -110,6 +110,7 @@ def write(out: str | Path, result: Result, config: Stage, ledger: Iterable[dict]
         rows of a `costs.Ledger`; None prices `result.usage` with the price book. `usd` is None when something has no price.
     """
     out, now = resolve(out), datetime.now(UTC)
+    session = result.seconds - result.numbers.get("earlier_seconds", 0.0)  # what a stage took before it was stopped is no part of this one
     rows, unpriced = priced(result) if ledger is None else (list(ledger), [])
     usd = None if unpriced else float(sum(Decimal(row["usd"]) for row in rows))
     files = outputs(out)
@@ -118,7 +119,7 @@ def write(out: str | Path, result: Result, config: Stage, ledger: Iterable[dict]
         "stage": result.stage, "config": config.model_dump(mode="json"), "config_hash": config_hash(config), "inputs": inputs,
         "outputs": files, "outputs_hash": folder_hash(files), "numbers": result.numbers, "usage": result.usage, "ledger": rows,
         "unpriced": unpriced, "usd": usd, "seconds": round(result.seconds, 3),
-        "started": (now - timedelta(seconds=result.seconds)).isoformat(timespec="seconds"), "finished": now.isoformat(timespec="seconds"),
+        "started": (now - timedelta(seconds=session)).isoformat(timespec="seconds"), "finished": now.isoformat(timespec="seconds"),
         "machine": machine(), "provenance": provenance(), "command": os.environ.get("QVK_COMMAND", "")})
 
 # %% ../nbs/20_manifest.ipynb #f3145667

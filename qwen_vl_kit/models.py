@@ -4,13 +4,19 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'tiny_tokenizer', 'chat_template', 'make_processor', 'tiny_config', 'make_tiny',
-           'quicken', 'tiny_folder', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'lora_config', 'write_card',
-           'read_card', 'attach', 'cut', 'patchify', 'Encoded', 'image_tokens', 'encode', 'decode_url',
-           'assistant_labels', 'positions', 'pack', 'parameter_counts']
+           'quicken_tower', 'attention_kernel', 'Spans', 'attend', 'register_attention', 'Sight', 'quicken',
+           'tiny_folder', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'lora_config', 'write_card', 'read_card',
+           'trained_weights', 'attach', 'cut', 'patchify', 'Encoded', 'image_tokens', 'encode', 'frame_key',
+           'decode_url', 'assistant_labels', 'window', 'windows', 'positions', 'lay_out', 'pack', 'answers_only',
+           'fold_adapter', 'quicken_training', 'forward_flops', 'parameter_counts']
 
-# %% ../nbs/06_models.ipynb #3eecd02d
+# %% ../nbs/06_models.ipynb #d4e4538a
+import hashlib
+import inspect
 import json
 from dataclasses import dataclass, field
+from functools import cache, wraps
+from importlib import import_module
 from pathlib import Path
 
 from .core import InputError, digest, nearest, read_json, resolve, write_json
@@ -45,7 +51,7 @@ def tiny_tokenizer():
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096)
 
-# %% ../nbs/06_models.ipynb #ae0b384f
+# %% ../nbs/06_models.ipynb #021bc7bb
 def chat_template() -> str:
     "Qwen3-VL's chat template, letter for letter as TRL knows it."
     from importlib.util import find_spec
@@ -63,14 +69,25 @@ def make_processor(tokenizer, patch_size: int = 16, merge_size: int = 2, least_p
 
         def save_pretrained(self, folder, **_):
             self.tokenizer.save_pretrained(folder)
-            write_json(Path(folder) / "preprocessor_config.json", {
-                "patch_size": self.image_processor.patch_size, "merge_size": self.image_processor.merge_size,
-                "size": {"shortest_edge": self.image_processor.size["shortest_edge"]}})
+            (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+            for name, settings in _vision_files(self.image_processor).items():
+                write_json(Path(folder) / name, settings)
 
     images = Qwen2VLImageProcessorPil(patch_size=patch_size, temporal_patch_size=2, merge_size=merge_size,
                                       size={"shortest_edge": least_pixels, "longest_edge": 16_777_216},
                                       image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return ImagesOnly(image_processor=images, tokenizer=tokenizer, video_processor=None, chat_template=template or chat_template())
+
+
+def _vision_files(images) -> dict[str, dict]:
+    "What the hub's Qwen3-VL folders say of images and of videos, at this image processor's sizes: JSON by file name."
+    both = {"patch_size": images.patch_size, "temporal_patch_size": images.temporal_patch_size, "merge_size": images.merge_size,
+            "image_mean": list(images.image_mean), "image_std": list(images.image_std), "processor_class": "Qwen3VLProcessor"}
+    token = (images.patch_size * images.merge_size) ** 2  # pixels; the hub's videos have from 4 to 24,576 tokens of 32x32
+    return {"preprocessor_config.json": both | {"image_processor_type": "Qwen2VLImageProcessorFast", "size": {
+                "shortest_edge": images.size["shortest_edge"], "longest_edge": images.size["longest_edge"]}},
+            "video_preprocessor_config.json": both | {"video_processor_type": "Qwen3VLVideoProcessor", "size": {
+                "shortest_edge": 4 * token, "longest_edge": 24_576 * token}}}
 
 # %% ../nbs/06_models.ipynb #0f9a21ac
 def tiny_config(tokenizer):
@@ -101,19 +118,11 @@ def make_tiny(seed: int = 0):
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, make_processor(tokenizer, merge_size=1, least_pixels=16 * 16)
 
-# %% ../nbs/06_models.ipynb #29c30058
-def quicken(model) -> None:
-    """Give a Qwen3-VL model's vision tower batched attention and a patch embedding by matrix product, in place.
-
-    Without a GPU, the language layers attend by plain matrix products: torch's fused attention is slow backward on a CPU.
-    """
+# %% ../nbs/06_models.ipynb #b5dd8c0d
+def quicken_tower(visual) -> None:
+    "Give a vision tower batched attention and a patch embedding by matrix product, in place."
     from types import MethodType
 
-    import torch
-
-    if not torch.cuda.is_available():
-        model.config.get_text_config()._attn_implementation = "eager"
-    visual = model.get_base_model().model.visual if hasattr(model, "get_base_model") else model.model.visual
     visual.patch_embed.forward = MethodType(_embed_patches, visual.patch_embed)
     for block in visual.blocks:
         block.attn.forward = MethodType(_attend_images, block.attn)
@@ -140,7 +149,267 @@ def _attend_images(self, hidden_states, cu_seqlens, position_embeddings=None, **
     out = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
     return self.proj(out.transpose(1, 2).reshape(total, -1))
 
-# %% ../nbs/06_models.ipynb #565bed5c
+# %% ../nbs/06_models.ipynb #3a55b598
+def attention_kernel(cuda: bool, half: bool, capability: tuple = (0, 0), flash: bool = False, varlen: bool = False) -> str:
+    """Which attention packed samples get: `flash`, `varlen` or `blocks`.
+
+    `half`: whether to compute in 16 bits; `capability`: of the GPU; `flash`, `varlen`: whether flash-attn and torch's
+    `torch.nn.attention.varlen` are there.
+    """
+    if not (cuda and half and capability >= (8, 0)):
+        return "blocks"
+    return "flash" if flash else "varlen" if varlen else "blocks"
+
+
+@cache
+def _kernels(device: int) -> dict:
+    "What `attention_kernel` wants to know of a GPU and the packages; a package that does not import is not there."
+    import torch
+
+    there = {"capability": torch.cuda.get_device_capability(device)}
+    for name, module in (("flash", "flash_attn"), ("varlen", "torch.nn.attention.varlen")):
+        try:
+            import_module(module)
+            there[name] = True
+        except (ImportError, OSError):
+            there[name] = False
+    return there
+
+# %% ../nbs/06_models.ipynb #5aaa4b41
+@dataclass
+class Spans:
+    "Where the samples of a packed batch lie, in tokens of the rows laid end to end."
+
+    first: object  # int32 (N + 1,): where each begins, and the end
+    longest: int
+    blocks: tuple | None = None  # how `_blocks` lays them: number of blocks, index there and back (None: they lie so already), causal mask
+
+
+def _spans(position_ids, rows: int, length: int, device) -> Spans:
+    "The spans of `rows` of `length` tokens, which begin where `position_ids` (R, L) do not go on by one."
+    import torch
+
+    if (known := getattr(position_ids, "_spans", None)) is not None:
+        return known
+    start = torch.ones((rows, length), dtype=torch.bool, device=device)
+    start[:, 1:] = False if position_ids is None else position_ids.diff().expand(rows, -1) != 1
+    first = torch.cat([start.flatten().nonzero()[:, 0], torch.tensor([rows * length], device=device)]).int()
+    spans = Spans(first, int(first.diff().max()))
+    if position_ids is not None:
+        position_ids._spans = spans  # the layers that follow are given the same tensor
+    return spans
+
+
+def _lay_blocks(spans: Spans, total: int, device) -> tuple:
+    "`Spans.blocks`: each sample in a block as long as the longest, then all padding, in blocks of its own that nobody looks at."
+    import torch
+
+    longest, sizes = spans.longest, spans.first.diff()
+    mask = torch.full((longest, longest), torch.finfo(torch.float32).min, device=device).triu(1)
+    if len(sizes) * longest == total:
+        return len(sizes), None, None, mask
+    sample = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+    padding = (sizes == 1)[sample]
+    full = (sizes > 1).cumsum(0)
+    back = (full[sample] - 1) * longest + torch.arange(total, device=device) - spans.first[sample]
+    back = torch.where(padding, full[-1] * longest + padding.cumsum(0) - 1, back)
+    count = int(full[-1]) + -(-int(padding.sum()) // longest)
+    there = torch.zeros(count * longest, dtype=torch.long, device=device)  # what fills a block up is never seen: it comes later
+    there[back] = torch.arange(total, device=device)
+    return count, there, back, mask
+
+
+@cache
+def _moves():
+    "The differentiable moves `(to blocks, from blocks)`; made in a function because torch is imported late."
+    import torch
+
+    class ToBlocks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, flat, there, back):
+            ctx.save_for_backward(back)
+            return flat[there]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad[ctx.saved_tensors[0]], None, None  # what fills a block up has no gradient
+
+    class FromBlocks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, blocks, there, back):
+            ctx.save_for_backward(back)
+            ctx.count = len(blocks)
+            return blocks[back]
+
+        @staticmethod
+        def backward(ctx, grad):
+            out = grad.new_zeros((ctx.count, *grad.shape[1:]))
+            out[ctx.saved_tensors[0]] = grad
+            return out, None, None
+
+    return ToBlocks.apply, FromBlocks.apply
+
+# %% ../nbs/06_models.ipynb #637dfab3
+def _blocks(query, key, value, spans: Spans, scaling: float):
+    "Causal attention within each sample; (T, heads, D) each, key and value with as many heads or fewer. Returns (T, heads, D)."
+    import torch.nn.functional as F
+
+    spans.blocks = spans.blocks or _lay_blocks(spans, len(query), query.device)
+    (count, there, back, mask), (to_blocks, from_blocks) = spans.blocks, _moves()
+
+    def lay(x):
+        x = x if there is None else to_blocks(x, there, back)
+        return x.view(count, spans.longest, *x.shape[1:]).transpose(1, 2)
+
+    query, key, value = lay(query), lay(key), lay(value)
+    if query.is_cuda:
+        out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    else:
+        out = _causal(query, *(x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value)), mask, scaling)
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if there is None else from_blocks(out, there, back)
+
+
+def _causal(query, key, value, mask, scaling: float):
+    "Attention (N, heads, L, D) by matrix products: torch's fused attention is slow backward on a CPU. 16 bits under autocast, summed in 32."
+    import torch
+
+    shape = query.shape
+    query, key, value = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+    weights = torch.baddbmm(mask.to(query.dtype), query, key.transpose(1, 2), alpha=scaling)
+    with torch.autocast("cpu", enabled=False):
+        weights = weights.softmax(-1)
+    return (weights @ value).view(shape)
+
+
+def _varlen(query, key, value, spans: Spans, scaling: float):
+    "As `_blocks`, by torch's own kernel for variable lengths."
+    from torch.nn.attention.varlen import varlen_attn
+    first, longest = spans.first, spans.longest
+    return varlen_attn(query, key, value, first, first, longest, longest, scale=scaling, window_size=(-1, 0),
+                       enable_gqa=query.shape[1] != key.shape[1])
+
+
+def _flash(query, key, value, spans: Spans, scaling: float):
+    "As `_blocks`, by flash-attn (Dao 2023, arXiv 2307.08691)."
+    from flash_attn import flash_attn_varlen_func
+    first, longest = spans.first, spans.longest
+    return flash_attn_varlen_func(query, key, value, first, first, longest, longest, softmax_scale=scaling, causal=True)
+
+# %% ../nbs/06_models.ipynb #cc1799a5
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, position_ids=None, **more):
+    """An attention function for transformers: (R, heads, L, D) in, (R, L, heads, D) out; no token looks beyond its sample.
+
+    `position_ids` (R, L) restart where a sample begins. With a mask, or keys from a cache, transformers' own attention is used.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
+
+    rows, heads, length, width = query.shape
+    if attention_mask is not None or length != key.shape[2] or dropout:
+        stock = sdpa_attention_forward if query.is_cuda else eager_attention_forward
+        return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, position_ids=position_ids, **more)
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    kernel = attention_kernel(query.is_cuda, dtype.itemsize == 2, **(_kernels(query.device.index) if query.is_cuda else {}))
+    flat = [x.transpose(1, 2).reshape(rows * length, -1, width) for x in (query, key, value)]
+    if kernel != "blocks":
+        flat = [x.to(dtype) for x in flat]
+    spans = _spans(position_ids, rows, length, query.device)
+    if spans.longest == 1:
+        return value.repeat_interleave(heads // value.shape[1], 1).transpose(1, 2), None
+    out = {"flash": _flash, "varlen": _varlen, "blocks": _blocks}[kernel](*flat, spans, scaling)
+    return out.view(rows, length, heads, width), None
+
+
+def _attention_mask(batch_size, q_length, kv_length, attention_mask=None, device=None, **more):
+    "The mask that goes with `attend`: none where it cuts by itself, the stock one for padding and caches."
+    from transformers.masking_utils import eager_mask, sdpa_mask
+
+    if attention_mask is None and q_length == kv_length:
+        return None
+    stock = sdpa_mask if getattr(device, "type", "cpu") == "cuda" else eager_mask
+    return stock(batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, device=device, **more)
+
+
+def register_attention() -> str:
+    "Make `attend` known to transformers; returns its name there."
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("within_samples", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("within_samples", _attention_mask)
+    return "within_samples"
+
+# %% ../nbs/06_models.ipynb #a35e82be
+class Sight:
+    "Vision features by frame. `limit`: bytes that are kept, 0 to keep none; `computed` counts the frames that went through the tower."
+
+    def __init__(self, limit: int = 2**30):
+        self.limit, self.used, self.computed, self.kept = limit, 0, 0, {}
+
+    def __call__(self, model, frames, keys, which):
+        """Features of images as `Qwen3VLModel` takes them.
+
+        `frames` uint8 (U, H, W, 3) with their `keys` (U,) int64, and for each image `which` frame it shows (images,).
+        """
+        import torch
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        if self.limit and _frozen(model.visual):
+            told = (model.visual.dtype, torch.is_autocast_enabled(frames.device.type))
+            keys = [(key, told) for key in keys.tolist()]
+            missing = [i for i, key in enumerate(keys) if key not in self.kept]
+            with torch.no_grad():
+                new = dict(zip([keys[i] for i in missing], self.look(model.visual, frames[missing]) if missing else ()))
+            for key, features in new.items():
+                if self.used + features.nbytes <= self.limit:
+                    self.kept[key], self.used = features.clone(), self.used + features.nbytes
+            seen = torch.stack([new[key] if key in new else self.kept[key].to(frames.device) for key in keys])
+        else:
+            seen = self.look(model.visual, frames)
+        pooled, *deep = seen[which].transpose(0, 1).flatten(1, 2)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=(pooled,), deepstack_features=[(x,) for x in deep])
+
+    def look(self, visual, frames):
+        "The tower's features of frames: (U, 1 + deepstack layers, tokens, width)."
+        import torch
+
+        config = visual.config
+        pixels = _patches(frames, config.patch_size, config.spatial_merge_size, config.temporal_patch_size).to(visual.dtype)
+        grid = torch.tensor([[1, *(side // config.patch_size for side in frames.shape[1:3])]], device=frames.device)
+        out, self.computed = visual(pixels, grid_thw=grid.expand(len(frames), -1), return_dict=True), self.computed + len(frames)
+        return torch.stack([x.unflatten(0, (len(frames), -1)) for x in (out.pooler_output, *out.deepstack_features)], 1)
+
+
+def _frozen(visual) -> bool:
+    "Whether nothing of the tower is trained, and all of it lies on this process: a shard's owner must not skip a turn."
+    return not any(p.requires_grad or hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in visual.parameters())
+
+
+def _forward_with_frames(self, *args, frames=None, frame_keys=None, image_frames=None, **more):
+    "`Qwen3VLModel.forward` for batches whose images come as frames."
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+    if frames is not None:
+        more["mm_encoder_outputs"] = {"image": self.sight(self, frames, frame_keys, image_frames)}
+    return Qwen3VLModel.forward(self, *args, **more)
+
+# %% ../nbs/06_models.ipynb #a250b0c7
+def quicken(model) -> None:
+    """Make a Qwen3-VL model quick, in place; it computes the same.
+
+    The vision tower gets batched attention and a patch embedding by matrix product, the language layers attend within samples (`attend`), and
+    the model takes frames as `pack` gives them (`Sight`).
+    """
+    from types import MethodType
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quicken_tower(base.model.visual)
+    base.config.get_text_config()._attn_implementation = register_attention()
+    base.model.sight = Sight()
+    base.model.forward = MethodType(_forward_with_frames, base.model)
+
+# %% ../nbs/06_models.ipynb #f81e4be8
 def tiny_folder() -> Path:
     "Where the package keeps the weights of `tiny`'s base."
     import qwen_vl_kit
@@ -247,10 +516,12 @@ def _from_hub(name: str, revision: str, **how):
                          mend="check the name and the network, or fetch it once and set HF_HUB_OFFLINE=1; "
                               "'tiny' needs neither network nor GPU") from None
 
-# %% ../nbs/06_models.ipynb #667cdbae
+# %% ../nbs/06_models.ipynb #a66b61a0
 def save_model(model, processor, folder: str | Path) -> Path:
-    "Save model and processor in `folder`, ready for `load`."
+    "Save model and processor in `folder`, ready for `load`; `transformers serve` and vLLM take it, too."
     folder = Path(folder)
+    if model.generation_config.do_sample is None:  # servers take it from the folder, and without it they heed no temperature
+        model.generation_config.update(do_sample=True, top_k=0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -286,7 +557,7 @@ def load(name: str, revision: str = "", adapter: str | Path | None = None, bf16:
         loaded.model.to("cuda")
     return loaded
 
-# %% ../nbs/06_models.ipynb #8ffb0246
+# %% ../nbs/06_models.ipynb #16187d0f
 def lora_config(rank: int, alpha: int, dropout: float = 0.0, targets: str = "language"):
     "A PEFT `LoraConfig` on the language layers' linear maps, or on all linear layers (vision tower included)."
     from peft import LoraConfig
@@ -304,30 +575,45 @@ def write_card(folder: str | Path, loaded: Loaded, prompt_hash: str, **more) -> 
 def read_card(folder: str | Path) -> dict:
     "The card of an adapter folder. Raises `InputError` when the folder is no adapter of this kit."
     folder = resolve(folder)
-    if not (folder / "adapter_config.json").is_file():
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "qvk.json")):
         raise InputError("no adapter here", folder, "run the stage that trains it, or name its folder")
     return read_json(folder / "qvk.json")
 
 
+def trained_weights(adapter: str | Path) -> str:
+    "sha256 of the weights in an adapter's folder."
+    return digest([digest(file) for file in sorted(resolve(adapter).glob("*model*.safetensors"))])
+
+
 def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Loaded:
-    "Put an adapter on a loaded base, in place. Raises `InputError` when it was made for another base."
+    "Put an adapter (or whole weights that were trained) on a loaded base, in place. Raises `InputError` when it was made for another base."
     from peft import PeftModel
 
     card = read_card(adapter)
     if card["base_weights"] != loaded.weights:
         raise InputError(f"the adapter was made for {card['base']} ({card['base_weights'][:12]}), not for {loaded.name} "
                          f"({loaded.weights[:12]})", resolve(adapter), "name the base it was trained on, or train it again")
-    loaded.model = PeftModel.from_pretrained(loaded.model, resolve(adapter), is_trainable=trainable)
+    if card.get("variety") == "full":
+        if trainable:
+            raise InputError("these are whole weights, and what trains on is an adapter", resolve(adapter), 'train sft with variety = "lora"')
+        loaded.model = type(loaded.model).from_pretrained(resolve(adapter), dtype=loaded.model.dtype, local_files_only=True)
+        quicken(loaded.model)
+    else:
+        loaded.model = PeftModel.from_pretrained(loaded.model, resolve(adapter), is_trainable=trainable)
     loaded.card = card
     return loaded
 
-# %% ../nbs/06_models.ipynb #57153122
+# %% ../nbs/06_models.ipynb #be6c9208
 def cut(processor, frames):
     """Patches of a uint8 tensor of frames (N, H, W, 3) whose sides are whole patches, on the tensor's device.
 
     Returns float32 (N * rows * columns, 3 * 2 * patch * patch), rows and columns in the order in which patches merge.
     """
-    patch, merge, twice = (getattr(processor.image_processor, name) for name in ("patch_size", "merge_size", "temporal_patch_size"))
+    return _patches(frames, *(getattr(processor.image_processor, name) for name in ("patch_size", "merge_size", "temporal_patch_size")))
+
+
+def _patches(frames, patch: int, merge: int, twice: int):
+    "`cut` for a patch of `patch` pixels, `merge` of them a token's side, each shown `twice`."
     n, height, width, _ = frames.shape
     rows, columns = height // patch, width // patch
     x = frames.float().mul_(1 / 255).sub_(0.5).div_(0.5).view(n, rows // merge, merge, patch, columns // merge, merge, patch, 3)
@@ -343,17 +629,25 @@ def patchify(processor, frames: list):
     import numpy as np
     import torch
 
-    images = processor.image_processor
-    unit = images.patch_size * images.merge_size
-    height, width = frames[0].shape[:2]
-    resized = height % unit or width % unit or height * width < images.size["shortest_edge"]
-    if resized or any(frame.shape != frames[0].shape for frame in frames):
-        inputs = images([np.asarray(frame) for frame in frames], return_tensors="pt")
+    if not _whole(processor, frames):
+        inputs = processor.image_processor([np.asarray(frame) for frame in frames], return_tensors="pt")
         return inputs["pixel_values"], inputs["image_grid_thw"]
-    grid = [1, height // images.patch_size, width // images.patch_size]
-    return cut(processor, torch.from_numpy(np.stack(frames))), torch.tensor([grid] * len(frames))
+    return cut(processor, torch.from_numpy(np.stack(frames))), torch.tensor([_grid(processor, frames[0])] * len(frames))
 
-# %% ../nbs/06_models.ipynb #9ce50735
+
+def _grid(processor, frame) -> list[int]:
+    "Time, rows and columns of a frame that needs no resizing, in patches."
+    return [1, *(side // processor.image_processor.patch_size for side in frame.shape[:2])]
+
+
+def _whole(processor, frames: list) -> bool:
+    "Whether frames have one size that the processor would not change."
+    images = processor.image_processor
+    unit, (height, width) = images.patch_size * images.merge_size, frames[0].shape[:2]
+    resized = height % unit or width % unit or height * width < images.size["shortest_edge"]
+    return not resized and all(frame.shape == frames[0].shape for frame in frames)
+
+# %% ../nbs/06_models.ipynb #b220de00
 @dataclass
 class Encoded:
     "A tokenised conversation: ids, labels (-100 where nothing is to be learned), and the frames it shows."
@@ -361,6 +655,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     frames: list  # uint8 (H, W, 3)
+    keys: list = field(default_factory=list)  # what tells each frame from others, where that is known: a digest of its data URL
 
 
 def image_tokens(processor, frame) -> int:
@@ -375,23 +670,32 @@ def encode(processor, messages: list[dict]) -> Encoded:
 
     Equal to `processor.apply_chat_template(..., tokenize=True)`, checked in this notebook; text is cached, frames are decoded once.
     """
-    frames, plain = [], []
+    frames, keys, plain = [], [], []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
-            frames += [part["image"] if part["type"] == "image" else decode_url(part["image_url"]["url"])
-                       for part in content if part["type"] != "text"]
+            for part in content:
+                if part["type"] == "image":
+                    frames, keys = [*frames, part["image"]], [*keys, None]
+                elif part["type"] != "text":
+                    url = part["image_url"]["url"]
+                    frames, keys = [*frames, decode_url(url)], [*keys, frame_key(url.encode())]
             content = [part if part["type"] == "text" else {"type": "image"} for part in content]
         plain.append({**message, "content": content})
     ids, labels = _encode_text(processor, json.dumps(plain))
     if not frames:
-        return Encoded(list(ids), list(labels), frames)
+        return Encoded(list(ids), list(labels), frames, keys)
     out_ids, out_labels, counts = [], [], iter([image_tokens(processor, frame) for frame in frames])
     for token, label in zip(ids, labels):
         n = next(counts) if token == processor.image_token_id else 1
         out_ids += [token] * n
         out_labels += [label] * n
-    return Encoded(out_ids, out_labels, frames)
+    return Encoded(out_ids, out_labels, frames, keys)
+
+
+def frame_key(data: bytes) -> int:
+    "63 bits that tell one frame from another: a digest of its URL or its pixels."
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def decode_url(url: str):
@@ -442,7 +746,39 @@ def assistant_labels(ids: list[int], tokenizer) -> list[int]:
                 break
     return labels
 
-# %% ../nbs/06_models.ipynb #d6b09734
+# %% ../nbs/06_models.ipynb #e77beff8
+def window(turns: list[list[dict]], processor, length: int) -> tuple[list[dict], int]:
+    """One conversation of an episode's last turns that fits `length` tokens: `(messages, turns that it holds)`.
+
+    `turns`: messages of one turn each, the same system prompt first (if there is one), the answer last. Raises `InputError` when prompts differ,
+    or the last turn alone does not fit.
+    """
+    systems = [[message for message in turn if message["role"] == "system"] for turn in turns]
+    if any(system != systems[0] for system in systems):
+        raise InputError("turns with different system prompts are no conversation", mend="join turns of one episode")
+    rest = [[message for message in turn if message["role"] != "system"] for turn in turns]
+    head = len(encode(processor, systems[0]).input_ids) if systems[0] else 0
+    sizes = [len(encode(processor, turn).input_ids) - head for turn in turns]
+    kept = len(turns)
+    while head + sum(sizes[len(turns) - kept:]) > length:
+        kept -= 1
+        if not kept:
+            raise InputError(f"a turn of {head + sizes[-1]} tokens does not fit a sequence of {length}", mend="raise sequence_length; nothing is cut")
+    return systems[0] + [message for turn in rest[len(turns) - kept:] for message in turn], kept
+
+
+def windows(turns: list[list[dict]], processor, length: int, most: int = 0) -> list[list[dict]]:
+    """Conversations that hold each turn of an episode once, in order: of `most` turns (0: as many as fit `length` tokens).
+
+    They are filled from the end, so that the first is the one with fewer turns.
+    """
+    out, left = [], len(turns)
+    while left:
+        messages, held = window(turns[max(0, left - most) if most else 0:left], processor, length)
+        out, left = [messages, *out], left - held
+    return out
+
+# %% ../nbs/06_models.ipynb #843e4897
 def positions(ids: list[int], grids, processor):
     "Position ids int64 (4, L) of one sample: row 0 counts tokens, rows 1-3 are M-RoPE time, row and column. `grids`: (images, 3)."
     import numpy as np
@@ -464,46 +800,191 @@ def positions(ids: list[int], grids, processor):
     out[1:, at:] = now + np.arange(len(ids) - at)
     return out
 
-# %% ../nbs/06_models.ipynb #4eb84ac6
-def pack(samples: list[Encoded], processor, length: int) -> dict:
+# %% ../nbs/06_models.ipynb #54a38e2c
+def lay_out(sizes: list[int], length: int) -> tuple[list[tuple[int, int]], list[int]]:
+    "First fit: `(row, start)` of each sample, and how much of each row is used. Raises `InputError` for a sample that does not fit."
+    where, used = [], []
+    for n in sizes:
+        if n > length:
+            raise InputError(f"a sample of {n} tokens does not fit a sequence of {length}", mend="raise sequence_length; nothing is cut")
+        row = next((r for r, taken in enumerate(used) if taken + n <= length), len(used))
+        if row == len(used):
+            used.append(0)
+        where.append((row, used[row]))
+        used[row] += n
+    return where, used
+
+
+def pack(samples: list[Encoded], processor, length: int, frames: bool = False) -> dict:
     """Tensors of one batch: `input_ids`, `labels` (R, L), `position_ids` (4, R, L), `pixel_values`, `image_grid_thw`.
 
     The first token of a sample is never a label (it would be predicted from its neighbour). Also `where`: for each sample its (row, start).
-    Raises `InputError` for a sample longer than `length`: nothing is ever cut.
+    With `frames`, images come as what a model from `load` makes patches of itself, and only once where they are the same: `frames` uint8
+    (U, H, W, 3), `frame_keys` (U,) and `image_frames` (images,); frames of several sizes, or to be resized, still come as `pixel_values`.
+    Raises `InputError` for a sample longer than `length`, or with image tokens that are not those of its frames: nothing is ever cut.
     """
     import numpy as np
     import torch
 
-    rows, where = [], []  # rows: [used, [sample indices]]
-    for index, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        if n > length:
-            raise InputError(f"a sample of {n} tokens does not fit a sequence of {length}", mend="raise sequence_length; nothing is cut")
-        row = next((r for r, (used, _) in enumerate(rows) if used + n <= length), len(rows))
-        if row == len(rows):
-            rows.append([0, []])
-        where.append((row, rows[row][0]))
-        rows[row][0] += n
-        rows[row][1].append(index)
-    longest = max(used for used, _ in rows)
-    ids = np.full((len(rows), longest), processor.tokenizer.pad_token_id)
+    where, used = lay_out([len(sample.input_ids) for sample in samples], length)
+    rows, longest = len(used), max(used)
+    ids = np.full((rows, longest), processor.tokenizer.pad_token_id)
     labels, places = np.full_like(ids, -100), np.zeros((4, *ids.shape), np.int64)
-    pixels, grids = patchify(processor, [f for _, members in rows for i in members for f in samples[i].frames]) \
-        if any(sample.frames for sample in samples) else (None, torch.zeros((0, 3), dtype=torch.long))
-    images = iter(grids.tolist())
-    for row, (used, members) in enumerate(rows):
-        for index in members:
-            sample, start = samples[index], where[index][1]
-            cut = slice(start, start + len(sample.input_ids))
-            ids[row, cut], labels[row, cut] = sample.input_ids, sample.labels
-            labels[row, start] = -100
-            places[:, row, cut] = positions(sample.input_ids, [next(images) for _ in sample.frames], processor)
-        places[:, row, used:] = np.arange(longest - used)
-    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(places),
-             "image_grid_thw": grids, "where": where}
-    return batch if pixels is None else {**batch, "pixel_values": pixels}
+    if rows == len(samples):  # padding goes on with the only sample of its row, which then needs no moving; else it stands for itself, at 0
+        places[:] = np.arange(longest)
+    images = _images(samples, processor, frames)
+    grids = iter(images["image_grid_thw"].tolist())
+    for sample, (row, start) in zip(samples, where):
+        cut, mine = slice(start, start + len(sample.input_ids)), [next(grids) for _ in sample.frames]
+        _check_images(sample, mine, processor)
+        ids[row, cut], labels[row, cut] = sample.input_ids, sample.labels
+        labels[row, start] = -100
+        places[:, row, cut] = positions(sample.input_ids, mine, processor)
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "position_ids": torch.from_numpy(places), **images,
+            "where": where}
 
-# %% ../nbs/06_models.ipynb #6d51f09e
+
+def _check_images(sample: Encoded, grids: list, processor) -> None:
+    "Raise `InputError` unless a sample has exactly the image tokens of its frames."
+    there = sample.input_ids.count(processor.image_token_id)
+    needed = sum(t * h * w for t, h, w in grids) // processor.image_processor.merge_size**2
+    if there != needed:
+        raise InputError(f"a sample has {there} image tokens, its {len(grids)} frames have {needed}", mend="encode it whole; nothing is cut")
+
+
+def _images(samples: list[Encoded], processor, unique: bool) -> dict:
+    "The images of a batch, in order, as `pack` returns them; `unique` as frames, each once, where they need no resizing."
+    import numpy as np
+    import torch
+
+    frames = [frame for sample in samples for frame in sample.frames]
+    if not frames:
+        return {"image_grid_thw": torch.zeros((0, 3), dtype=torch.long)}
+    if not unique or not _whole(processor, frames):
+        pixels, grids = patchify(processor, frames)
+        return {"pixel_values": pixels, "image_grid_thw": grids}
+    keys = [key for sample in samples for key in (sample.keys or [None] * len(sample.frames))]
+    keys = [frame_key(np.ascontiguousarray(frame)) if key is None else key for key, frame in zip(keys, frames)]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    order = {key: i for i, key in enumerate(first)}
+    return {"frames": torch.from_numpy(np.stack([frames[i] for i in first.values()])), "frame_keys": torch.tensor(list(first)),
+            "image_frames": torch.tensor([order[key] for key in keys]), "image_grid_thw": torch.tensor([_grid(processor, frames[0])] * len(keys))}
+
+# %% ../nbs/06_models.ipynb #27f4a6a7
+def answers_only(model) -> None:
+    """Let a model with TRL's fused head (any of its trainers gives it one) compute nothing after the last attention but answers, in place.
+
+    `model(**batch, labels=labels, fused_lm_head=True)` returns what it did before, to rounding: all fields (R, L - 1), zero where there is
+    no label.
+    """
+    from types import MethodType
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = base.model.language_model.layers
+    if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
+        raise InputError("the model has no fused head", mend="build TRL's trainer first")
+    if len(layers) <= len(base.config.vision_config.deepstack_visual_indexes):
+        return  # features are added to the last layer's output, so it must be whole
+    layers[-1].forward = MethodType(_last_layer, layers[-1])
+    base.forward = MethodType(_answering(base.forward, type(base).forward), base)
+
+
+def _last_layer(self, hidden_states, position_embeddings, answers=None, **more):
+    "`Qwen3VLTextDecoderLayer.forward`, whose MLP sees only `answers` (R, L), if they are given: (1, answers, width) out."
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
+
+    if answers is None:
+        return Qwen3VLTextDecoderLayer.forward(self, hidden_states, position_embeddings, **more)
+    heard, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), position_embeddings=position_embeddings, **more)
+    hidden_states = (hidden_states + heard)[answers][None]
+    return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def _answering(fused, signature):
+    "A forward pass around `fused`, one with TRL's head, that gives it the answers alone; it looks like `signature`, which `generate` reads."
+    import torch
+
+    @wraps(signature)
+    def forward(self, *args, fused_lm_head=False, labels=None, **more):
+        if not fused_lm_head or labels is None:
+            return fused(*args, **more, **({"fused_lm_head": True} if fused_lm_head else {}), **({} if labels is None else {"labels": labels}))
+        told = labels[:, 1:] != -100
+        answers = torch.nn.functional.pad(told, (0, 1))  # a token is predicted where the one before it stands
+        out = fused(*args, fused_lm_head=True, shift_labels=labels[:, 1:][told][None], answers=answers, **more)
+        for name in ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"):
+            if (values := getattr(out, name)) is not None:
+                setattr(out, name, values.new_zeros(told.shape).masked_scatter(told, values))
+        out.label_mask = told
+        return out
+
+    return forward
+
+# %% ../nbs/06_models.ipynb #fd05489c
+def fold_adapter(model) -> int:
+    """Let LoRA layers multiply by `W + s B A` where that takes no more operations, in place; returns how many do.
+
+    The gradients of A and B are the same to rounding. Layers with dropout, of 4 bits, or of a kind other than plain LoRA stay as they are.
+    """
+    from types import MethodType
+
+    import torch
+    from peft.tuners.lora import Linear
+
+    folded = 0
+    for layer in model.modules():
+        if type(layer) is not Linear or type(layer.base_layer) is not torch.nn.Linear or layer.active_adapters != ["default"]:
+            continue
+        n, m = layer.base_layer.weight.shape
+        if 3 * layer.r["default"] * (m + n) >= m * n and not layer.lora_variant and not isinstance(layer.lora_dropout["default"], torch.nn.Dropout):
+            layer.forward, folded = MethodType(_folded, layer), folded + 1
+    return folded
+
+
+def _folded(self, x, *args, **more):
+    "A LoRA layer's forward with one product; the stock one while the adapter is off, merged or not the only one."
+    import torch
+    import torch.nn.functional as F
+    from peft.tuners.lora import Linear
+
+    if self.disable_adapters or self.merged or self.active_adapters != ["default"] or args or more:
+        return Linear.forward(self, x, *args, **more)
+    a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+    with torch.autocast(x.device.type, enabled=False):
+        weight = torch.addmm(self.base_layer.weight.to(b.dtype), b, a, alpha=self.scaling["default"])
+    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), self.base_layer.bias)
+
+
+def quicken_training(model) -> None:
+    "What makes a model quick in training: `answers_only` and `fold_adapter`. Call it when TRL's trainer is built, on `trainer.model`."
+    answers_only(model)
+    fold_adapter(model)
+
+# %% ../nbs/06_models.ipynb #dcbb26d0
+def forward_flops(config, lengths: list[int], answers: int, grids: list) -> tuple[float, float]:
+    """FLOP of one forward pass: `(language layers and head, vision tower)`.
+
+    A multiplication and its addition count two (Kaplan et al. 2020, section 2.1); causal attention counts half of the square.
+
+    Parameters
+    ----------
+    lengths
+        tokens of each sample, image tokens included
+    answers
+        tokens whose logits are needed
+    grids
+        (time, rows, columns) of each image, in patches
+    """
+    text, vision = config.get_text_config(), config.vision_config
+    width, inner = text.hidden_size, text.num_attention_heads * text.head_dim
+    layer = 2 * width * (2 * inner + 2 * text.num_key_value_heads * text.head_dim + 3 * text.intermediate_size)
+    language = text.num_hidden_layers * sum(n * layer + 2 * inner * n * n for n in lengths) + answers * 2 * width * text.vocab_size
+    size, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
+    patch = 2 * size * (3 * vision.temporal_patch_size * vision.patch_size**2 + vision.depth * (4 * size + 2 * vision.intermediate_size))
+    join = 2 * merged * (merged + vision.out_hidden_size) * (1 + len(vision.deepstack_visual_indexes)) / vision.spatial_merge_size**2
+    patches = [t * h * w for t, h, w in grids]
+    return float(language), float(sum(n * (patch + join) + vision.depth * 4 * size * n * n for n in patches))
+
+# %% ../nbs/06_models.ipynb #cb323dd3
 def parameter_counts(model) -> dict:
     "Parameters of the language layers, the (tied) embedding, the vision tower, all of them, and those that are trained."
     counts = {"language": 0, "embedding": 0, "vision": 0, "total": 0, "trained": 0}

@@ -545,11 +545,11 @@ def measure_teachers(seconds: float, at_once: int = 64, delay: float = 0.2, size
                         f"{at_once / delay:g}/s), {size} px", *(1 / cost for cost in each), "turns/s"))
     return rows
 
-# %% ../nbs/22_perf.ipynb #cdea10d1
+# %% ../nbs/22_perf.ipynb #9b540393
 def as_stock(model):
     "A model that `models.load` gave, as transformers has it (`models.quicken` undone, in place), and with no token that ends a reply."
     visual, model.generation_config.eos_token_id = model.model.visual, None
-    for module in (visual.patch_embed, *(block.attn for block in visual.blocks)):
+    for module in (model.model, visual.patch_embed, *(block.attn for block in visual.blocks)):
         vars(module).pop("forward", None)
     model.config.get_text_config()._attn_implementation = visual.config._attn_implementation
     return model
@@ -649,7 +649,7 @@ def stock_rows(rows: list[dict]):
         return {"prompt": prompt, "completion": [told[2]], "images": [Image.fromarray(frame) for frame in frames]}
     return datasets.Dataset.from_list([one(r["messages"]) for r in rows])
 
-# %% ../nbs/22_perf.ipynb #80679f18
+# %% ../nbs/22_perf.ipynb #d6b36221
 _LENGTHS = (256, 2048)  # tokens of a packed sequence
 
 
@@ -663,8 +663,11 @@ def _trainers(config: SFTConfig, out: Path):
     plain = fixed | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": config.batch_size, "bf16": False,
                      "dataset_kwargs": None}
     lora = models.lora_config(config.lora_rank, config.lora_alpha)
-    yield trl.SFTTrainer(model=ours.model, args=trl.SFTConfig(**fixed), train_dataset=rows.dataset(), processing_class=ours.processor,
-                         data_collator=sft.Packer(ours.processor, config.sequence_length), peft_config=lora)
+    trainer = sft.trainer_class()(
+        model=ours.model, args=trl.SFTConfig(**fixed), train_dataset=rows.dataset(), processing_class=ours.processor,
+        data_collator=sft.Packer(ours.processor, config.sequence_length), peft_config=lora)
+    models.quicken_training(trainer.model)
+    yield trainer.meter(sft.Meter(ours.model.config, "lora", False, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
     yield trl.SFTTrainer(model=as_stock(stock.model), args=trl.SFTConfig(**plain), train_dataset=stock_rows(rows.rows),
                          processing_class=stock.processor, peft_config=lora)
 
@@ -679,6 +682,7 @@ def _sft_race(config: SFTConfig, out: Path, seconds: float) -> tuple[float, floa
         trainer.add_callback(clock)
 
         def train() -> float:
+            trainer.model.get_base_model().model.sight = models.Sight()  # nothing has been seen yet
             trainer.train()
             return statistics.median(b - a for a, b in itertools.pairwise(clock.ends)) / config.batch_size  # the first update starts it
         return train
@@ -687,16 +691,18 @@ def _sft_race(config: SFTConfig, out: Path, seconds: float) -> tuple[float, floa
 
 
 def measure_sft(seconds: float, model: str = "random:tiny", batch: int = 16, updates: int = 3, lengths: tuple = _LENGTHS) -> list[dict]:
-    "Samples a second of an SFT update: `sft.Packer` beside TRL's collator."
+    "Samples a second of an SFT update: `sft.Packer` beside TRL's collator; packed to each of `lengths`, and to the last in float32."
     with tempfile.TemporaryDirectory() as place:
         folder, rows = Path(place), []
         _material(folder, "0-1", **_SMALL)
         export.run(ExportConfig(), folder / "export")
-        for length in lengths:
+        cases = [*((length, True) for length in lengths), (lengths[-1], False)]
+        for length, bf16 in cases:
             config = SFTConfig(model=model, train=str(folder / "export" / "train.jsonl"), batch_size=batch, max_steps=updates,
-                               sequence_length=length, bf16=_bf16())
-            costs = _sft_race(config, folder / "sft", seconds / len(lengths))
-            what = f"SFT updates of {batch} rows, {model}, packed to {length}, beside TRL's collator (1 x {batch} accumulated, float32)"
+                               sequence_length=length, bf16=bf16)
+            costs = _sft_race(config, folder / "sft", seconds / len(cases))
+            what = (f"SFT updates of {batch} rows, {model}, packed to {length}, {'bfloat16' if bf16 else 'float32'}, beside TRL's collator "
+                    f"(1 x {batch} accumulated, float32)")
             rows.append(row(what, *(1 / cost for cost in costs), "samples/s"))
     return rows
 

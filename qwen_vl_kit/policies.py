@@ -6,7 +6,7 @@
 __all__ = ['Situation', 'concerns_all', 'Batched', 'each', 'RandomPolicy', 'ExpertPolicy', 'request', 'EnginePolicy',
            'ServerPolicy']
 
-# %% ../nbs/08_policies.ipynb #2a008f72
+# %% ../nbs/08_policies.ipynb #c25bd703
 import asyncio
 import queue
 import time
@@ -19,11 +19,11 @@ from . import turns
 from .config import Protocol, horizon
 from .core import InputError, OverBudget
 from .engines import CallFailed, Request, Sampling
-from .env import ACTIONS, Observation, World, png
+from .env import ACTIONS, Observation, Png, World
 from .episodes import Decision, Episode
 from .expert import Expert
 
-# %% ../nbs/08_policies.ipynb #2d52806c
+# %% ../nbs/08_policies.ipynb #bff4a3f8
 @dataclass
 class Situation:
     "One episode that waits for a decision."
@@ -31,7 +31,7 @@ class Situation:
     episode: Episode
     observation: Observation
     world: World
-    png: bytes | None = None  # the frame, encoded; a policy that needs it leaves it here, and it becomes the turn's frame
+    png: Png | None = None  # the frame, encoded; a policy that needs it leaves it here, and it becomes the turn's frame
 
     @property
     def key(self) -> tuple:
@@ -149,7 +149,7 @@ class EnginePolicy:
         return Decision(reply.actions, reply.reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs,
                         output.usage)
 
-# %% ../nbs/08_policies.ipynb #b570c887
+# %% ../nbs/08_policies.ipynb #379513eb
 class ServerPolicy:
     """A model behind an OpenAI-compatible endpoint.
 
@@ -238,7 +238,7 @@ class ServerPolicy:
     def _pictured(self, situation: Situation) -> Situation:
         "The situation, its frame encoded once: for the endpoint now, for the store later."
         if self.protocol.observe != "text" and situation.png is None:
-            situation.png = png(situation.observation.frame)
+            situation.png = Png(situation.observation.frame)
         return situation
 
     def _call(self, situation: Situation) -> None:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'SITE', 'LAUNCH', 'TOLD', 'MARKER', 'OUTPUTS', 'STORE', 'RESUMED', 'SOURCES', 'HEADLINES', 'ENV_FILE',
            'parameters', 'folder', 'site', 'RunFailed', 'execute', 'page', 'clear', 'state', 'check_sources',
-           'check_access', 'at_adapter', 'finish', 'notebook_of', 'run_stage', 'load_all', 'notices', 'run_folder',
-           'selected', 'run_all', 'shown', 'planned', 'typed', 'environment', 'adapter_name', 'seed_out', 'parser',
-           'main']
+           'check_access', 'check_devices', 'at_adapter', 'finish', 'notebook_of', 'run_stage', 'load_all', 'notices',
+           'run_folder', 'selected', 'run_all', 'shown', 'planned', 'typed', 'typed_new', 'environment', 'adapter_name',
+           'seed_out', 'parser', 'main']
 
 # %% ../nbs/21_run.ipynb #786324d8
 import argparse
@@ -124,12 +124,12 @@ def _bars():
             if copier.is_alive():
                 copier.join()
 
-# %% ../nbs/21_run.ipynb #59b28a9c
+# %% ../nbs/21_run.ipynb #de422548
 class RunFailed(RuntimeError):
     "A stage that broke: which, why, and the executed notebook to open. The command line exits with 1 on it."
 
 
-TOLD = ("OverBudget", "LostEpisodes", "CallFailed")  # the kit's own, whose words say it all; others are told with their class
+TOLD = ("OverBudget", "LostEpisodes", "CallFailed", "TrainingStopped")  # the kit's own, whose words say it all; others are told with their class
 
 
 def _broken(name: str, words: str, executed: Path) -> Exception:
@@ -185,13 +185,14 @@ def page(executed: Path) -> Path:
         file.write(exporter.from_notebook_node(notebook, {"metadata": {"name": executed.parent.name}})[0])
     return executed.with_name("run.html")
 
-# %% ../nbs/21_run.ipynb #cdfca3b2
+# %% ../nbs/21_run.ipynb #f4751d8b
 MARKER = ".running.json"  # manifest.MARKER
 OUTPUTS = ("run.ipynb", "run.html", "manifest.json", "metrics.jsonl", MARKER, "rollouts.db", "rollouts.db-wal", "rollouts.db-shm",
            "calls.jsonl", "answers.jsonl", "train.jsonl", "val.jsonl", "train.parquet", "val.parquet", "sharegpt", "stats.json", "kept.json",
            "adapter", "checkpoints", "arms.csv", "episodes.csv", "report.json")
 STORE = ("rollouts.db", "rollouts.db-wal", "rollouts.db-shm")
-RESUMED = {"collect": (*STORE, "metrics.jsonl", "calls.jsonl", "answers.jsonl"), "benchmark": STORE}  # go on with the missing episodes
+RESUMED = {"collect": (*STORE, "metrics.jsonl", "calls.jsonl", "answers.jsonl"), "benchmark": STORE,
+           "sft": ("metrics.jsonl", "checkpoints")}  # go on with the missing episodes
 
 
 def clear(out: Path, keep: tuple = ()) -> None:
@@ -264,7 +265,7 @@ def state(stage: str, settings: configs.Stage, out: Path, option: str = "--out")
         raise InputError(f"an output folder of another run (it holds {found[0]}, and no manifest)", _told(out), mend)
     return "new"
 
-# %% ../nbs/21_run.ipynb #71f4a90c
+# %% ../nbs/21_run.ipynb #7c1b4087
 SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "export"}, "grpo": {"adapter": "sft"},
            "benchmark": {"sft_adapter": "sft", "grpo_adapter": "grpo"}}
 
@@ -294,6 +295,14 @@ def check_access(settings: configs.Stage) -> None:
         for model in models:
             if not {f"{model}/input", f"{model}/output"} <= set(book):
                 _say(f"note: no price for '{model}': its tokens are counted, its dollars are not; configs/README.md says how to add one")
+
+
+def check_devices(settings: configs.Stage) -> None:
+    "Tell what this machine cannot do of what a config asks."
+    if any(getattr(settings, name, least) > least for name, least in (("processes", 1), ("machines", 1), ("deepspeed_stage", 0), ("fsdp", False))):
+        from qwen_vl_kit.sft import devices
+        for line in devices(settings)[1]:
+            _say(f"note: {line}")
 
 
 @contextlib.contextmanager
@@ -334,7 +343,7 @@ def at_adapter(settings: configs.Stage) -> configs.Stage:
            if (resolve(path) / "adapter" / "adapter_config.json").is_file() and not (resolve(path) / "adapter_config.json").is_file()}
     return settings.model_copy(update=led)
 
-# %% ../nbs/21_run.ipynb #650010e9
+# %% ../nbs/21_run.ipynb #33b9ccbf
 def finish(result: Result, settings: configs.Stage) -> Result:
     "Write the manifest of a stage that has just run, before anything is drawn that could fail; returns the result."
     from qwen_vl_kit import manifest
@@ -383,6 +392,7 @@ def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool 
         raise InputError("was made from other inputs than there are now", _told(out), _elsewhere(stage, out, option))
     check_sources(stage, settings, out)
     check_access(settings)
+    check_devices(settings)
     with _claimed(out, option):
         if not force and state(stage, settings, out, option) != found:
             raise InputError("has just been written by another process", _told(out), "give the same command again")
@@ -490,11 +500,16 @@ def planned(path: str, overrides=()) -> str:
     assumed = next((plan["assumed"] for plan in plans if plan["assumed"].get("mfu")), {})
     return show.text_table(table) + "\n\nassumed: " + ", ".join(f"{name} {value}" for name, value in assumed.items())
 
-# %% ../nbs/21_run.ipynb #42e2f7eb
+# %% ../nbs/21_run.ipynb #57ec4f46
 def typed(path: str) -> str:
     "A path as it was typed: in the current folder if there is one, else below the project's; the whole path of one that is nowhere."
     here, there = Path.cwd() / Path(path).expanduser(), resolve(path)
     return str(here) if here.exists() and here != there else path if there.exists() else str(there)
+
+
+def typed_new(path: str) -> str:
+    "A path as it was typed, of a file that may still have to be made: beside what is in the folder that it names."
+    return typed(path) if resolve(typed(path)).exists() else str(Path(typed(str(Path(path).parent))) / Path(path).name)
 
 
 def environment(path: str) -> None:
@@ -546,7 +561,7 @@ def _seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str) ->
         return resolve("lora_adapters") / adapter_name(path, stage, settings)
     return run_folder(str(path)) / stage
 
-# %% ../nbs/21_run.ipynb #8066d402
+# %% ../nbs/21_run.ipynb #0e23a268
 ENV_FILE = "NAME=value lines: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_HEADERS (a JSON object)"
 
 
@@ -566,7 +581,7 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=does, description=does)
         one.set_defaults(act=act)
         if path:
-            one.add_argument("path", metavar=path)
+            one.add_argument("path", metavar=path, type={"NAME": str, "TARGET.db": typed_new}.get(path, typed))
         if config:
             one.add_argument("--config", required=True, metavar="FILE.toml")
         if sets:
@@ -591,7 +606,7 @@ def parser() -> argparse.ArgumentParser:
     command("show", "the table of arms of a run", _show, path="RUN")
     _seed_commands(command)
     several = command("merge", "copy the episodes of several trace stores into one", _merge, path="TARGET.db")
-    several.add_argument("sources", nargs="+", metavar="SOURCE.db")
+    several.add_argument("sources", nargs="+", metavar="SOURCE.db", type=typed)
     synth = command("import-synth", "read a trace database of synth-ai v3 into a trace store", _import_synth, path="FILE.db")
     synth.add_argument("--out", default="", metavar="DB", help="the store (default: outputs/ and the file's name, rollouts.db in it)")
     perf = command("perf", "speed, ours beside the stock way: env, equality, store, teachers, generation, sft, grpo", _perf, path="NAME")

@@ -585,7 +585,7 @@ def cost_table(run: str | Path, usd_per_gpu_hour: float | None = None):
     summed = table[["seconds", "USD here", "USD, their rent for as long"]].sum(skipna=False)
     return pd.concat([table, pd.DataFrame([{"stage": "all", **summed}])], ignore_index=True)
 
-# %% ../nbs/19_show.ipynb #c03a510b
+# %% ../nbs/19_show.ipynb #ae23ef95
 def count_weights(path: str | Path) -> int:
     "Numbers in a safetensors file, read from its header alone."
     with open(resolve(path), "rb") as file:
@@ -602,7 +602,7 @@ def trained(run: str | Path) -> dict:
     weights = (models.tiny_folder() if name == "tiny" else resolve(name)) / "model.safetensors"
     return {"model": name, "weights": card["base_weights"], "prompt_hash": card["prompt_hash"],
             "parameters": counted or (count_weights(weights) if weights.is_file() else None),
-            "adapter_parameters": count_weights(adapter / "adapter_model.safetensors")}
+            "adapter_parameters": sum(map(count_weights, adapter.glob("*model*.safetensors")))}
 
 
 def about(run: str | Path) -> Html:

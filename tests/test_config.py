@@ -25,7 +25,7 @@ def written(tmp_path, text, name="sft.toml"):
     ("lora_rank = true", "key 'lora_rank': input should be a valid integer"),
     ("lora_dropout = 1.5", "key 'lora_dropout': input should be less than 1, not 1.5; its default is 0.0"),
     ("learning_rate = nan", "key 'learning_rate'"),
-    ('variety = "loro"', "key 'variety': input should be 'lora' or 'qlora'"),
+    ('variety = "loro"', "key 'variety': input should be 'lora', 'qlora' or 'full'"),
     ("epochs = ", "cannot be read as TOML (Invalid value (at line 1, column 10))"),
     ("epochs = 1\nepochs = 2", "cannot be read as TOML (Cannot overwrite a value (at line 2"),
     ("[hyperparametrs]\nlearning_rate = 1e-4", "table [hyperparametrs] is of no stage"),
@@ -119,7 +119,7 @@ def test_every_key_of_a_nested_toml_acts_or_is_named(name, stage):
     document = config.read_toml(f"configs/seed/{name}.toml")
     told = config.translate(document, stage)
     confirmed = {"type", "method", "variety", "mode", "train_kind", "evaluation_strategy", "metric_for_best_model", "max_llm_calls",
-                 "use_vision", "image_only_mode", "use_qlora"}  # they say again, or decide, what another key's field holds
+                 "use_vision", "image_only_mode", "use_qlora", "use_deepspeed", "deepspeed_stage"}  # say or decide another key's field
     acting = {key.rpartition(".")[2] for _, key in told.names.values()}
     for dotted, _ in config._flat(document, config.NESTED[stage]):
         key = dotted.rpartition(".")[2]

@@ -248,6 +248,49 @@ def test_an_emptied_store_is_not_bought_again_unasked(at, tmp_path):
     assert len(endpoint.bodies) == 2 * asked
 
 
+def test_a_store_that_is_gone_is_not_bought_again_unasked(at, tmp_path):
+    "Metrics have a line for each stored episode; calls alone are what is left of a session that was stopped before its first one ended."
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        collect.run(settings(seeds="0-1"), tmp_path)
+        asked = len(endpoint.bodies)
+        (tmp_path / "rollouts.db").unlink()
+        with pytest.raises(InputError, match=r"rollouts.db: is missing, and metrics.jsonl and calls.jsonl beside it .* --force"):
+            collect.run(settings(seeds="0-1"), tmp_path)
+        assert len(endpoint.bodies) == asked and not (tmp_path / "rollouts.db").exists()
+        for left in ("", '{"step":1,"se'):  # of the first line, when it was killed just then
+            (tmp_path / "metrics.jsonl").write_text(left)
+            collect.check_store(tmp_path)
+        result = collect.run(settings(seeds="0-1"), tmp_path)
+    assert result.numbers["episodes"] == 2 and result.numbers["calls"] == len(endpoint.bodies) == 2 * asked  # what was spent stays on the bill
+
+
+def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
+    def play(number, body):  # the probe finds half of its prompt in the cache, and every second call after it
+        status, reply = says(prompt=2000, completion=12)
+        reply["usage"]["prompt_tokens_details"] = {"cached_tokens": 0 if number % 2 else 1024}
+        return status, reply
+
+    def exact(calls):
+        cached = (calls + 1) // 2 * 1024
+        return (Decimal(2000 * calls - cached) * Decimal("0.15") + cached * Decimal("0.075") + 12 * calls * Decimal("0.6")) / 10**6
+
+    with Endpoint(play) as endpoint:
+        at(endpoint.url)
+        first = collect.run(settings(seeds="0-1"), tmp_path)
+        result = collect.run(settings(seeds="0-2"), tmp_path)  # from the journal, and on
+    calls = len(endpoint.bodies)
+    assert calls == 9 + 5 and {row["unit"]: row["quantity"] for row in result.usage} == {
+        "prompt_tokens": 2000 * calls - 7 * 1024, "cached_tokens": 7 * 1024, "completion_tokens": 12 * calls}
+    assert Ledger(book=BOOK).extend("collect", first.usage) == exact(9) and Ledger(book=BOOK).extend("collect", result.usage) == exact(calls)
+    assert sum(Decimal(row["usd"]) for row in manifest.priced(result)[0]) == exact(calls) == Decimal(str(result.numbers["usd"]))
+    assert first.numbers["estimated_usd"] == float(8 * (2000 * Decimal("0.15") + 12 * Decimal("0.6")) / 10**6)  # at most: nothing in the cache
+    table = traces.turns(tmp_path / "rollouts.db")
+    assert table.cached_tokens.sum() == result.numbers["cached_tokens"] == 6 * 1024 and result.numbers["prompt_tokens"] == 12 * 2000
+    paid = (2000 - table.cached_tokens.fillna(0)) * 0.15 + table.cached_tokens.fillna(0) * 0.075 + 12 * 0.6
+    assert list(table.usd) == pytest.approx(list(paid / 1e6))
+
+
 def test_a_call_that_found_no_server_is_not_in_doubt(at):
     from qwen_vl_kit import costs, engines
     meter = costs.Meter(image=2833)

@@ -17,7 +17,8 @@ import pytest
 
 from qwen_vl_kit import export, traces
 from qwen_vl_kit.config import ExportConfig, Protocol
-from qwen_vl_kit.core import InputError, read_json
+from qwen_vl_kit.core import InputError, read_json, read_jsonl
+from qwen_vl_kit.env import Png, decode_png
 from qwen_vl_kit.episodes import Decision, Episode, Turn
 from qwen_vl_kit.models import decode_url
 
@@ -90,6 +91,23 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(InputError):
             traces.Store(path)
         assert path.read_bytes() == before  # refused, and left as it was
+
+
+def test_a_frame_that_comes_with_its_name_is_not_decoded(tmp_path, monkeypatch):
+    decoded, known, plain = [], played(1), played(1)
+    for episode, encoded in ((known, Png), (plain, traces.png)):
+        for turn in episode.turns:
+            turn.frame = encoded(turn.frame)
+    monkeypatch.setattr(traces, "decode_png", lambda data: decoded.append(data) or decode_png(data))
+    rows = []
+    for name, episode, expected in (("arrays.db", played(1), 0), ("known.db", known, 0), ("plain.db", plain, 5)):
+        with traces.Store(tmp_path / name) as store:
+            store.begin("demo", PROTOCOL)
+            store.add(episode)
+        assert len(decoded) == expected
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as connection:
+            rows.append(connection.execute("SELECT *, typeof(png) FROM frames ORDER BY hash").fetchall())
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 5 and rows[0][0][1:3] == (64, 64)
 
 
 def test_changed_pixels_are_noticed(db):
@@ -241,6 +259,22 @@ def test_the_time_of_a_run_is_summed_over_its_sessions(tmp_path, monkeypatch):
     assert total == 6.0 == traces.episodes(tmp_path / "rollouts.db")["wall"].sum()
 
 
+@pytest.mark.parametrize("stage", ["collect", "benchmark"])
+def test_a_stage_that_goes_on_counts_the_seconds_of_all_its_sessions(tmp_path, stage):
+    from qwen_vl_kit import benchmark, collect
+    from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
+    module, arms = (collect, {"teacher": "random"}) if stage == "collect" else (benchmark, {"arms": ["random"]})
+    config = (CollectConfig if stage == "collect" else BenchmarkConfig)(prompt="brief", render_size=18, horizon="s4", seeds="1000000-1000001", **arms)
+    assert module.run(config, tmp_path).seconds < 100
+    with contextlib.closing(sqlite3.connect(tmp_path / "rollouts.db")) as connection:
+        connection.execute("UPDATE sessions SET wall = 1000")  # it was a slow machine
+        connection.commit()
+    result = module.run(config.model_copy(update={"seeds": "1000000-1000002"}), tmp_path)
+    assert result.numbers["earlier_seconds"] == 2000 and 2000 < result.seconds < 2100
+    last = list(read_jsonl(tmp_path / "metrics.jsonl"))[-1]
+    assert 2000 < last["seconds"] < 2100 and last["step"] == (3 if stage == "collect" else 1)
+
+
 # ---- yesterday's files
 
 SCHEMA_1 = """
@@ -317,6 +351,24 @@ def test_a_store_of_the_previous_schema_is_migrated_when_it_is_written_to(old, d
         assert connection.execute("SELECT count(*) FROM sessions WHERE source IS NULL").fetchone() == (0,)
     assert list(traces.episodes(old)["seed"]) == [1, 1_000_002, 3, 9]
     assert traces.spent(old) == Decimal("0.0040")
+
+
+def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
+    before, free = columns(db), played(9)
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DROP VIEW episodes")
+        connection.execute("ALTER TABLE turns DROP COLUMN cached_tokens")
+        connection.executescript(traces._VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "") + "PRAGMA user_version = 2")
+    kept, fingerprint = db.read_bytes(), traces.fingerprint(db)
+    assert len(list(traces.load(db))) == 3 and traces.episodes(db)["cached_tokens"].isna().all() and db.read_bytes() == kept
+    free.turns[0].decision.usage["cached_tokens"] = 4
+    with traces.Store(db) as store:
+        store.begin("demo", PROTOCOL)
+        assert traces.fingerprint(db) == fingerprint
+        store.add(free)
+    assert columns(db) == before
+    assert traces.episodes(db)["cached_tokens"].tolist()[-1] == 4 == list(traces.load(db))[-1].usage("cached_tokens")
+    assert "cached_tokens" not in list(traces.load(db))[0].turns[0].decision.usage
 
 
 def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
@@ -628,6 +680,29 @@ def test_the_commands_merge_and_import(tmp_path, capsys):
         f"{tmp_path}/a.db: 2 episodes, 6 turns; 0 were there already, 0 left out", f"{tmp_path}/all.db: 2 episodes copied, 0 were there already"]
     assert main(["merge", str(tmp_path / "all.db"), str(tmp_path / "none.db")]) == 2
     assert capsys.readouterr().err == f"qvk: {tmp_path}/none.db: no such file; check the path, or run the stage that writes it\n"
+
+
+def test_paths_are_looked_for_where_the_user_stands(tmp_path, monkeypatch, capsys):
+    from qwen_vl_kit import core
+    from qwen_vl_kit.run import main
+    home, here = core.root(), tmp_path / "here"
+    here.mkdir()
+    synth(here / "v3.db"), stored(here / "a.db", (1,)), stored(here / "b.db", (2,))
+    (here / "collect.toml").write_text('seeds = "7"\n')
+    (here / "run").mkdir()
+    monkeypatch.setenv("QVK_ROOT", str(home))
+    monkeypatch.chdir(here)
+    assert main(["merge", "all.db", "a.db", "b.db"]) == 0
+    assert main(["merge", "all.db", "a.db"]) == 0
+    assert sorted(traces.episodes(here / "all.db").seed) == [1, 2]
+    assert main(["import-synth", "v3.db", "--out", str(here / "new.db")]) == 0 and (here / "new.db").is_file()
+    assert main(["check", "collect.toml"]) == 0
+    capsys.readouterr()
+    for command in ("verify", "show", "plan", "run"):
+        assert main([command, "run"]) == 2
+        assert str(here / "run") in capsys.readouterr().err, command  # found, and no run of ours
+        assert main([command, "nowhere"]) == 2
+        assert str(home / "nowhere") in capsys.readouterr().err
 
 
 # ---- export

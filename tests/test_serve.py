@@ -1,0 +1,127 @@
+"A folder that the kit saves, behind `transformers serve`: a stock server, a real process, and the kit plays against it."
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from decimal import Decimal
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_kit import collect, costs, engines, models, traces, turns
+from qwen_vl_kit.config import CollectConfig
+from qwen_vl_kit.core import read_jsonl
+
+# transformers wants torchvision for the video half of the processor only. Where it is missing, that half is left out; the rest is stock.
+START = "" if find_spec("torchvision") else """
+from transformers import Qwen3VLProcessor, processing_utils
+checked = Qwen3VLProcessor.check_argument_for_proper_class
+Qwen3VLProcessor.check_argument_for_proper_class = lambda self, name, value: value is None or checked(self, name, value)
+processing_utils.MODALITY_TO_AUTOPROCESSOR_MAPPING["video_processor"].from_pretrained = lambda *_, **__: None
+"""
+PRICES = """
+["{model}/input"]
+usd = 0.31
+per = 1000000
+unit = "token"
+source = "a test"
+date = "2026-11-23"
+
+["{model}/output"]
+usd = 1.7
+per = 1000000
+unit = "token"
+source = "a test"
+date = "2026-11-23"
+"""
+
+
+class Server:
+    "`with Server(folder, log) as server`: `transformers serve` on a free port of loopback, its address `server.url`."
+
+    def __init__(self, folder: Path, log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
+        self.line = [sys.executable, "-c", START + "from transformers.cli.transformers import main; main()",
+                     "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+
+    def __enter__(self):
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(self.line, stdout=log, stderr=log,
+                                            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        try:
+            self.wait(time.monotonic() + 50)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def wait(self, until: float) -> None:
+        "Ask until it is well."
+        while True:
+            try:
+                with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as reply:
+                    assert reply.status == 200
+                    return
+            except OSError:
+                assert time.monotonic() < until, self.log.read_text()[-2000:]
+            try:
+                self.process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            raise AssertionError(self.log.read_text()[-2000:])
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+
+def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
+    "Its count of each prompt's tokens is the kit's, its greedy replies are the kit's, and the bill is usage times price."
+    base = models.load("tiny")
+    folder = models.save_model(base.model, base.processor, tmp_path / "model")
+    (tmp_path / "settings.ini").write_text("[qvk]\nprices = prices.toml\n")
+    (tmp_path / "prices.toml").write_text(PRICES.format(model=folder))
+    config = CollectConfig(teacher="model", engine="server", model=str(folder), seeds="0-2", horizon="s3", render_size=144, prompt="brief",
+                           frames=2, temperature=0.0, max_new_tokens=8, asks=0, noise=1.0, concurrency=3)  # the base only says what it sees
+    monkeypatch.setenv("QVK_ROOT", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.setenv("OPENAI_HEADERS", "")
+    with Server(folder, tmp_path / "server.log") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        first = collect.run(config, tmp_path / "collect")
+        engine = engines.ServerEngine(str(folder), 1)
+        asked = turns.messages(config, [next(traces.load(tmp_path / "collect" / "rollouts.db")).turns[0].frame], [])
+        warm = engine.generate([engines.Request(asked, (n,)) for n in range(6)], engines.Sampling(1.5, 8))
+        engine.close()
+    assert (first.numbers["episodes"], first.numbers["turns"], first.numbers["calls"]) == (3, 9, 10)  # and one call to probe
+    assert len({output.text for output in warm}) > 1  # a temperature is heeded
+
+    kit, counts = engines.HFEngine(models.load(str(folder))), []
+    for episode in traces.load(tmp_path / "collect" / "rollouts.db"):
+        assert len(episode.turns) == 3
+        for number, turn in enumerate(episode.turns):
+            prompt = turns.prompt(config, episode.turns[:number], turn.frame)
+            counts.append(len(models.encode(base.processor, prompt).input_ids))
+            [reply] = kit.generate([engines.Request(prompt, (0,))], engines.Sampling(0.0, 8))
+            assert (turn.decision.usage["prompt_tokens"], turn.decision.text) == (counts[-1], reply.text)
+            assert turn.decision.usage["completion_tokens"] == len(reply.token_ids)
+            assert turn.decision.valid or turn.decision.actions == ["noop"]
+    assert min(counts) > 81 and max(counts) > 162  # 81 tiles a frame, one frame and two
+
+    calls = [row for row in read_jsonl(tmp_path / "collect" / "calls.jsonl") if "prompt_tokens" in row]
+    tokens = [sum(row[kind] for row in calls) for kind in ("prompt_tokens", "completion_tokens")]
+    assert len(calls) == 10 and tokens == [row["quantity"] for row in first.usage]
+    ledger = costs.Ledger()
+    ledger.extend("collect", first.usage)
+    assert ledger.total() == Decimal("0.31e-6") * tokens[0] + Decimal("1.7e-6") * tokens[1] > 0
+    assert first.numbers["usd"] == pytest.approx(float(ledger.total()), abs=1e-6)
+
+    second = collect.run(config, tmp_path / "collect")  # the server has ended: whoever asked it now would fail
+    assert (second.numbers["episodes"], second.usage) == (3, first.usage)

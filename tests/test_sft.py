@@ -1,0 +1,149 @@
+"""SFT as a user meets it: killed, full of errors, on several processes, with whole weights, chosen by playing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qwen_vl_kit import benchmark, collect, export, models, sft
+from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
+from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
+
+PLAY = dict(prompt="brief", render_size=144, horizon="s12")
+FAST = dict(model="random:tiny", sequence_length=128, bf16=False, threads=1, batch_size=8, max_steps=6, eval_steps=2, eval_rows=8)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    "A folder with a small collection and its rows."
+    place = tmp_path_factory.mktemp("rows")
+    collect.run(CollectConfig(seeds="0-7", **PLAY), place / "collect")
+    export.run(ExportConfig(val_fraction=0.25), place / "export")
+    return {"train": str(place / "export" / "train.jsonl"), "val": str(place / "export" / "val.jsonl")}
+
+
+def told(out: Path) -> list[dict]:
+    "The metrics of a run without what measures time."
+    return [{name: value for name, value in row.items() if "second" not in name} for row in read_jsonl(out / "metrics.jsonl")]
+
+
+def lora(out: Path):
+    "The adapter's weights."
+    from safetensors.numpy import load_file
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def test_killed_and_resumed_it_learns_the_same(rows, tmp_path):
+    config = SFTConfig(**FAST, **rows)
+    whole = sft.run(config, tmp_path / "whole")
+    program = f"from qwen_vl_kit import sft, config\nsft.run(config.SFTConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=root(), stderr=subprocess.DEVNULL)
+    metrics, limit = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < limit and process.poll() is None and not (metrics.is_file() and '"step":3' in metrics.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    resumed = sft.run(config, tmp_path / "killed")
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert resumed.numbers == whole.numbers
+    ours, theirs = lora(tmp_path / "killed"), lora(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_checkpoints_of_other_rows_are_not_gone_on_with(rows, tmp_path):
+    first = sft.run(SFTConfig(**FAST, **rows), tmp_path / "sft")
+    fewer = tmp_path / "train.jsonl"
+    fewer.write_text("".join(Path(rows["train"]).read_text().splitlines(True)[:40]))
+    (tmp_path / "sft" / "adapter" / "qvk.json").unlink()
+    again = sft.run(SFTConfig(**FAST, **rows | {"train": str(fewer)}), tmp_path / "sft")
+    assert [row["step"] for row in told(again.out) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert again.numbers["rows"] == 40 and again.numbers["val_loss"] != first.numbers["val_loss"]
+
+
+def test_two_processes_learn_what_one_does(rows, tmp_path):
+    one = sft.run(SFTConfig(**FAST, **rows), tmp_path / "one")
+    two = sft.run(SFTConfig(**FAST | {"batch_size": 4, "processes": 2}, **rows), tmp_path / "two")
+    curves = [[(row["step"], row["loss"], row["samples"], row["tokens"]) for row in told(out) if "loss" in row] for out in (one.out, two.out)]
+    assert [row[:1] + row[2:] for row in curves[0]] == [row[:1] + row[2:] for row in curves[1]]
+    assert [row[1] for row in curves[1]] == pytest.approx([row[1] for row in curves[0]], abs=2e-6)
+    ours, theirs = lora(one.out), lora(two.out)
+    assert all(abs(ours[name] - theirs[name]).max() < 1e-5 for name in ours)
+    assert two.numbers["processes"] == 2 and two.numbers["samples"] == one.numbers["samples"]
+
+
+def test_accumulated_batches_are_one_batch(rows, tmp_path):
+    "The loss is a mean over tokens, and rows differ in length."
+    sft.run(SFTConfig(**FAST, **rows), tmp_path / "one")
+    sft.run(SFTConfig(**FAST | {"batch_size": 2, "gradient_accumulation_steps": 4}, **rows), tmp_path / "two")
+    losses = [[row["loss"] for row in told(out) if "loss" in row] for out in (tmp_path / "one", tmp_path / "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-6)
+
+
+def test_an_error_in_one_of_several_processes_is_told(rows, tmp_path):
+    config = SFTConfig(**FAST | {"processes": 2, "sequence_length": 64, "batch_size": 4}, **rows)
+    with pytest.raises(InputError, match="does not fit a sequence of 64; raise sequence_length"):
+        sft.run(config, tmp_path / "two")
+
+
+def test_whole_weights_are_trained_and_played(rows, tmp_path):
+    result = sft.run(SFTConfig(**FAST | {"variety": "full", "learning_rate": 1e-3}, **rows), tmp_path / "sft")
+    assert result.numbers["parameters"]["trained"] == result.numbers["parameters"]["total"]
+    base, trained = models.load("random:tiny"), models.load("random:tiny", adapter=tmp_path / "sft" / "adapter")
+    pairs = zip(base.model.parameters(), trained.model.parameters())
+    assert all(not a.equal(b) for a, b in pairs if a.ndim > 1)
+    with pytest.raises(InputError, match="whole weights"):
+        models.load("random:tiny", adapter=tmp_path / "sft" / "adapter", trainable=True)
+    played = benchmark.run(BenchmarkConfig(**PLAY, model="random:tiny", arms=["sft"], seeds="1000000-1000001", bf16=False), tmp_path / "benchmark")
+    assert played.numbers
+
+
+def test_the_kept_adapter_is_the_one_that_played_best(rows, tmp_path):
+    config = SFTConfig(**FAST | {"best_by": "dev.achievement_rate", "dev_seeds": "900000-900001"}, **rows)
+    result = sft.run(config, tmp_path / "sft")
+    played = {row["step"]: row["dev_achievement_rate"] for row in told(result.out) if "dev_achievement_rate" in row}
+    assert sorted(played) == [2, 4, 6] and played[result.numbers["kept_update"]] == max(played.values())
+    with pytest.raises(InputError, match="dev_seeds names none"):
+        sft.run(SFTConfig(**FAST | {"best_by": "dev.achievement_rate"}, **rows), tmp_path / "none")
+
+
+def test_training_that_diverges_stops_and_keeps_its_checkpoints(rows, tmp_path):
+    config = SFTConfig(**FAST | {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0, "scheduler": "constant"}, **rows)
+    with pytest.raises(TrainingStopped, match=r"not a finite number at step \d+.*lower learning_rate"):
+        sft.run(config, tmp_path / "sft")
+    assert not (tmp_path / "sft" / "adapter").exists() and told(tmp_path / "sft")
+
+
+@pytest.mark.parametrize("spoil, expected", [
+    (lambda row: row["messages"][1]["content"].pop(0), "0 images where 1 is promised"),
+    (lambda row: row["messages"][1]["content"].insert(0, row["messages"][1]["content"][0]), "2 images where 1 is promised"),
+    (lambda row: row["metadata"].update(prompt_hash="0" * 64), "prompt 00000000 where")])
+def test_rows_that_are_not_what_they_say(rows, tmp_path, spoil, expected):
+    lines = Path(rows["train"]).read_text().splitlines()
+    row = json.loads(lines[1])
+    spoil(row)
+    lines[1] = json.dumps(row)
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=expected) as caught:
+        sft.run(SFTConfig(**FAST, **rows | {"train": str(tmp_path / "train.jsonl")}), tmp_path / "sft")
+    assert "train.jsonl" in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "sft").exists()
+
+
+def test_on_the_command_line_a_killed_run_goes_on(rows, tmp_path):
+    values = [f"{name}={json.dumps(value)}" for name, value in {**FAST, **rows}.items()]
+    line = [sys.executable, "-c", "import sys; from qwen_vl_kit.run import main; sys.exit(main())", "sft", "--config", "configs/demo",
+            "--out", str(tmp_path), *(word for value in values for word in ("--set", value))]
+    process = subprocess.Popen(line, cwd=root(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics, limit = tmp_path / "sft" / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < limit and process.poll() is None and not (metrics.is_file() and '"step":3' in metrics.read_text()):
+        time.sleep(0.01)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # the notebook's kernel, and who started it
+        one.kill()
+    process.wait()
+    done = subprocess.run(line, cwd=root(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in told(tmp_path / "sft") if "loss" in row] == [1, 2, 3, 4, 5, 6]
