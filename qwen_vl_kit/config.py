@@ -98,7 +98,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #efd00ae4
+# %% ../nbs/01_config.ipynb #987d7973
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -106,6 +106,7 @@ class CollectConfig(Protocol):
     model: str = ""  # for teacher = "model": a hub name, a folder, `tiny`, or a name that the endpoint knows
     engine: Literal["hf", "server"] = "hf"  # hf: here, with transformers; server: an OpenAI-compatible endpoint
     seeds: Seeds = "0-399"
+    student: str = ""  # an adapter's folder: its model plays, and the expert's answer to each state is stored (DAgger)
     noise: float = Field(0.1, ge=0, le=1)  # share of executed actions drawn at random; what the teacher said stays the label
     concurrency: int = Field(64, ge=1, le=4096)  # episodes in flight
     temperature: float = Field(0.6, ge=0)
@@ -195,6 +196,7 @@ class SFTConfig(Training):
     batch_size: int = Field(64, ge=1)  # rows of the file in one update and on one device, before accumulation
     gradient_accumulation_steps: int = Field(1, ge=1)
     sequence_length: int = Field(2048, ge=16)  # tokens of one packed sequence
+    window: int = Field(1, ge=0, le=1024)  # turns of an episode that are one conversation; 0: as many as fit sequence_length
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     eval_steps: int = Field(50, ge=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# %% ../nbs/04_episodes.ipynb #169ffba2
+# %% ../nbs/04_episodes.ipynb #799ea54e
 @dataclass
 class Decision:
     "A policy's answer: action names, the reason it gave, and what it really said."
@@ -23,6 +23,7 @@ class Decision:
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None  # of token_ids under the distribution they were sampled from, in nats
     usage: dict = field(default_factory=dict)  # prompt_tokens, of these cached_tokens and image_tokens, completion_tokens, seconds, usd
+    taken: list[str] | None = None  # what is executed in place of `actions`, where another policy plays and this one only says what it would do
 
 # %% ../nbs/04_episodes.ipynb #4efe9fac
 @dataclass

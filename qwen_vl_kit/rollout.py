@@ -17,7 +17,7 @@ from .env import World
 from .episodes import Decision, Episode, Turn
 from .policies import Batched, Situation
 
-# %% ../nbs/10_rollout.ipynb #52274d20
+# %% ../nbs/10_rollout.ipynb #4c57802d
 NOISE = ("move_left", "move_right", "move_up", "move_down", "do", "sleep")
 
 
@@ -26,7 +26,7 @@ def play(situation: Situation, decision: Decision, noise: float = 0.0, random=No
     episode, observation = situation.episode, situation.observation
     frame, situation.png = situation.png or observation.frame, None
     turn = Turn(len(episode.turns), observation.step, frame, observation.text, decision)
-    for action in decision.actions:
+    for action in decision.actions if decision.taken is None else decision.taken:
         if noise and random.random() < noise:
             action = NOISE[random.integers(len(NOISE))]
         step = situation.world.step(action)

@@ -28,7 +28,7 @@ from .core import (InputError, Result, TrainingStopped, append_jsonl, atomic, di
 from .export import read_rows
 from .turns import prompt_hash
 
-# %% ../nbs/14_sft.ipynb #f86f967e
+# %% ../nbs/14_sft.ipynb #04c22bd0
 class Rows:
     "The checked rows of an exported JSON lines file."
 
@@ -46,6 +46,19 @@ class Rows:
         import datasets
         return datasets.Dataset.from_dict({"messages": [dumps(row["messages"]) for row in self.rows], "images": [[]] * len(self.rows)})
 
+    def join(self, processor, length: int, most: int) -> "Rows":
+        "Turns that followed each other become conversations of `most` turns (0: as many as fit `length` tokens), in place; a gap ends one."
+        episodes: dict[tuple, list] = {}
+        for row in sorted(self.rows, key=lambda row: row["metadata"]["turn"]):
+            told = row["metadata"]
+            spans = episodes.setdefault(tuple(told[name] for name in ("run", "arm", "seed", "member")), [])
+            if not spans or spans[-1][-1]["metadata"]["turn"] + 1 != told["turn"]:
+                spans.append([])
+            spans[-1].append(row)
+        joined = [models.windows([row["messages"] for row in span], processor, length, most) for spans in episodes.values() for span in spans]
+        self.rows = [{"messages": messages, "metadata": self.rows[0]["metadata"]} for windows in joined for messages in windows]
+        return self
+
     def protocol(self) -> Protocol:
         "What the rows' model is shown, for playing. Raises `InputError` when the rows do not tell."
         told = self.rows[0]["metadata"].get("protocol")
@@ -53,7 +66,7 @@ class Rows:
             raise InputError("its rows do not say how to play", self.path, "export them again")
         return Protocol(**json.loads(told))
 
-# %% ../nbs/14_sft.ipynb #fa4cc8c2
+# %% ../nbs/14_sft.ipynb #26d35808
 class Packer:
     "Collator: rows become sequences of at most `length` tokens with several samples each, exact to unpacked training."
 
@@ -65,12 +78,13 @@ class Packer:
         import torch
 
         samples = [models.encode(self.processor, json.loads(row["messages"])) for row in rows]
-        batch = models.pack(samples, self.processor, self.length)
-        acts = torch.zeros_like(batch["labels"])
-        for number, (sample, (row, start)) in enumerate(zip(samples, batch.pop("where")), 1):
+        batch = models.pack(samples, self.processor, self.length, frames=True)
+        acts, number = torch.zeros_like(batch["labels"]), 0
+        for sample, (row, start) in zip(samples, batch.pop("where")):
             for first, last in self.spoken(sample):
+                number += 1
                 acts[row, start + first:start + last] = number
-        batch["counts"] = {"lengths": [len(sample.input_ids) for sample in samples], "acts": acts}
+        batch["counts"] = {"lengths": [len(sample.input_ids) for sample in samples], "acts": acts, "answers": number}
         return batch
 
     def spoken(self, sample: models.Encoded) -> list[tuple[int, int]]:
@@ -135,7 +149,7 @@ class Meter:
             rates["usd"] = self.rate * (time.perf_counter() - self.began)
         return rates
 
-# %% ../nbs/14_sft.ipynb #27b8cdc0
+# %% ../nbs/14_sft.ipynb #cb81c9ed
 def trainer_class():
     "TRL's `SFTTrainer`, which also meters its batches and knows action accuracy."
     import torch
@@ -159,7 +173,7 @@ def trainer_class():
                 self.metered.read(counts["lengths"], inputs["labels"], inputs["image_grid_thw"].tolist())
             else:
                 acts, answers = counts["acts"][:, 1:], int((inputs["labels"] >= 0).sum())
-                wrong = torch.bincount(acts[~self.heard.bool()], minlength=len(counts["lengths"]) + 1)[1:]
+                wrong = torch.bincount(acts[~self.heard.bool()], minlength=counts["answers"] + 1)[1:]
                 found = float(out) * answers, answers, int((wrong == 0).sum()), len(wrong)
                 self.judged = [a + b for a, b in zip(self.judged, found)]
             return out
@@ -301,22 +315,22 @@ def sharding(config: SFTConfig, processes: int) -> dict:
                                               "transformer_layer_cls_to_wrap": ["Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"]}}
     return {"ddp_find_unused_parameters": False}
 
-# %% ../nbs/14_sft.ipynb #f6829562
+# %% ../nbs/14_sft.ipynb #699db71e
 def arguments(config: SFTConfig, out: Path, steps: int) -> dict:
     "TRL `SFTConfig` arguments from ours."
     import torch
 
-    by = {"val_loss": "eval_loss", "dev.achievement_rate": "eval_dev.achievement_rate"}[config.best_by]
+    cuda, by = torch.cuda.is_available(), {"val_loss": "eval_loss", "dev.achievement_rate": "eval_dev.achievement_rate"}[config.best_by]
     return dict(
         output_dir=str(out / "checkpoints"), max_steps=steps, per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size, gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         warmup_steps=round(config.warmup_ratio * steps), lr_scheduler_type=config.scheduler, optim="adamw_torch",
-        bf16=config.bf16, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=config.gradient_checkpointing, max_length=None,
+        bf16=config.bf16, use_cpu=not cuda, gradient_checkpointing=config.gradient_checkpointing, max_length=None,
         eval_strategy="steps", eval_steps=min(config.eval_steps, steps), save_strategy="steps", save_steps=min(config.eval_steps, steps),
         save_total_limit=2, load_best_model_at_end=config.keep_best, metric_for_best_model=by, greater_is_better=by != "eval_loss",
         logging_steps=1, logging_nan_inf_filter=False, report_to=config.report_to, disable_tqdm=True, log_level="error", seed=config.seed,
-        remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False, dataloader_pin_memory=cuda, dataloader_num_workers=4 * cuda, dataloader_persistent_workers=cuda,
         dataset_kwargs={"skip_prepare_dataset": True})
 
 
@@ -369,7 +383,7 @@ def memory_told(out: Path):
         stands = f"the last checkpoint is of update {last.name.rpartition('-')[2]}" if last else "there is no checkpoint yet"
         raise TrainingStopped(f"out of memory; {SMALLER}; {stands}") from None
 
-# %% ../nbs/14_sft.ipynb #877de447
+# %% ../nbs/14_sft.ipynb #9d4f7402
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     "Training and validation rows of a config. Raises `InputError` when they were not made with one prompt, or cannot be played where asked."
     train = Rows(config.train or out.parent / "export" / "train.jsonl")
@@ -390,9 +404,11 @@ def fit(config: SFTConfig, out: Path, before: dict) -> dict:
     import trl
 
     world, (train, val) = int(os.environ.get("WORLD_SIZE", 1)), rows_of(config, out)
+    loaded, count = models.load(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora"), len(train.rows)
+    if config.window != 1:
+        train, val = (rows.join(loaded.processor, config.sequence_length, config.window) for rows in (train, val))
     per_step = config.batch_size * config.gradient_accumulation_steps * world
     steps = config.max_steps if config.max_steps > 0 else max(1, round(config.epochs * len(train.rows) / per_step))
-    loaded = models.load(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora")
     watchers = [player(config, train.protocol())] if config.best_by == "dev.achievement_rate" else []
     lora = models.lora_config(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
     trainer = trainer_class()(
@@ -401,19 +417,20 @@ def fit(config: SFTConfig, out: Path, before: dict) -> dict:
         processing_class=loaded.processor, peft_config=None if config.variety == "full" else lora,
         callbacks=[*watchers, observer(out, steps, "sft", SFT_NAMES, before["seconds"])])
     trainer.meter(Meter(loaded.model.config, config.variety, config.gradient_checkpointing, world, before))
+    models.quicken_training(trainer.model)
     silence(trainer)
     last = last_checkpoint(out / "checkpoints")
     with memory_told(out):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     loaded.model = trainer.model
-    numbers = {**best_figures(trainer.state, config.keep_best), "model": loaded.name, "updates": steps, "rows": len(train.rows),
+    numbers = {**best_figures(trainer.state, config.keep_best), "model": loaded.name, "updates": steps, "rows": count,
                "samples": steps * per_step, "processes": world, "prompt_hash": train.prompt_hash, "parameters": models.parameter_counts(loaded.model)}
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(out / "adapter"))
     elif trainer.is_world_process_zero():
         trainer.model.save_pretrained(out / "adapter")
     if trainer.is_world_process_zero():
-        models.write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=len(train.rows), updates=steps)
+        models.write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=count, updates=steps)
     return numbers
 
 

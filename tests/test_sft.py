@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qwen_vl_kit import benchmark, collect, export, models, sft
+from qwen_vl_kit import benchmark, collect, export, models, sft, traces
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
 from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
 
@@ -84,6 +84,15 @@ def test_accumulated_batches_are_one_batch(rows, tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=2e-6)
 
 
+def test_turns_of_an_episode_are_one_conversation(rows, tmp_path):
+    processor = models.load("random:tiny").processor
+    for window, length, counts in ((3, 512, {3}), (0, 2048, {12}), (0, 512, {4})):  # 12 turns of about 115 tokens
+        found = [[m["role"] for m in row["messages"]].count("assistant") for row in sft.Rows(rows["train"]).join(processor, length, window).rows]
+        assert sum(found) == len(sft.Rows(rows["train"]).rows) and max(found) in counts, found
+    result = sft.run(SFTConfig(**FAST | {"window": 3, "sequence_length": 1024, "batch_size": 4}, **rows), tmp_path / "sft")
+    assert result.numbers["rows"] == len(sft.Rows(rows["train"]).rows) and 0 <= result.numbers["val_action_accuracy"] <= 1
+
+
 def test_an_error_in_one_of_several_processes_is_told(rows, tmp_path):
     config = SFTConfig(**FAST | {"processes": 2, "sequence_length": 64, "batch_size": 4}, **rows)
     with pytest.raises(InputError, match="does not fit a sequence of 64; raise sequence_length"):
@@ -100,6 +109,22 @@ def test_whole_weights_are_trained_and_played(rows, tmp_path):
         models.load("random:tiny", adapter=tmp_path / "sft" / "adapter", trainable=True)
     played = benchmark.run(BenchmarkConfig(**PLAY, model="random:tiny", arms=["sft"], seeds="1000000-1000001", bf16=False), tmp_path / "benchmark")
     assert played.numbers
+
+
+def test_a_student_plays_and_the_expert_says_what_it_would_do(rows, tmp_path):
+    adapter = sft.run(SFTConfig(**FAST, **rows), tmp_path / "sft").out / "adapter"
+    config = CollectConfig(seeds="40-43", student=str(adapter), noise=0.0, **PLAY)
+    collect.run(config, tmp_path / "dagger" / "collect")
+    turns = traces.turns(tmp_path / "dagger" / "collect" / "rollouts.db")
+    assert set(turns.reason.str.len() > 0) == {True} and (turns.actions.map(tuple) != turns.executed.map(tuple)).mean() > 0.5
+    written = list(read_jsonl(export.run(ExportConfig(val_fraction=0.25), tmp_path / "dagger" / "export").out / "train.jsonl"))
+    said = {(row["metadata"]["seed"], row["metadata"]["turn"]): row["messages"][2]["content"] for row in written}
+    answers = {(turn.seed, turn.turn): "-> " + ", ".join(turn.actions) for turn in turns.itertuples()}
+    assert said and all(text.endswith(answers[key]) for key, text in said.items())
+    with pytest.raises(InputError, match="trained with prompt"):
+        collect.run(CollectConfig(**dict(config) | {"history": 2}), tmp_path / "other")
+    with pytest.raises(InputError, match="only the expert"):
+        collect.run(CollectConfig(**dict(config) | {"teacher": "random"}), tmp_path / "other")
 
 
 def test_the_kept_adapter_is_the_one_that_played_best(rows, tmp_path):
