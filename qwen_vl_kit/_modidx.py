@@ -830,6 +830,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qwen_vl_kit.sft.Rows': ('sft.html#rows', 'qwen_vl_kit/sft.py'),
                                  'qwen_vl_kit.sft.Rows.__init__': ('sft.html#rows.__init__', 'qwen_vl_kit/sft.py'),
                                  'qwen_vl_kit.sft.Rows.dataset': ('sft.html#rows.dataset', 'qwen_vl_kit/sft.py'),
+                                 'qwen_vl_kit.sft.Rows.join': ('sft.html#rows.join', 'qwen_vl_kit/sft.py'),
                                  'qwen_vl_kit.sft.Rows.protocol': ('sft.html#rows.protocol', 'qwen_vl_kit/sft.py'),
                                  'qwen_vl_kit.sft._die_with_parent': ('sft.html#_die_with_parent', 'qwen_vl_kit/sft.py'),
                                  'qwen_vl_kit.sft.arguments': ('sft.html#arguments', 'qwen_vl_kit/sft.py'),

@@ -48,7 +48,7 @@ def _by_episode(group):
     returns = [sum(rewards) for rewards in group]
     return [np.full(len(rewards), r - np.mean(returns)) for rewards, r in zip(group, returns)]
 
-# %% ../nbs/16_grpo.ipynb #c7f5d708
+# %% ../nbs/16_grpo.ipynb #a29d67c0
 def trainer_class():
     "The `GRPOTrainer` subclass; made in a function because importing TRL takes seconds."
     import torch
@@ -127,7 +127,7 @@ def packed_logprobs(model, processor, samples, length: int, width: int):
     """
     import torch
 
-    batch = models.pack([sample.encoded for sample in samples], processor, length)
+    batch = models.pack([sample.encoded for sample in samples], processor, length, frames=True)
     where, labels = batch.pop("where"), batch.pop("labels")
     batch = {name: value.to(model.device) for name, value in batch.items()}
     out = model(**batch, labels=labels.to(model.device), fused_lm_head=True, use_cache=False)
@@ -204,7 +204,7 @@ class Player:
         turn = episode.turns[t]
         return Sample(self.engine.processor, turns.prompt(self.config, episode.turns[:t], turn.frame, turn.text, urls=False), turn.decision)
 
-# %% ../nbs/16_grpo.ipynb #9640d551
+# %% ../nbs/16_grpo.ipynb #bcfd6931
 GRPO_NAMES = {"loss": "loss", "return_mean": "return_mean", "return_std": "return_std", "achievement_rate": "achievement_rate",
               "invalid_rate": "invalid_rate", "episodes": "episodes", "turns": "turns", "turns_used": "turns_used",
               "groups_alike": "groups_alike", "entropy": "entropy", "kl": "kl", "clip_ratio/region_mean": "clip_fraction",
@@ -262,6 +262,7 @@ def _fit(config, out, adapter, store):
         args=trl.GRPOConfig(**arguments(config, out, updates)), train_dataset=placeholder, processing_class=loaded.processor,
         callbacks=[observer(out, updates * config.epochs * config.iterations, "grpo updates", GRPO_NAMES)],
         play=Player(config, engine, store), length=config.sequence_length)
+    models.quicken_training(trainer.model)
     silence(trainer)
     trainer.train()
     trainer.model.save_pretrained(out / "adapter", selected_adapters=["default"])

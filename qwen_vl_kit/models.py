@@ -10,13 +10,14 @@ __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'tiny_tokenizer', 'chat_template', 'make
            'decode_url', 'assistant_labels', 'window', 'windows', 'positions', 'lay_out', 'pack', 'answers_only',
            'fold_adapter', 'quicken_training', 'forward_flops', 'parameter_counts']
 
-# %% ../nbs/06_models.ipynb #d4e4538a
+# %% ../nbs/06_models.ipynb #3585f284
 import hashlib
 import inspect
 import json
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from importlib import import_module
+from logging import getLogger
 from pathlib import Path
 
 from .core import InputError, digest, nearest, read_json, resolve, write_json
@@ -409,7 +410,7 @@ def quicken(model) -> None:
     base.model.sight = Sight()
     base.model.forward = MethodType(_forward_with_frames, base.model)
 
-# %% ../nbs/06_models.ipynb #f81e4be8
+# %% ../nbs/06_models.ipynb #34c05da4
 def tiny_folder() -> Path:
     "Where the package keeps the weights of `tiny`'s base."
     import qwen_vl_kit
@@ -424,6 +425,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from transformers.utils import logging
 
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")  # it would have a kernel for 4 bits on a CPU, from the network
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
