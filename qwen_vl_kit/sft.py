@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SFT_NAMES', 'SMALLER', 'Rows', 'Packer', 'device_name', 'usd_per_second', 'Meter', 'trainer_class', 'observer',
            'silence', 'checked_card', 'last_checkpoint', 'rewind', 'devices', 'sharding', 'arguments', 'threads',
-           'player', 'memory_told', 'rows_of', 'fit', 'best_figures', 'worker', 'launch', 'meeting', 'run']
+           'player', 'shortage_told', 'rows_of', 'fit', 'best_figures', 'worker', 'launch', 'meeting', 'run']
 
-# %% ../nbs/14_sft.ipynb #93eb6ba7
+# %% ../nbs/14_sft.ipynb #1ec186af
 import contextlib
+import errno
 import json
 import math
 import os
@@ -366,24 +367,26 @@ def player(config: SFTConfig, protocol: Protocol):
 
     return Player()
 
-# %% ../nbs/14_sft.ipynb #51e87598
+# %% ../nbs/14_sft.ipynb #c6961d99
 SMALLER = "lower batch_size (and raise gradient_accumulation_steps) or sequence_length, set gradient_checkpointing = true or variety = \"qlora\""
 
 
 @contextlib.contextmanager
-def memory_told(out: Path):
-    "Raise `TrainingStopped` with a mend when the block runs out of memory."
+def shortage_told(out: Path):
+    "Raise `TrainingStopped` with a mend when the block runs out of memory, and `OSError` when the disk is full."
     import torch
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except Exception as error:
+        if re.search(r"os error 28|No space left on device", str(error)):  # safetensors has an error of its own for it
+            raise OSError(errno.ENOSPC, "No space left on device", str(out / "checkpoints")) from None
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         last = last_checkpoint(out / "checkpoints")
         stands = f"the last checkpoint is of update {last.name.rpartition('-')[2]}" if last else "there is no checkpoint yet"
         raise TrainingStopped(f"out of memory; {SMALLER}; {stands}") from None
 
-# %% ../nbs/14_sft.ipynb #9d4f7402
+# %% ../nbs/14_sft.ipynb #8cd66fb7
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     "Training and validation rows of a config. Raises `InputError` when they were not made with one prompt, or cannot be played where asked."
     train = Rows(config.train or out.parent / "export" / "train.jsonl")
@@ -420,7 +423,7 @@ def fit(config: SFTConfig, out: Path, before: dict) -> dict:
     models.quicken_training(trainer.model)
     silence(trainer)
     last = last_checkpoint(out / "checkpoints")
-    with memory_told(out):
+    with shortage_told(out):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     loaded.model = trainer.model
     numbers = {**best_figures(trainer.state, config.keep_best), "model": loaded.name, "updates": steps, "rows": count,
