@@ -67,7 +67,7 @@ def machine() -> dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch and torch.cuda.is_available() else []
     return {"cpus": os.cpu_count(), "gpus": gpus}
 
-# %% ../nbs/20_manifest.ipynb #9d840887
+# %% ../nbs/20_manifest.ipynb #608318e8
 def _short(path: Path, run: Path) -> str:
     "A path as the manifest tells it: relative inside the run's folder, so that a run can be moved."
     return path.relative_to(run).as_posix() if path.is_relative_to(run) else str(path)
@@ -90,15 +90,18 @@ def priced(result: Result) -> tuple[list[dict], list[dict]]:
 
 
 def bill(result: Result):
-    """What a stage used, at whose price, and what that is, as a DataFrame; what has no price has no sum. What calls that never came back
-    may have cost stands in the last row, and on no bill of ours."""
+    """What a stage used, at whose price, what that is, and the sum of it, as a DataFrame; with something that has no price there is no sum.
+    What calls that never came back may have cost stands below the sum, and on no bill of ours."""
     import pandas as pd
     rows, unpriced = priced(result)
+    lines = rows + unpriced
+    if lines:
+        whole = {"source": "something above has no price"} if unpriced else {"usd": f"{sum(Decimal(row['usd']) for row in rows):f}"}
+        lines = lines + [{"item": "total", "unit": "USD", **whole}]
     if result.numbers.get("usd_in_doubt"):
-        rows = rows + unpriced + [{"item": "in doubt", "unit": "USD at most", "usd": f"{Decimal(str(result.numbers['usd_in_doubt'])):f}",
-                                   "source": "calls whose answer never came; see the endpoint's own bill"}]
-        unpriced = []
-    return pd.DataFrame(rows + unpriced, columns=["item", "quantity", "unit", "price", "per", "usd", "source", "date"])
+        lines = lines + [{"item": "in doubt", "unit": "USD at most", "usd": f"{Decimal(str(result.numbers['usd_in_doubt'])):f}",
+                          "source": "not in the total: calls whose answer never came; see the endpoint's own bill"}]
+    return pd.DataFrame(lines, columns=["item", "quantity", "unit", "price", "per", "usd", "source", "date"])
 
 
 def write(out: str | Path, result: Result, config: Stage, ledger: Iterable[dict] | None = None) -> Path:

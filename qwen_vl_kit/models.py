@@ -518,7 +518,7 @@ def _from_hub(name: str, revision: str, **how):
                          mend="check the name and the network, or fetch it once and set HF_HUB_OFFLINE=1; "
                               "'tiny' needs neither network nor GPU") from None
 
-# %% ../nbs/06_models.ipynb #a66b61a0
+# %% ../nbs/06_models.ipynb #edf1362d
 def save_model(model, processor, folder: str | Path) -> Path:
     "Save model and processor in `folder`, ready for `load`; `transformers serve` and vLLM take it, too."
     folder = Path(folder)
@@ -529,7 +529,7 @@ def save_model(model, processor, folder: str | Path) -> Path:
     return folder
 
 
-def load(name: str, revision: str = "", adapter: str | Path | None = None, bf16: bool = False, trainable: bool = False,
+def load(name: str | Path, revision: str = "", adapter: str | Path | None = None, bf16: bool = False, trainable: bool = False,
          qlora: bool = False) -> Loaded:
     """A model by name, with an adapter if one is given.
 
@@ -540,6 +540,7 @@ def load(name: str, revision: str = "", adapter: str | Path | None = None, bf16:
     import torch
 
     quiet()
+    name = str(name)
     how = {"dtype": torch.bfloat16 if bf16 and name != "tiny" else torch.float32, **({"quantization_config": nf4()} if qlora else {})}
     if name.startswith("random:"):
         model, processor, weights = _random(name.removeprefix("random:"))

@@ -650,7 +650,7 @@ def stock_rows(rows: list[dict]):
         return {"prompt": prompt, "completion": [told[2]], "images": [Image.fromarray(frame) for frame in frames]}
     return datasets.Dataset.from_list([one(r["messages"]) for r in rows])
 
-# %% ../nbs/22_perf.ipynb #05045589
+# %% ../nbs/22_perf.ipynb #76a5f3f5
 _LENGTHS = (256, 2048)  # tokens of a packed sequence
 SEED_BATCH = 16  # rows of one update in the seed's TOML, one at a time
 
@@ -669,7 +669,7 @@ def _trainers(config: SFTConfig, out: Path):
         model=ours.model, args=trl.SFTConfig(**fixed), train_dataset=rows.dataset(), processing_class=ours.processor,
         data_collator=sft.Packer(ours.processor, config.sequence_length), peft_config=lora)
     models.quicken_training(trainer.model)
-    yield trainer.meter(sft.Meter(ours.model.config, "lora", False, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
+    yield trainer.meter(sft.Meter(ours.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
     yield trl.SFTTrainer(model=as_stock(stock.model), args=trl.SFTConfig(**plain), train_dataset=stock_rows(rows.rows),
                          processing_class=stock.processor, peft_config=lora)
 

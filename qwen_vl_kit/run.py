@@ -58,9 +58,10 @@ def _told(path: Path) -> str:
     "A path below the project's folder, relative to it; any other as it is."
     return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
 
-# %% ../nbs/21_run.ipynb #ea102087
+# %% ../nbs/21_run.ipynb #d680ce2e
 LAUNCH = """import os, sys
-os.dup2(os.open(os.environ["QVK_LAST_WORDS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+said = os.open(os.environ["QVK_LAST_WORDS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(said, 1), os.dup2(said, 2)
 sys.path[:1] == [""] and sys.path.pop(0)
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()"""
@@ -69,11 +70,11 @@ launch_new_instance()"""
 @contextlib.contextmanager
 def _kernel(progress: Path, threads: int = 0):
     """The environment that stage kernels inherit: which Python, where progress bars are drawn, how many threads. Yields the file that
-    takes what a kernel's native libraries say to standard error: told when it dies, noise when it does not."""
+    takes what a kernel's native libraries and child processes say themselves: told when it dies, noise when it does not."""
     from ipykernel.kernelspec import get_kernel_dict
 
     with tempfile.TemporaryDirectory() as place:
-        spec = get_kernel_dict(["--log-level=CRITICAL"])
+        spec = get_kernel_dict(["--log-level=CRITICAL", "--IPKernelApp.capture_fd_output=False"])
         start = spec["argv"].index("-m")
         spec["argv"][start:start + 2] = ["-c", LAUNCH]
         write_json(Path(place) / "kernels" / "python3" / "kernel.json", spec)
@@ -343,7 +344,7 @@ def at_adapter(settings: configs.Stage) -> configs.Stage:
            if (resolve(path) / "adapter" / "adapter_config.json").is_file() and not (resolve(path) / "adapter_config.json").is_file()}
     return settings.model_copy(update=led)
 
-# %% ../nbs/21_run.ipynb #33b9ccbf
+# %% ../nbs/21_run.ipynb #8d2c880c
 def finish(result: Result, settings: configs.Stage) -> Result:
     "Write the manifest of a stage that has just run, before anything is drawn that could fail; returns the result."
     from qwen_vl_kit import manifest
@@ -358,9 +359,20 @@ HEADLINES = {"collect": ("episodes", "achievement_rate"), "export": ("train_rows
 
 
 def _headline(stage: str, numbers: dict) -> str:
-    "The figures of a stage that say in one line how it went."
+    "The figures of a stage that say in one line how it went; of calls, what they cost."
     found = {name: numbers[name] for name in HEADLINES.get(stage, ()) if name in numbers}
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items())
+    words = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()]
+    if earlier := numbers.get("earlier_episodes"):
+        words[0] += f" ({earlier} of them before)"
+    return "  ".join(words + ([_spent(numbers)] if "calls" in numbers else []))
+
+
+def _spent(numbers: dict) -> str:
+    "What all calls of a stage have cost over its sessions, and what is in doubt because the answer never came."
+    usd, doubt, failed = (numbers[name] for name in ("usd", "usd_in_doubt", "failed_calls"))
+    said = f"{numbers['calls']} calls, dollars unknown" if usd is None else f"${usd:.6f} for {numbers['calls']} calls"
+    said += f", up to ${doubt:.6f} more in doubt" if doubt else ""
+    return said + (f" ({failed} not answered)" if failed else "")
 
 
 def notebook_of(stage: str) -> Path:
@@ -371,18 +383,21 @@ def notebook_of(stage: str) -> Path:
     return path
 
 
-def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool = False, renew: bool = False, option: str = "--out") -> bool:
+def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool = False, renew: bool = False, option: str = "--out",
+              told: bool = False) -> bool:
     """Run one stage's notebook into `out`; False when it was done already. One line to standard error at its start and end.
 
     `force` clears what another run left in `out`; `renew` does a stale stage again, for callers that have just made its inputs; `option` is
-    what the caller's command names a folder with. Raises `InputError` on bad input (nothing is left behind then), `RunFailed` when it broke
-    and `OSError` when the disk was full (a later call does it again).
+    what the caller's command names a folder with; `told` says that the config's notices have been. Raises `InputError` on bad input (nothing
+    is left behind then), `RunFailed` when it broke and `OSError` when the disk was full (a later call does it again).
     """
     out, settings = resolve(out), at_adapter(settings)
     notebook = notebook_of(stage)
     with usable(out):
         found = "forced" if force else state(stage, settings, out, option)
-    if found == "done":
+    # Whoever started it was killed, and the notebook ran to its end unseen: once more, for its page.
+    unseen = found == "done" and stage in RESUMED and not (out / "run.ipynb").is_file()
+    if found == "done" and not unseen:
         if not (out / "run.html").is_file() and (out / "run.ipynb").is_file():
             page(out / "run.ipynb")
         (out / MARKER).unlink(missing_ok=True)
@@ -390,13 +405,15 @@ def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool 
         return False
     if found == "stale" and not renew:
         raise InputError("was made from other inputs than there are now", _told(out), _elsewhere(stage, out, option))
+    if not told:
+        notices(settings)
     check_sources(stage, settings, out)
     check_access(settings)
     check_devices(settings)
     with _claimed(out, option):
         if not force and state(stage, settings, out, option) != found:
             raise InputError("has just been written by another process", _told(out), "give the same command again")
-        _carry_out(stage, settings, out, notebook, RESUMED.get(stage, ()) if found == "torn" and not renew else ())
+        _carry_out(stage, settings, out, notebook, RESUMED.get(stage, ()) if (found == "torn" or unseen) and not renew else ())
     return True
 
 
@@ -424,23 +441,20 @@ def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, k
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/21_run.ipynb #a5946601
+# %% ../nbs/21_run.ipynb #aedfec35
 def load_all(path: str, stages: tuple = STAGES, overrides=()) -> dict[str, configs.Stage]:
-    "The configs of `stages` from a folder, each notice told on standard error."
+    "The configs of `stages` from a folder."
     if not resolve(path).is_dir():
         what = "is not a folder" if resolve(path).exists() else "no such folder"
         raise InputError(what, path, "name a folder of configs, such as configs/demo")
-    loaded = {stage: configs.load(path, stage, overrides) for stage in stages}
-    for settings in loaded.values():
-        notices(settings)
-    return loaded
+    return {stage: configs.load(path, stage, overrides) for stage in stages}
 
 
-def notices(settings: configs.Stage) -> configs.Stage:
-    "Tell a config's notices on standard error; returns it."
-    for line in settings.notices:
-        _say(f"note: {line}")
-    return settings
+def notices(*several: configs.Stage) -> None:
+    "Tell the notices of configs on standard error."
+    for settings in several:
+        for line in settings.notices:
+            _say(f"note: {line}")
 
 
 def run_folder(path: str, out: str = "") -> Path:
@@ -463,15 +477,15 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     "Run the stages of a config folder in order; those that are done are passed over. Returns the run's folder."
     stages, run = selected(first, last), run_folder(path, out)
     loaded = load_all(path, stages, overrides)
-    if not force:
-        for stage in stages:
-            state(stage, at_adapter(loaded[stage]), run / stage)
+    found = {stage: "forced" if force else state(stage, at_adapter(loaded[stage]), run / stage) for stage in stages}
+    done = next((place for place, stage in enumerate(stages) if found[stage] != "done"), len(stages))
+    notices(*(loaded[stage] for stage in stages[done:]))  # what follows on the first to run may have to run again
     renew = False
     for stage in stages:
-        renew |= run_stage(stage, loaded[stage], run / stage, force, renew)
+        renew |= run_stage(stage, loaded[stage], run / stage, force, renew, told=True)
     return run
 
-# %% ../nbs/21_run.ipynb #dee16971
+# %% ../nbs/21_run.ipynb #30e525b4
 def shown(run: Path) -> str:
     "The table of arms of a run and where its report lies, as text. Raises `InputError` when it has no benchmark."
     from qwen_vl_kit import show
@@ -488,6 +502,7 @@ def planned(path: str, overrides=()) -> str:
 
     from qwen_vl_kit import costs, show
     loaded = load_all(path, STAGES, overrides)
+    notices(*loaded.values())
     rates = [loaded["report"].gpu_usd_per_hour]
     collect = loaded["collect"]
     turns = len(configs.parse_seeds(collect.seeds)) * configs.horizon(collect.horizon).turns
@@ -633,7 +648,7 @@ def _seed_commands(command) -> None:
         one.add_argument("--env-file", action="append", default=[], metavar="FILE", help=ENV_FILE)
         one.add_argument("--force", action="store_true", help="delete what another run of this stage left there, and write it anew")
 
-# %% ../nbs/21_run.ipynb #dcf6c9d9
+# %% ../nbs/21_run.ipynb #9f6f3b15
 def _run(args) -> int:
     run = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
     print(shown(run) if (run / "benchmark" / "arms.csv").is_file() else f"outputs: {_told(run)}")
@@ -641,7 +656,7 @@ def _run(args) -> int:
 
 
 def _one(stage: str, settings: configs.Stage, out: Path, force: bool, option: str = "--out") -> int:
-    run_stage(stage, notices(settings), out, force, option=option)
+    run_stage(stage, settings, out, force, option=option)
     print(f"outputs: {_told(out)}")
     return 0
 
@@ -662,7 +677,8 @@ def _check(args) -> int:
         loaded = load_all(args.path, STAGES, args.set)
     else:
         stage = configs.stage_of(args.path)
-        loaded = {stage: notices(configs.load(args.path, stage, args.set))}
+        loaded = {stage: configs.load(args.path, stage, args.set)}
+    notices(*loaded.values())
     print("\n\n".join(f"# {stage}: {configs.config_file(args.path, stage)}\n{configs.resolved(settings)}"
                       for stage, settings in loaded.items()))
     return 0

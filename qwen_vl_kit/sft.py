@@ -29,7 +29,7 @@ from .core import (InputError, Result, TrainingStopped, append_jsonl, atomic, di
 from .export import read_rows
 from .turns import prompt_hash
 
-# %% ../nbs/14_sft.ipynb #04c22bd0
+# %% ../nbs/14_sft.ipynb #ecf6e571
 class Rows:
     "The checked rows of an exported JSON lines file."
 
@@ -50,8 +50,10 @@ class Rows:
     def join(self, processor, length: int, most: int) -> "Rows":
         "Turns that followed each other become conversations of `most` turns (0: as many as fit `length` tokens), in place; a gap ends one."
         episodes: dict[tuple, list] = {}
-        for row in sorted(self.rows, key=lambda row: row["metadata"]["turn"]):
+        for row in sorted(self.rows, key=lambda row: row["metadata"].get("turn", 0)):
             told = row["metadata"]
+            if not {"run", "arm", "seed", "member", "turn"} <= set(told):
+                raise InputError("its rows do not say which episode they are of, and window joins turns of one", self.path, "set window = 1")
             spans = episodes.setdefault(tuple(told[name] for name in ("run", "arm", "seed", "member")), [])
             if not spans or spans[-1][-1]["metadata"]["turn"] + 1 != told["turn"]:
                 spans.append([])
@@ -67,7 +69,7 @@ class Rows:
             raise InputError("its rows do not say how to play", self.path, "export them again")
         return Protocol(**json.loads(told))
 
-# %% ../nbs/14_sft.ipynb #26d35808
+# %% ../nbs/14_sft.ipynb #4adb03c3
 class Packer:
     "Collator: rows become sequences of at most `length` tokens with several samples each, exact to unpacked training."
 
@@ -85,7 +87,8 @@ class Packer:
             for first, last in self.spoken(sample):
                 number += 1
                 acts[row, start + first:start + last] = number
-        batch["counts"] = {"lengths": [len(sample.input_ids) for sample in samples], "acts": acts, "answers": number}
+        batch["counts"] = {"lengths": [len(sample.input_ids) for sample in samples], "grids": batch["image_grid_thw"].tolist(),
+                           "labels": int((batch["labels"] >= 0).sum()), "answers": number, "acts": acts, "once": "frames" in batch}
         return batch
 
     def spoken(self, sample: models.Encoded) -> list[tuple[int, int]]:
@@ -98,7 +101,7 @@ class Packer:
             spans.append((first, end))
         return spans
 
-# %% ../nbs/14_sft.ipynb #5e76b6be
+# %% ../nbs/14_sft.ipynb #ed7f29d9
 def device_name() -> str:
     "The name of the GPU that torch computes on; empty without one."
     import torch
@@ -117,9 +120,10 @@ def usd_per_second(devices: int) -> float | None:
 class Meter:
     "What a trainer has read since the last log, on this process, and how fast."
 
-    def __init__(self, config, variety: str, checkpointing: bool, devices: int, before: dict):
-        self.config, self.devices = config, devices
-        self.passes = (3 if variety == "full" else 2) + checkpointing, 3 + checkpointing if variety == "full" else 1  # language, vision
+    def __init__(self, model, config: SFTConfig, devices: int, before: dict):
+        full, self.model, self.devices, self.seen = config.variety == "full", model, devices, 0
+        self.passes = (3 if full else 2) + config.gradient_checkpointing  # forward, backward through activations, and to the weights
+        self.frozen = not full and config.lora_targets == "language"  # then each frame goes through the tower once, and forward only
         self.peak, self.rate = costs.peak(device_name()), usd_per_second(devices)
         self.samples, self.tokens, self.began = before["samples"], before["tokens"], time.perf_counter() - before["seconds"]
         self.clear()
@@ -128,10 +132,17 @@ class Meter:
         "Begin a new span."
         self.span, self.mark = [0, 0, 0.0], time.perf_counter()
 
-    def read(self, lengths: list[int], labels, grids) -> None:
-        "Count a batch: the lengths of its samples, its labels (R, L), the grids (images, 3) of its images."
-        language, vision = models.forward_flops(self.config, lengths, int((labels >= 0).sum()), grids)
-        flops = self.passes[0] * language + self.passes[1] * vision
+    def look(self) -> int:
+        "Frames that went through the tower since the last look."
+        before, self.seen = self.seen, self.model.model.sight.computed
+        return self.seen - before
+
+    def read(self, lengths: list[int], labels: int, grids: list, once: bool) -> None:
+        """Count a batch: the lengths of its samples, its labels, the grids (time, rows, columns) of its images, and whether a frame goes through
+        a frozen tower `once`."""
+        language, vision = models.forward_flops(self.model.config, lengths, labels, grids)
+        computed = self.look() / max(len(grids), 1)
+        flops = self.passes * language + (self.passes if not self.frozen else computed if once else 1) * vision
         self.span = [a + b for a, b in zip(self.span, (len(lengths), sum(lengths), flops))]
 
     def figures(self, reduce) -> dict:
@@ -150,7 +161,7 @@ class Meter:
             rates["usd"] = self.rate * (time.perf_counter() - self.began)
         return rates
 
-# %% ../nbs/14_sft.ipynb #cb81c9ed
+# %% ../nbs/14_sft.ipynb #ef442af0
 def trainer_class():
     "TRL's `SFTTrainer`, which also meters its batches and knows action accuracy."
     import torch
@@ -171,9 +182,9 @@ def trainer_class():
             counts = inputs.pop("counts")
             out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.model.training:
-                self.metered.read(counts["lengths"], inputs["labels"], inputs["image_grid_thw"].tolist())
+                self.metered.read(counts["lengths"], counts["labels"], counts["grids"], counts["once"])
             else:
-                acts, answers = counts["acts"][:, 1:], int((inputs["labels"] >= 0).sum())
+                acts, answers = counts["acts"][:, 1:], counts["labels"]
                 wrong = torch.bincount(acts[~self.heard.bool()], minlength=counts["answers"] + 1)[1:]
                 found = float(out) * answers, answers, int((wrong == 0).sum()), len(wrong)
                 self.judged = [a + b for a, b in zip(self.judged, found)]
@@ -190,6 +201,7 @@ def trainer_class():
                 loss, answers, right, total = self._sum(self.judged)
                 logs |= {"eval_loss": loss / answers, "eval_action_accuracy": right / total}
                 self.judged = [0.0] * 4
+                self.metered.look()
             super().log(logs, start_time)
             self.metered.clear()
 
@@ -386,7 +398,7 @@ def shortage_told(out: Path):
         stands = f"the last checkpoint is of update {last.name.rpartition('-')[2]}" if last else "there is no checkpoint yet"
         raise TrainingStopped(f"out of memory; {SMALLER}; {stands}") from None
 
-# %% ../nbs/14_sft.ipynb #8cd66fb7
+# %% ../nbs/14_sft.ipynb #770801e4
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     "Training and validation rows of a config. Raises `InputError` when they were not made with one prompt, or cannot be played where asked."
     train = Rows(config.train or out.parent / "export" / "train.jsonl")
@@ -419,7 +431,7 @@ def fit(config: SFTConfig, out: Path, before: dict) -> dict:
         train_dataset=train.dataset(), eval_dataset=val.dataset(), data_collator=Packer(loaded.processor, config.sequence_length),
         processing_class=loaded.processor, peft_config=None if config.variety == "full" else lora,
         callbacks=[*watchers, observer(out, steps, "sft", SFT_NAMES, before["seconds"])])
-    trainer.meter(Meter(loaded.model.config, config.variety, config.gradient_checkpointing, world, before))
+    trainer.meter(Meter(loaded.model, config, world, before))
     models.quicken_training(trainer.model)
     silence(trainer)
     last = last_checkpoint(out / "checkpoints")

@@ -460,7 +460,7 @@ def film(episode, n: int = 8, title: str = "") -> Plot:
     figure.suptitle(f"{said}: {len(episode.achievements)} achievements in {len(episode.turns)} turns", x=0.01, ha="left", fontsize=11)
     return _plot(figure, alt=f"film strip of {said}")
 
-# %% ../nbs/19_show.ipynb #a0eb1896
+# %% ../nbs/19_show.ipynb #d230d081
 _VIEWER = """<div id="ID" style="font: 14px sans-serif; max-width: 780px">
 <p><b>TITLE</b></p>
 <div style="display: flex; gap: 16px; flex-wrap: wrap">
@@ -482,7 +482,7 @@ _VIEWER = """<div id="ID" style="font: 14px sans-serif; max-width: 780px">
     part("reason").textContent = t.reason ? `“${t.reason}”` : "";
     part("did").textContent = `→ ${t.did}`;
     part("new").textContent = t.unlocked.map(name => `+ ${name}`).join("  ");
-    part("all").textContent = `${t.made.length} of 22: ${t.made.join(", ")}`;
+    part("all").textContent = t.made;
   }
   function stop() { clearInterval(timer); timer = null; play.textContent = "play"; }
   slider.max = turns.length - 1;
@@ -507,7 +507,8 @@ def episode_viewer(episode, title: str = "", megabytes: float = 3.0) -> Html:
     for i, turn in enumerate(episode.turns):
         made, reward = made + turn.unlocked, reward + turn.reward
         if i % every == 0:
-            rows.append({"turn": turn.turn, "step": turn.step, "reason": turn.decision.reason, "did": _did(turn), "made": made,
+            rows.append({"turn": turn.turn, "step": turn.step, "reason": turn.decision.reason, "did": _did(turn),
+                         "made": f"{len(made)} of {len(ACHIEVEMENTS)}" + f": {', '.join(made)}" * bool(made),
                          "unlocked": turn.unlocked, "reward": f"{reward:.1f}", "frame": turns.data_url(turn.frame)})
     title = title or f"{episode.model}, seed {episode.seed}, horizon {episode.horizon}"
     title += f": {len(made)} achievements in {len(episode.turns)} turns" + (f" (one in {every} is shown)" if every > 1 else "")
@@ -561,30 +562,42 @@ def best_viewer(run: str | Path) -> Html:
     seed = typical_seed(folder / "episodes.csv")
     return episode_viewer(episode_of(folder / "rollouts.db", best, seed), f"{best}, seed {seed}")
 
-# %% ../nbs/19_show.ipynb #893dfff3
-STAGES = ("collect", "export", "sft", "grpo", "benchmark")  # whose folders stand beside the report's
+# %% ../nbs/19_show.ipynb #a356e5a2
+STAGES = ("collect", "export", "sft", "grpo", "benchmark")  # what the report tells of
 
 
 def manifests(run: str | Path) -> dict[str, dict]:
-    "The manifests that a run's stages left, by stage, in the pipeline's order."
-    folder = resolve(run)
-    return {stage: read_json(folder / stage / "manifest.json") for stage in STAGES if (folder / stage / "manifest.json").is_file()}
+    """The manifests of the stages in a folder and in those right below it, by stage, in the pipeline's order; of several of one stage, each
+    also has its folder's name."""
+    folder, found = resolve(run), []
+    for path in sorted([folder / "manifest.json", *folder.glob("[!.]*/manifest.json")], key=lambda path: (len(path.parts), path)):
+        made = read_json(path) if path.is_file() else None
+        if isinstance(made, dict) and made.get("stage") in STAGES:
+            found.append((made["stage"], path.parent.name, made))
+    stages = [stage for stage, _, _ in found]
+    return {stage if stages.count(stage) == 1 else f"{stage} ({name})": made
+            for stage, name, made in sorted(found, key=lambda entry: STAGES.index(entry[0]))}
+
+
+def _left(run: str | Path) -> dict[str, dict]:
+    "The manifests, of which there is one at least. Raises `InputError` when there is none."
+    if not (found := manifests(run)):
+        raise InputError("no stage has left a manifest.json here or right below", resolve(run),
+                         "name the folder of a run or of a stage, or run the stages first")
+    return found
 
 
 def cost_table(run: str | Path, usd_per_gpu_hour: float | None = None):
     """Per stage and in all: seconds, what it cost here (USD), the rent of the seed's H200s for the same seconds (USD).
 
-    A stage that used something without a price has no sum (NaN). `usd_per_gpu_hour` replaces the 3.50 that the seed document's tables
-    imply. Raises `InputError` when no stage has left a manifest.
+    `run` is a run's folder, or a single stage's. A stage that used something without a price has no sum (NaN). `usd_per_gpu_hour`
+    replaces the 3.50 that the seed document's tables imply. Raises `InputError` when no stage has left a manifest.
     """
     import pandas as pd
 
-    found = manifests(run)
-    if not found:
-        raise InputError("no stage has left a manifest.json", resolve(run), "run the stages first")
     rows = []
-    for stage, manifest in found.items():
-        seconds, rent = manifest["seconds"], costs.seed_equivalent(stage, manifest["seconds"])
+    for stage, manifest in _left(run).items():
+        seconds, rent = manifest["seconds"], costs.seed_equivalent(manifest["stage"], manifest["seconds"])
         usd = rent["usd"] if usd_per_gpu_hour is None else float(costs.gpu_cost(seconds, rent["gpus"], usd_per_gpu_hour))
         here = math.nan if manifest["usd"] is None else float(manifest["usd"])
         rows.append({"stage": stage, "seconds": round(seconds, 1), "USD here": here, "seed's H200s": rent["gpus"],
@@ -624,7 +637,7 @@ def about(run: str | Path) -> Html:
                  "nothing on this page says how the 2B would play.")
     return Html(f"<p>{text}</p>")
 
-# %% ../nbs/19_show.ipynb #ba055b8b
+# %% ../nbs/19_show.ipynb #4a455498
 def shown_path(path: Path) -> str:
     "A path as one would type it in the project's folder."
     return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
@@ -639,9 +652,7 @@ def repeat_table(run: str | Path):
     "Commands, commit, versions, prompt and config hashes of a run, as a DataFrame of two columns."
     import pandas as pd
 
-    folder, found = resolve(run), manifests(run)
-    if not found:
-        raise InputError("no stage has left a manifest.json", folder, "run the stages first")
+    folder, found = resolve(run), _left(run)
     last = list(found.values())[-1]
     origin = last.get("provenance", last)
     changed = ", with local changes" if origin.get("dirty") else ""

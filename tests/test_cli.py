@@ -163,6 +163,19 @@ def test_check_prints_every_value_and_tells_notices_apart(capsys, monkeypatch):
     assert "kl_coeff" not in out and "beta = 0.1" in out and "value_clip_range" in error
 
 
+def test_notices_are_told_before_a_run_and_only_of_what_may_run(tmp_path, capsys, monkeypatch):
+    ran, done = [], {"collect", "export", "grpo"}  # grpo follows on sft, so it may have to run again
+    monkeypatch.setattr(run, "run_stage", lambda stage, *_, told, **__: bool(ran.append((stage, told))))
+    monkeypatch.setattr(run, "state", lambda stage, *_: "done" if stage in done else "new")
+    monkeypatch.setattr(run.configs.Stage, "notices", property(lambda settings: [type(settings).__name__]))
+    run.run_all("configs/demo", str(tmp_path), last="benchmark")
+    assert capsys.readouterr().err.splitlines() == ["note: SFTConfig", "note: GRPOConfig", "note: BenchmarkConfig"]
+    assert ran == [(stage, True) for stage in run.STAGES[:5]]
+    done.update(run.STAGES)
+    run.run_all("configs/demo", str(tmp_path))
+    assert not capsys.readouterr().err
+
+
 def test_a_crash_exits_1_and_keeps_the_notebook(tmp_path, collected, capsys, monkeypatch):
     monkeypatch.chdir(root())
 

@@ -265,6 +265,20 @@ def test_a_store_that_is_gone_is_not_bought_again_unasked(at, tmp_path):
     assert result.numbers["episodes"] == 2 and result.numbers["calls"] == len(endpoint.bodies) == 2 * asked  # what was spent stays on the bill
 
 
+def test_a_damaged_store_that_was_paid_for_is_not_bought_again_unasked(at, tmp_path):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        collect.run(settings(seeds="0-1"), tmp_path)
+        asked = len(endpoint.bodies)
+        (tmp_path / "rollouts.db").write_bytes((tmp_path / "rollouts.db").read_bytes()[:5000])
+        with pytest.raises(InputError, match="damaged or cut short; bring it back from a copy, or give --force to play .and pay for. everything"):
+            collect.run(settings(seeds="0-1"), tmp_path)
+        (tmp_path / "calls.jsonl").unlink()
+        with pytest.raises(InputError, match="damaged or cut short; copy it again"):
+            collect.run(settings(seeds="0-1"), tmp_path)
+    assert len(endpoint.bodies) == asked
+
+
 def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
     def play(number, body):  # the probe finds half of its prompt in the cache, and every second call after it
         status, reply = says(prompt=2000, completion=12)
@@ -286,7 +300,9 @@ def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
     assert sum(Decimal(row["usd"]) for row in manifest.priced(result)[0]) == exact(calls) == Decimal(str(result.numbers["usd"]))
     assert first.numbers["estimated_usd"] == float(8 * (2000 * Decimal("0.15") + 12 * Decimal("0.6")) / 10**6)  # at most: nothing in the cache
     table = traces.turns(tmp_path / "rollouts.db")
-    assert table.cached_tokens.sum() == result.numbers["cached_tokens"] == 6 * 1024 and result.numbers["prompt_tokens"] == 12 * 2000
+    assert table.cached_tokens.sum() == result.numbers["stored_cached_tokens"] == 6 * 1024
+    stored = {name: count for name, count in result.numbers.items() if name.endswith("_tokens")}
+    assert stored == {"stored_prompt_tokens": 12 * 2000, "stored_cached_tokens": 6 * 1024, "stored_completion_tokens": 12 * 12}
     paid = (2000 - table.cached_tokens.fillna(0)) * 0.15 + table.cached_tokens.fillna(0) * 0.075 + 12 * 0.6
     assert list(table.usd) == pytest.approx(list(paid / 1e6))
 
@@ -353,6 +369,10 @@ def test_a_collection_that_is_killed_goes_on_and_the_books_still_agree(at, tmp_p
         stored = len(traces.episodes(tmp_path / "rollouts.db"))
         result = collect.run(config, tmp_path)
     numbers, lines = result.numbers, list(read_jsonl(tmp_path / "calls.jsonl"))
+    rest = 4 * (12 - stored)
+    assert (numbers["earlier_episodes"], numbers["estimated_calls_of_the_rest"]) == (stored, rest)
+    assert not {"estimated_calls", "estimated_usd"} & set(numbers)
+    assert numbers["estimated_usd_of_the_rest"] == pytest.approx(rest * 0.0001422)  # beside the dollars of the whole run
     assert 0 < stored < 12 and sorted(traces.episodes(tmp_path / "rollouts.db").seed) == list(range(12))
     assert 1 <= numbers["failed_calls"] <= 4 and numbers["usd_in_doubt"] >= 0.0001422 * numbers["failed_calls"]
     assert numbers["calls"] == len([line for line in lines if "model" in line]) == len(endpoint.bodies)
@@ -369,7 +389,7 @@ OPENAI_HEADERS='{{"X-Team": "secret-team"}}'
 """)
         line = ["eval", "--config", EVAL, "--seeds", "0-2", "--trace-db", tmp_path / "t" / "rollouts.db", "--set", 'horizon="t3"']
         code, said, error = qvk(*line, "--env-file", tmp_path / "env")
-        assert code == 1 and "1 of 3 episodes are lost (seed 1: CallFailed: 400: no)" in error, error
+        assert code == 1 and "1 of 3 episodes are lost (seed 1: CallFailed: 400: no)" in error and "[eval] app_id: a label" in error, error
         ill = False
         code, said, error = qvk(*line, "--env-file", tmp_path / "env", "--set", "budget_usd=5")
         assert code == 0, error
@@ -381,9 +401,12 @@ OPENAI_HEADERS='{{"X-Team": "secret-team"}}'
         assert not path.is_file() or b"secret" not in path.read_bytes(), path
     assert "secret" not in said + error and "base64" not in said + error
     made = json.loads((tmp_path / "t" / "manifest.json").read_text())
+    last, sent = error.splitlines()[-1], len(endpoint.bodies)
+    assert "episodes 3 (2 of them before)" in last and last.endswith(f"${made['usd']:.6f} for {sent} calls (1 not answered)"), last
     assert Decimal(str(made["usd"])) == Decimal("0.15e-6") * endpoint.tokens[0] + Decimal("0.6e-6") * endpoint.tokens[1]
     code, _, error = qvk(*line)
     assert code == 0 and "already done" in error  # without a key: nothing is to be asked
+    assert "note: " not in error  # nor is anything about to run
 
 
 def test_the_seeds_line_obeys_max_turns():
