@@ -42,7 +42,7 @@ def horizon(name: str) -> Horizon:
     turns, actions = int(match[2]), {"s": 1, "t": 4}[match[1]]
     return Horizon(name, turns, actions, turns * actions)
 
-# %% ../nbs/01_config.ipynb #4a7869b7
+# %% ../nbs/01_config.ipynb #a41df8f3
 def _checked_horizon(name: str) -> str:
     return horizon(name).name
 
@@ -94,6 +94,7 @@ class Protocol(Stage):
     form: Literal["reason", "plain", "tool"] = "reason"  # of the reply: reason and actions, actions only, or a tool call
     observe: Literal["image", "text", "both"] = "image"
     history: int = Field(4, ge=0, le=64)  # own last actions, told in words
+    progress: bool = False  # which turn it is, and what was unlocked so far, told in words: no screen shows that
     frames: int = Field(1, ge=1, le=8)  # last frames shown, the newest last
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"

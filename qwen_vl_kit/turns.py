@@ -40,12 +40,16 @@ def system(protocol: Protocol) -> str:
         "Unlock as many of the 22 achievements as you can, each counts once.",
         rules(), "Actions: " + ", ".join(ACTIONS), _form(protocol)])
 
-# %% ../nbs/03_turns.ipynb #842960a4
-def user_text(protocol: Protocol, past: list[str], text: str = "") -> str:
-    "The words beside the picture: the last `history` actions taken (oldest first), and the state in words where it is observed."
+# %% ../nbs/03_turns.ipynb #d154ee8f
+def user_text(protocol: Protocol, past: list[str], text: str = "", unlocked: list[str] = (), turn: int = 0) -> str:
+    """The words beside the picture: the state where it is observed in words, the last `history` actions taken (oldest first), and with
+    `progress` which `turn` it is (from 0) and the achievements `unlocked` so far."""
     lines = [text] if protocol.observe != "image" and text else []
     if protocol.history:
         lines.append("last " + " ".join((["noop"] * protocol.history + list(past))[-protocol.history:]))
+    if protocol.progress:
+        lines.append(f"turn {turn + 1} of {horizon(protocol.horizon).turns}")
+        lines.append("unlocked " + (", ".join(name.replace("_", " ") for name in unlocked) or "nothing"))
     return "\n".join(lines) or "next"
 
 
@@ -57,16 +61,18 @@ def data_url(frame) -> str:
     return "data:image/png;base64," + base64.b64encode(blob).decode()
 
 
-def messages(protocol: Protocol, frames: list, past: list[str], text: str = "", urls: bool = True) -> list[dict]:
+def messages(protocol: Protocol, frames: list, past: list[str], text: str = "", urls: bool = True, unlocked: list[str] = (),
+             turn: int = 0) -> list[dict]:
     """Chat messages of one turn, in OpenAI form: the only place in the kit where a prompt is built.
 
-    `frames` are uint8 arrays, PNG bytes or data URLs, newest last; the last `protocol.frames` are shown. `past` are action names. With
-    `urls` false, images stay what they are (`{"type": "image", "image": frame}`), which spares local models an encoding and a decoding.
+    `frames` are uint8 arrays, PNG bytes or data URLs, newest last; the last `protocol.frames` are shown. `past` are action names, `unlocked`
+    achievements, `turn` counts from 0. With `urls` false, images stay what they are (`{"type": "image", "image": frame}`), which spares local
+    models an encoding and a decoding.
     """
     shown = list(frames)[-protocol.frames:] if protocol.observe != "text" else []
     parts = [{"type": "image_url", "image_url": {"url": data_url(frame)}} if urls else {"type": "image", "image": frame} for frame in shown]
     return [{"role": "system", "content": system(protocol)},
-            {"role": "user", "content": parts + [{"type": "text", "text": user_text(protocol, past, text)}]}]
+            {"role": "user", "content": parts + [{"type": "text", "text": user_text(protocol, past, text, unlocked, turn)}]}]
 
 # %% ../nbs/03_turns.ipynb #286198f5
 def with_urls(messages: list[dict], detail: str | None = None) -> list[dict]:
@@ -79,12 +85,13 @@ def with_urls(messages: list[dict], detail: str | None = None) -> list[dict]:
 
     return [m if isinstance(m["content"], str) else {**m, "content": [part(p) for p in m["content"]]} for m in messages]
 
-# %% ../nbs/03_turns.ipynb #009f58ba
+# %% ../nbs/03_turns.ipynb #e17020c2
 def prompt(protocol: Protocol, turns: list, frame, text: str = "", urls: bool = True) -> list[dict]:
-    "Messages for the next turn after `turns` (objects with `.frame` and `.executed`), on the observation `frame`, `text`."
+    "Messages for the next turn after all `turns` (objects with `.frame`, `.executed`, `.unlocked`), on the observation `frame`, `text`."
     past = [action for turn in turns[-max(protocol.history, 1):] for action in turn.executed]
     frames = [turn.frame for turn in turns[max(0, len(turns) + 1 - protocol.frames):]] if protocol.frames > 1 else []
-    return messages(protocol, [*frames, frame], past, text, urls)
+    unlocked = [name for turn in turns for name in turn.unlocked] if protocol.progress else ()
+    return messages(protocol, [*frames, frame], past, text, urls, unlocked, len(turns))
 
 # %% ../nbs/03_turns.ipynb #eafe176d
 def checked_images(protocol: Protocol, played: int, messages: list[dict]) -> list[dict]:
