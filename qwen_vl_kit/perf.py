@@ -650,7 +650,7 @@ def stock_rows(rows: list[dict]):
         return {"prompt": prompt, "completion": [told[2]], "images": [Image.fromarray(frame) for frame in frames]}
     return datasets.Dataset.from_list([one(r["messages"]) for r in rows])
 
-# %% ../nbs/22_perf.ipynb #76a5f3f5
+# %% ../nbs/22_perf.ipynb #74633d8b
 _LENGTHS = (256, 2048)  # tokens of a packed sequence
 SEED_BATCH = 16  # rows of one update in the seed's TOML, one at a time
 
@@ -708,9 +708,9 @@ def _sft_race(config: SFTConfig, out: Path, seconds: float) -> tuple[tuple, list
 
 def measure_sft(seconds: float, model: str = "random:tiny", batch: int = 0, updates: int = 3, lengths: tuple = _LENGTHS) -> list[dict]:
     """Samples and tokens a second of SFT updates, the share of the GPU's peak, and its memory: this stage beside TRL's own collator with the
-    seed's batch. Packed to each of `lengths`, and without a GPU to the last in float32, too. `batch` 0: 16 rows of a tiny model, 64 of another."""
+    seed's batch. Packed to each of `lengths`, and without a GPU to the last in float32, too. `batch` 0: 16 rows of a tiny model, 32 of another."""
     tiny, rows = "tiny" in model, []
-    batch = batch or (16 if tiny else 64)
+    batch = batch or (16 if tiny else 32)
     theirs = "bfloat16, checkpointing" if _bf16() else "float32"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
