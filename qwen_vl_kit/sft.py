@@ -398,7 +398,7 @@ def shortage_told(out: Path):
         stands = f"the last checkpoint is of update {last.name.rpartition('-')[2]}" if last else "there is no checkpoint yet"
         raise TrainingStopped(f"out of memory; {SMALLER}; {stands}") from None
 
-# %% ../nbs/14_sft.ipynb #770801e4
+# %% ../nbs/14_sft.ipynb #ffbe9057
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     "Training and validation rows of a config. Raises `InputError` when they were not made with one prompt, or cannot be played where asked."
     train = Rows(config.train or out.parent / "export" / "train.jsonl")
@@ -412,13 +412,13 @@ def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     return train, val
 
 
-def fit(config: SFTConfig, out: Path, before: dict) -> dict:
+def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | None = None) -> dict:
     """Train in this process, alone or as one of those that were launched, from the last checkpoint on; leaves the adapter with its card and
-    returns the headline figures. `before`: what `rewind` returned."""
+    returns the headline figures. `before`: what `rewind` returned; `rows`: what `rows_of` did, where they have been read already."""
     models.quiet()
     import trl
 
-    world, (train, val) = int(os.environ.get("WORLD_SIZE", 1)), rows_of(config, out)
+    world, (train, val) = int(os.environ.get("WORLD_SIZE", 1)), rows or rows_of(config, out)
     loaded, count = models.load(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora"), len(train.rows)
     if config.window != 1:
         train, val = (rows.join(loaded.processor, config.sequence_length, config.window) for rows in (train, val))
@@ -515,7 +515,7 @@ def meeting(machines: int) -> list[str]:
     options = ("--node-rank", "--master-addr", "--master-port")
     return ["--nnodes", str(machines), *(word for option, name in zip(options, names) for word in (option, os.environ[name]))]
 
-# %% ../nbs/14_sft.ipynb #5eaa98dd
+# %% ../nbs/14_sft.ipynb #9d01051e
 def run(config: SFTConfig, out: str | Path) -> Result:
     """Train an adapter on exported rows: `out/adapter` with its card, `out/checkpoints`, `out/metrics.jsonl`. A run that was stopped goes on
     from its last checkpoint.
@@ -536,7 +536,7 @@ def run(config: SFTConfig, out: str | Path) -> Result:
         numbers = launch(config, out, processes, before)
     else:
         with threads(config.threads):
-            numbers = fit(config, out, before)
+            numbers = fit(config, out, before, (train, val))
     seconds = before["seconds"] + time.perf_counter() - began
     return Result("sft", out, seconds, numbers | ({"not_applied": told} if told else {}), {"train": train.path, "val": val.path},
                   costs.rent(device_name(), seconds, processes * config.machines))
