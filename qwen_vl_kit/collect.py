@@ -21,7 +21,7 @@ from .episodes import Episode
 from .rollout import rollout
 from .traces import Store, episodes
 
-# %% ../nbs/12_collect.ipynb #1af165bd
+# %% ../nbs/12_collect.ipynb #e4950645
 def student(config: CollectConfig) -> policies.EnginePolicy:
     "The model that plays under a teacher's eyes. Raises `InputError` when its adapter was trained under another prompt."
     card, expected = models.read_card(config.student), turns.prompt_hash(config)
@@ -44,7 +44,7 @@ def teacher(config: CollectConfig, meter: costs.Meter | None = None):
     if config.engine == "server":
         engine = engines.ServerEngine(config.model, config.concurrency, config.detail, config.retries, config.call_seconds, meter)
         return policies.ServerPolicy(engine, config, sampling, config.model, config.asks, config.episode_seconds)
-    return policies.EnginePolicy(engines.HFEngine(models.load(config.model, bf16=True), bf16=True), config, sampling, config.model)
+    return policies.EnginePolicy(engines.create(config.engine, config.model, concurrency=config.concurrency), config, sampling, config.model)
 
 # %% ../nbs/12_collect.ipynb #7c885916
 def bought(config: CollectConfig, out: Path) -> costs.Meter | None:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'tiny_tokenizer', 'chat_template', 'make_processor', 'tiny_config', 'make_tiny',
            'quicken_tower', 'attention_kernel', 'Spans', 'attend', 'register_attention', 'Sight', 'quicken',
-           'tiny_folder', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'lora_config', 'write_card', 'read_card',
-           'trained_weights', 'attach', 'cut', 'patchify', 'Encoded', 'image_tokens', 'encode', 'frame_key',
-           'decode_url', 'assistant_labels', 'window', 'windows', 'positions', 'lay_out', 'pack', 'answers_only',
-           'fold_adapter', 'quicken_training', 'forward_flops', 'parameter_counts']
+           'tiny_folder', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'without_weights', 'lora_config',
+           'write_card', 'read_card', 'trained_weights', 'same_base', 'attach', 'cut', 'patchify', 'Encoded',
+           'image_tokens', 'encode', 'frame_key', 'decode_url', 'assistant_labels', 'window', 'windows', 'positions',
+           'lay_out', 'pack', 'image_inputs', 'answers_only', 'fold_adapter', 'quicken_training', 'forward_flops',
+           'parameter_counts']
 
 # %% ../nbs/06_models.ipynb #3585f284
 import hashlib
@@ -342,12 +343,17 @@ def register_attention() -> str:
     ALL_MASK_ATTENTION_FUNCTIONS.register("within_samples", _attention_mask)
     return "within_samples"
 
-# %% ../nbs/06_models.ipynb #a35e82be
+# %% ../nbs/06_models.ipynb #a184d23c
 class Sight:
     "Vision features by frame. `limit`: bytes that are kept, 0 to keep none; `computed` counts the frames that went through the tower."
 
     def __init__(self, limit: int = 2**30):
         self.limit, self.used, self.computed, self.kept = limit, 0, 0, {}
+
+    def clear(self) -> None:
+        "Forget what was seen: its frames will not come again."
+        self.kept.clear()
+        self.used = 0
 
     def __call__(self, model, frames, keys, which):
         """Features of images as `Qwen3VLModel` takes them.
@@ -360,13 +366,14 @@ class Sight:
         if self.limit and _frozen(model.visual):
             told = (model.visual.dtype, torch.is_autocast_enabled(frames.device.type))
             keys = [(key, told) for key in keys.tolist()]
-            missing = [i for i, key in enumerate(keys) if key not in self.kept]
-            with torch.no_grad():
+            known = {key: features for key in keys if (features := self.kept.get(key)) is not None}  # another thread may clear
+            missing = [i for i, key in enumerate(keys) if key not in known]
+            with torch.inference_mode(False), torch.no_grad():  # what an engine has seen may be trained on
                 new = dict(zip([keys[i] for i in missing], self.look(model.visual, frames[missing]) if missing else ()))
             for key, features in new.items():
                 if self.used + features.nbytes <= self.limit:
                     self.kept[key], self.used = features.clone(), self.used + features.nbytes
-            seen = torch.stack([new[key] if key in new else self.kept[key].to(frames.device) for key in keys])
+            seen = torch.stack([new[key] if key in new else known[key].to(frames.device) for key in keys])
         else:
             seen = self.look(model.visual, frames)
         pooled, *deep = seen[which].transpose(0, 1).flatten(1, 2)
@@ -410,7 +417,7 @@ def quicken(model) -> None:
     base.model.sight = Sight()
     base.model.forward = MethodType(_forward_with_frames, base.model)
 
-# %% ../nbs/06_models.ipynb #34c05da4
+# %% ../nbs/06_models.ipynb #a303773c
 def tiny_folder() -> Path:
     "Where the package keeps the weights of `tiny`'s base."
     import qwen_vl_kit
@@ -423,7 +430,10 @@ def quiet() -> None:
 
     warnings.filterwarnings("ignore", message="IProgress not found")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from huggingface_hub import constants
     from transformers.utils import logging
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL would tell the hub of every trainer that is made
 
     getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")  # it would have a kernel for 4 bits on a CPU, from the network
     logging.disable_progress_bar()
@@ -461,7 +471,9 @@ def _random(size: str):
     config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
                            video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
                            vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(0)  # a trainer and its engine load it apart
         model = Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     return model, make_processor(tokenizer), "random"
 
@@ -483,14 +495,18 @@ def _from_folder(folder: Path, **how):
     "`(model, processor, weights)` from a folder with `model.safetensors`."
     from transformers import Qwen3VLForConditionalGeneration
 
+    weights = _weights(folder)
+    return Qwen3VLForConditionalGeneration.from_pretrained(folder, local_files_only=True, **how), _processor(folder), weights
+
+
+def _weights(folder: Path) -> str:
+    "What identifies the weights in a model's folder. Raises `InputError` when it is no whole one."
+    files = sorted(folder.glob("*.safetensors"))
     if not (folder / "tokenizer.json").is_file():
         raise InputError("a model folder without a tokenizer", folder, "save the processor beside the model")
-    if not list(folder.glob("*.safetensors")):
+    if not files:
         raise InputError("a model folder without weights", folder, "save the model there, or name another")
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, local_files_only=True, **how)
-    files = sorted(folder.glob("*.safetensors"))
-    weights = digest([digest(file) for file in files]) if len(files) != 1 else digest(files[0])
-    return model, _processor(folder), weights
+    return digest([digest(file) for file in files]) if len(files) != 1 else digest(files[0])
 
 
 def _processor(source, revision: str | None = None):
@@ -560,7 +576,24 @@ def load(name: str | Path, revision: str = "", adapter: str | Path | None = None
         loaded.model.to("cuda")
     return loaded
 
-# %% ../nbs/06_models.ipynb #16187d0f
+# %% ../nbs/06_models.ipynb #c6be704d
+def without_weights(name: str, revision: str = "") -> tuple[Loaded, str]:
+    "A model as `load` gives it, but with None for the model itself; and the folder or hub name that its weights are loaded from."
+    quiet()
+    folder = tiny_folder() if name == "tiny" else resolve(name)
+    if folder.is_dir():
+        return Loaded(None, _processor(folder), name, _weights(folder)), str(folder)
+    if "/" not in name:
+        raise InputError(f"no weights are stored for {name!r}", mend="name tiny, a folder, or a hub name such as Qwen/Qwen3-VL-2B-Instruct")
+    from transformers import AutoConfig
+
+    try:
+        commit = AutoConfig.from_pretrained(name, revision=revision or None)._commit_hash
+        return Loaded(None, _processor(name, revision or None), name, commit or revision or "unknown revision"), name
+    except OSError as error:
+        raise InputError(f"model {name!r} cannot be loaded ({str(error).splitlines()[0]})", mend="check the name and the network") from None
+
+# %% ../nbs/06_models.ipynb #2aac8cbf
 def lora_config(rank: int, alpha: int, dropout: float = 0.0, targets: str = "language"):
     "A PEFT `LoraConfig` on the language layers' linear maps, or on all linear layers (vision tower included)."
     from peft import LoraConfig
@@ -588,14 +621,20 @@ def trained_weights(adapter: str | Path) -> str:
     return digest([digest(file) for file in sorted(resolve(adapter).glob("*model*.safetensors"))])
 
 
-def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Loaded:
-    "Put an adapter (or whole weights that were trained) on a loaded base, in place. Raises `InputError` when it was made for another base."
-    from peft import PeftModel
-
+def same_base(loaded: Loaded, adapter: str | Path) -> dict:
+    "The card of an adapter. Raises `InputError` when it was made for another base."
     card = read_card(adapter)
     if card["base_weights"] != loaded.weights:
         raise InputError(f"the adapter was made for {card['base']} ({card['base_weights'][:12]}), not for {loaded.name} "
                          f"({loaded.weights[:12]})", resolve(adapter), "name the base it was trained on, or train it again")
+    return card
+
+
+def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Loaded:
+    "Put an adapter (or whole weights that were trained) on a loaded base, in place. Raises `InputError` when it was made for another base."
+    from peft import PeftModel
+
+    card = same_base(loaded, adapter)
     if card.get("variety") == "full":
         if trainable:
             raise InputError("these are whole weights, and what trains on is an adapter", resolve(adapter), 'train sft with variety = "lora"')
@@ -606,7 +645,7 @@ def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Load
     loaded.card = card
     return loaded
 
-# %% ../nbs/06_models.ipynb #be6c9208
+# %% ../nbs/06_models.ipynb #b3bc875b
 def cut(processor, frames):
     """Patches of a uint8 tensor of frames (N, H, W, 3) whose sides are whole patches, on the tensor's device.
 
@@ -650,7 +689,7 @@ def _whole(processor, frames: list) -> bool:
     resized = height % unit or width % unit or height * width < images.size["shortest_edge"]
     return not resized and all(frame.shape == frames[0].shape for frame in frames)
 
-# %% ../nbs/06_models.ipynb #b220de00
+# %% ../nbs/06_models.ipynb #277bdd3e
 @dataclass
 class Encoded:
     "A tokenised conversation: ids, labels (-100 where nothing is to be learned), and the frames it shows."
@@ -749,7 +788,7 @@ def assistant_labels(ids: list[int], tokenizer) -> list[int]:
                 break
     return labels
 
-# %% ../nbs/06_models.ipynb #e77beff8
+# %% ../nbs/06_models.ipynb #63704a5d
 def window(turns: list[list[dict]], processor, length: int) -> tuple[list[dict], int]:
     """One conversation of an episode's last turns that fits `length` tokens: `(messages, turns that it holds)`.
 
@@ -781,7 +820,7 @@ def windows(turns: list[list[dict]], processor, length: int, most: int = 0) -> l
         out, left = [messages, *out], left - held
     return out
 
-# %% ../nbs/06_models.ipynb #843e4897
+# %% ../nbs/06_models.ipynb #e1a6bb4d
 def positions(ids: list[int], grids, processor):
     "Position ids int64 (4, L) of one sample: row 0 counts tokens, rows 1-3 are M-RoPE time, row and column. `grids`: (images, 3)."
     import numpy as np
@@ -803,7 +842,7 @@ def positions(ids: list[int], grids, processor):
     out[1:, at:] = now + np.arange(len(ids) - at)
     return out
 
-# %% ../nbs/06_models.ipynb #54a38e2c
+# %% ../nbs/06_models.ipynb #3a1a66bd
 def lay_out(sizes: list[int], length: int) -> tuple[list[tuple[int, int]], list[int]]:
     "First fit: `(row, start)` of each sample, and how much of each row is used. Raises `InputError` for a sample that does not fit."
     where, used = [], []
@@ -835,7 +874,7 @@ def pack(samples: list[Encoded], processor, length: int, frames: bool = False) -
     labels, places = np.full_like(ids, -100), np.zeros((4, *ids.shape), np.int64)
     if rows == len(samples):  # padding goes on with the only sample of its row, which then needs no moving; else it stands for itself, at 0
         places[:] = np.arange(longest)
-    images = _images(samples, processor, frames)
+    images = image_inputs(samples, processor, frames)
     grids = iter(images["image_grid_thw"].tolist())
     for sample, (row, start) in zip(samples, where):
         cut, mine = slice(start, start + len(sample.input_ids)), [next(grids) for _ in sample.frames]
@@ -855,7 +894,7 @@ def _check_images(sample: Encoded, grids: list, processor) -> None:
         raise InputError(f"a sample has {there} image tokens, its {len(grids)} frames have {needed}", mend="encode it whole; nothing is cut")
 
 
-def _images(samples: list[Encoded], processor, unique: bool) -> dict:
+def image_inputs(samples: list[Encoded], processor, unique: bool) -> dict:
     "The images of a batch, in order, as `pack` returns them; `unique` as frames, each once, where they need no resizing."
     import numpy as np
     import torch
@@ -873,7 +912,7 @@ def _images(samples: list[Encoded], processor, unique: bool) -> dict:
     return {"frames": torch.from_numpy(np.stack([frames[i] for i in first.values()])), "frame_keys": torch.tensor(list(first)),
             "image_frames": torch.tensor([order[key] for key in keys]), "image_grid_thw": torch.tensor([_grid(processor, frames[0])] * len(keys))}
 
-# %% ../nbs/06_models.ipynb #27f4a6a7
+# %% ../nbs/06_models.ipynb #b3c1e0fc
 def answers_only(model) -> None:
     """Let a model with TRL's fused head (any of its trainers gives it one) compute nothing after the last attention but answers, in place.
 
@@ -922,7 +961,7 @@ def _answering(fused, signature):
 
     return forward
 
-# %% ../nbs/06_models.ipynb #fd05489c
+# %% ../nbs/06_models.ipynb #108bf456
 def fold_adapter(model) -> int:
     """Let LoRA layers multiply by `W + s B A` where that takes no more operations, in place; returns how many do.
 
@@ -962,7 +1001,7 @@ def quicken_training(model) -> None:
     answers_only(model)
     fold_adapter(model)
 
-# %% ../nbs/06_models.ipynb #dcbb26d0
+# %% ../nbs/06_models.ipynb #4713e99a
 def forward_flops(config, lengths: list[int], answers: int, grids: list) -> tuple[float, float]:
     """FLOP of one forward pass: `(language layers and head, vision tower)`.
 
@@ -987,7 +1026,7 @@ def forward_flops(config, lengths: list[int], answers: int, grids: list) -> tupl
     patches = [t * h * w for t, h, w in grids]
     return float(language), float(sum(n * (patch + join) + vision.depth * 4 * size * n * n for n in patches))
 
-# %% ../nbs/06_models.ipynb #cb323dd3
+# %% ../nbs/06_models.ipynb #4cbda4b9
 def parameter_counts(model) -> dict:
     "Parameters of the language layers, the (tied) embedding, the vision tower, all of them, and those that are trained."
     counts = {"language": 0, "embedding": 0, "vision": 0, "total": 0, "trained": 0}

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['SEED_BATCH', 'NAMES', 'seconds_of', 'race', 'row', 'measure_env', 'night_parts', 'ReproducibleStock', 'Differs',
            'Pair', 'play_both', 'measure_equality', 'measure_store', 'measure_teachers', 'as_stock', 'stock_inputs',
-           'stock_replies', 'measure_generation', 'stock_rows', 'measure_sft', 'padded', 'measure_grpo', 'measure',
-           'hardware', 'header', 'page', 'main']
+           'stock_replies', 'measure_generation', 'stock_rows', 'measure_sft', 'Script', 'StockGame',
+           'stock_grpo_trainer', 'measure_grpo', 'measure', 'hardware', 'header', 'page', 'main']
 
-# %% ../nbs/22_perf.ipynb #1f48ab8a
+# %% ../nbs/22_perf.ipynb #543a98ac
 import argparse
 import base64
 import contextlib
+import gc
 import io
 import itertools
 import json
 import os
+import re
 import sqlite3
 import statistics
 import subprocess
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -34,12 +37,11 @@ import numpy as np
 from crafter import constants, engine, objects
 
 from . import collect, costs, engines, env, export, grpo, manifest, models, policies, sft, show, traces, turns
-from .config import CollectConfig, ExportConfig, Protocol, SFTConfig, horizon
-from .core import InputError, nearest, parse_seeds, progress, resolve, write_json
+from .config import CollectConfig, ExportConfig, GRPOConfig, Protocol, SFTConfig, horizon
+from .core import InputError, nearest, parse_seeds, progress, read_jsonl, resolve, write_json
 from .env import ACHIEVEMENTS, ACTIONS, GRAIN, View, World, compiled, decode_png, night_noise, png
-from .episodes import Episode
 from .expert import Expert
-from .rollout import play, rollout
+from .rollout import rollout
 
 # %% ../nbs/22_perf.ipynb #6420abaf
 def seconds_of(work, count: int = 1) -> float:
@@ -730,127 +732,303 @@ def measure_sft(seconds: float, model: str = "random:tiny", batch: int = 0, upda
                 rows.append(row(f"{what}: GPU memory at most", *memory, "GB"))
     return rows
 
-# %% ../nbs/22_perf.ipynb #8e1d6602
-def _playing(model: str, count: int, new_tokens: int) -> tuple:
-    "Two functions that play one turn in each of `count` worlds, a group's that begin alike, and return seconds a turn."
-    import copy
-
-    protocol, engine, loaded = Protocol(**_SMALL), _engine(model), models.load(model, bf16=_bf16())
-    policy, plain = policies.EnginePolicy(engine, protocol, engines.Sampling(1.0, new_tokens)), as_stock(loaded.model).eval()
-    worlds, env = [World(protocol.render_size) for _ in range(count)], crafter.Env(size=(protocol.render_size,) * 2, seed=0)
-    first = env.reset()
-
-    def ours() -> float:
-        waiting = [policies.Situation(Episode(0, "s50", "perf", i), world.reset(0), world) for i, world in enumerate(worlds)]
-        return seconds_of(lambda: [play(*pair) for pair in zip(waiting, policy.act(waiting))], count)
-
-    def stock() -> float:
-        envs = [copy.deepcopy(env) for _ in range(count)]
-
-        def turn():
-            prompts = [turns.prompt(protocol, [], first, urls=False)] * count
-            for game, text in zip(envs, stock_replies(plain, loaded.processor, prompts, new_tokens)):
-                game.step(ACTIONS.index(turns.parse(protocol, text).actions[0]))
-        return seconds_of(turn, count)
-
-    return ours, stock
-
-# %% ../nbs/22_perf.ipynb #628b7a73
-def _sampled(engine, count: int) -> list:
-    "`count` turns that `engine` sampled, as `grpo.Sample`s. Random weights now and then say an image token; such turns are left out."
-    protocol = Protocol(**_SMALL | {"horizon": f"s{count // 4 + 3}"})
-    episodes = rollout(policies.EnginePolicy(engine, protocol, engines.Sampling(1.0, 24)), protocol, [0], members=4)
-    special = {engine.processor.tokenizer.convert_tokens_to_ids(token) for token in models.SPECIAL[3:]}
-    return [grpo.Sample(engine.processor, turns.prompt(protocol, e.turns[:t], turn.frame, turn.text, urls=False), turn.decision)
-            for e in episodes for t, turn in enumerate(e.turns) if not special & set(turn.decision.token_ids)][:count]
+# %% ../nbs/22_perf.ipynb #5f9a333a
+_WALK = ("move_left", "move_right", "move_up", "move_down", "do")
 
 
-def padded(processor, samples: list) -> dict:
-    "The samples as TRL's GRPO has them: prompts padded on the left, completions on the right, pixels by the processor."
+class Script:
+    "What is said in the turn `key` (seed, member, turn), as token ids: a tool call, or words in our form; they take the same action."
+
+    def __init__(self, tokenizer, words: int = 0):
+        """`words`: tokens of a reply in our form; 0: as many as the call has."""
+        self.tokenizer, self.words = tokenizer, words
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def action(self, key: tuple) -> str:
+        "The action of a turn: every other one waits."
+        return "noop" if sum(key[1:]) % 2 else _WALK[np.random.default_rng(key).integers(len(_WALK))]
+
+    def call(self, key: tuple) -> list[int]:
+        "A call of the tool `act`."
+        return [*self._ids(turns.call_text("act", json.dumps({"action": self.action(key)}))), self.tokenizer.eos_token_id]
+
+    def reply(self, key: tuple) -> list[int]:
+        "Things of the game, an arrow, and the action; no action where it waits."
+        action, random = self.action(key), np.random.default_rng(key)
+        end = [*self._ids(" -> " + ("tree" if action == "noop" else action)), self.tokenizer.eos_token_id]
+        length = self.words or len(self.call(key))
+        return self._ids("".join(f" {models.KINDS[i]}" for i in random.integers(len(models.KINDS), size=length)))[:length - len(end)] + end
+
+# %% ../nbs/22_perf.ipynb #d155aafc
+@contextlib.contextmanager
+def _replaced(owner, **new):
+    "Within the block, `owner` has other attributes."
+    kept = {name: getattr(owner, name) for name in new}
+    try:
+        for name, value in new.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(owner, name, value)
+
+
+def _is_turn(key: tuple) -> bool:
+    "Whether a request's key is (seed, member, turn), not that of a canary."
+    return len(key) == 3 and not isinstance(key[0], str)
+
+
+def _draws(script: Script) -> dict:
+    "`uniforms` and `draw` for room engines: what is drawn is drawn, and the script's token takes its place."
     import torch
-    from PIL import Image
-    from trl.trainer.utils import pad
+    uniforms, draw = engines.uniforms, engines.draw
 
-    prompts, replies = zip(*((sample.encoded.input_ids[:-len(sample.token_ids)], sample.token_ids) for sample in samples))
-    parts = []
-    for rows, side in ((prompts, "left"), (replies, "right")):
-        parts.append((pad([torch.tensor(ids) for ids in rows], processor.tokenizer.pad_token_id, side),
-                      pad([torch.ones(len(ids), dtype=torch.long) for ids in rows], 0, side)))
-    ids, mask = (torch.cat(both, 1) for both in zip(*parts))
-    images = [Image.fromarray(frame) for sample in samples for frame in sample.encoded.frames]
-    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == processor.image_token_id).long(),
-            "num_images": [1] * len(samples), "logits_to_keep": max(map(len, replies)),
-            **processor.image_processor(images, return_tensors="pt")}
+    def told(sampling, key):
+        free, ids = uniforms(sampling, key), script.reply(key) if _is_turn(key) else []
+        return np.array(ids + ids[-1:] * (len(free) - len(ids))) + 1.0 if ids else free
 
-# %% ../nbs/22_perf.ipynb #51d9cf6f
-def _grpo_trainer(model: str, out: Path, stock: bool):
-    "A GRPOTrainer with a LoRA on `model`; TRL gives it the fused head that both ways use."
+    def say(logits_BV, u_B, temperature):
+        token_B, _ = draw(logits_BV, u_B % 1, temperature)
+        token_B = torch.where(u_B < 1, token_B, u_B.long() - 1)
+        return token_B, (logits_BV.float() / (temperature or 1.0)).log_softmax(-1).gather(1, token_B[:, None])[:, 0]
+
+    return {"uniforms": told, "draw": say}
+
+
+def _heard(script: Script):
+    "`generate` for `engines.VLLMEngine`, with the script's text."
+    generate = engines.VLLMEngine.generate
+
+    def say(self, requests, *args, **more):
+        outputs = generate(self, requests, *args, **more)
+        for output, key in [(output, request.key) for output, request in zip(outputs, requests) if _is_turn(request.key)]:
+            output.text = script.tokenizer.decode(script.reply(key), skip_special_tokens=True)
+        return outputs
+    return say
+
+# %% ../nbs/22_perf.ipynb #1ed3204d
+class StockGame:
+    "`crafter.Env` as `environment_factory` wants it."
+
+    size = 64  # pixels of a frame
+
+    def reset(self, seed: int, **_) -> list:
+        "A new world, and its first picture."
+        self.seed, self.steps, self.reward = seed, 0, 0.0
+        self.env = crafter.Env(size=(self.size, self.size), seed=seed)
+        return self._picture(self.env.reset())
+
+    def act(self, action: str) -> list:
+        """Act in the game.
+
+        Args:
+            action: what to do
+        """
+        frame, reward, *_ = self.env.step(ACTIONS.index(action))
+        self.steps, self.reward = self.steps + 1, self.reward + reward
+        return self._picture(frame)
+
+    def _picture(self, frame) -> list:
+        from PIL import Image
+        return [{"type": "image", "image": Image.fromarray(frame)}]
+
+
+@contextlib.contextmanager
+def _tool_words():
+    """Within the block, the tokenizer of a random model knows the words of tool calls, as Qwen's does: it was made for the game's alone, and
+    would spell all others, three times as many tokens."""
+    kept, tokenizer = list(models.WORDS), models.tiny_tokenizer()
+    call = {"type": "function", "function": {"name": "act", "arguments": {"action": "do"}}}
+    told = [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": ""}]
+    text = tokenizer.apply_chat_template(told, tools=[StockGame().act], chat_template=models.chat_template(), tokenize=False)
+    models.WORDS += sorted(set(re.findall(r"[A-Za-z_]+|[^\sA-Za-z_\d]+", re.sub(r"<\|.*?\|>", " ", text))))
+    try:
+        yield
+    finally:
+        models.WORDS[:] = kept
+
+# %% ../nbs/22_perf.ipynb #19142de2
+def _stock_arguments(config: GRPOConfig, out: Path) -> dict:
+    "TRL's arguments for the same iteration as ours: one update on all episodes."
+    rows, steps = config.groups * config.group_size, horizon(config.horizon).turns
+    at_once = 1 if _bf16() else rows
+    return dict(output_dir=str(out), max_steps=config.iterations, per_device_train_batch_size=at_once, gradient_accumulation_steps=rows // at_once,
+                num_generations=config.group_size, max_completion_length=1000 * steps, max_tool_calling_iterations=steps, bf16=config.bf16,
+                use_cpu=not _bf16(), gradient_checkpointing=_bf16(), optim="adamw_torch", save_strategy="no", logging_strategy="no",
+                report_to="none", disable_tqdm=True, log_level="error")
+
+
+def _forced(rows: list[list[int]], start: int):
+    "A logits processor after which row i can only say `rows[i]`, the first token of it at position `start`."
+    def force(input_ids, scores):
+        at, forced = input_ids.shape[1] - start, scores.new_full(scores.shape, -float("inf"))
+        forced[range(len(rows)), [row[min(at, len(row) - 1)] for row in rows]] = 0
+        return forced
+    return force
+
+
+def stock_grpo_trainer(config: GRPOConfig, out: Path, script: Script, loaded):
+    "TRL's GRPOTrainer with `environment_factory`: `rollouts` has their seconds, `read` the tokens of the last one's prompts, `batch` its batch."
     import datasets
     import trl
 
-    loaded = models.load(model, bf16=_bf16())
-    args = trl.GRPOConfig(output_dir=str(out), bf16=_bf16(), use_cpu=not _bf16(), report_to="none", gradient_checkpointing=False,
-                          disable_tqdm=True, log_level="error", temperature=1.0)
-    return trl.GRPOTrainer(model=as_stock(loaded.model) if stock else loaded.model, args=args, processing_class=loaded.processor,
-                           reward_funcs=lambda completions, **_: [0.0] * len(completions), peft_config=models.lora_config(32, 64),
-                           train_dataset=datasets.Dataset.from_dict({"prompt": ["play"] * 8}))
+    class Timed(trl.GRPOTrainer):
+        turn, read, rollouts, batch = 0, 0, (), {}
+
+        def _generate_and_score_completions(self, inputs):
+            began, self.turn, self.read = time.perf_counter(), 0, 0
+            self.batch = super()._generate_and_score_completions(inputs)
+            self.rollouts = [*self.rollouts, time.perf_counter() - began]
+            return self.batch
+
+    def say(**inputs):
+        keys = [(game.seed, member % config.group_size, trainer.turn) for member, game in enumerate(trainer.environments)]
+        rows = [script.call(key) if trainer.turn < horizon(config.horizon).turns else end for key in keys]
+        trainer.turn, trainer.read = trainer.turn + 1, trainer.read + inputs["input_ids"].numel()
+        return generate(**inputs, logits_processor=[_forced(rows, inputs["input_ids"].shape[1])])
+
+    warnings.filterwarnings("ignore", message="You are using 'environment_factory'")
+    model, end = as_stock(loaded.model), [loaded.processor.tokenizer.eos_token_id]
+    model.config.get_text_config().max_position_embeddings = 1_000_000
+    generate, model.generate = model.generate, say
+    prompt = [{"role": "system", "content": turns.system(config)}, {"role": "user", "content": turns.user_text(config, [])}]
+    rows = [{"prompt": prompt, "seed": seed} for seed in range(config.groups * config.iterations)]
+    trainer = Timed(
+        model=model, args=trl.GRPOConfig(**_stock_arguments(config, out)), processing_class=loaded.processor,
+        environment_factory=type("Game", (StockGame,), {"size": config.render_size}), peft_config=models.lora_config(*_LORA),
+        reward_funcs=lambda environments, **_: [game.reward + i for i, game in enumerate(environments)],  # never all alike
+        train_dataset=datasets.Dataset.from_list(rows))
+    return trainer
+
+# %% ../nbs/22_perf.ipynb #1b97da45
+_LORA = (32, 64)  # rank and alpha
 
 
-def _logprobs(model: str, count: int, length: int, out: Path) -> tuple:
-    """Two functions that give the log-probabilities (count, tokens) of the same sampled turns: ours packed into sequences of at most
-    `length` tokens, and TRL's in padded batches."""
-    samples = _sampled(engines.HFEngine(models.load(model, bf16=_bf16()), bf16=_bf16()), count)
-    ours, stock = (_grpo_trainer(model, out, stock) for stock in (False, True))
-    inputs = {name: value.to(stock.model.device) if hasattr(value, "to") else value
-              for name, value in padded(stock.processing_class, samples).items()}
-    width = inputs["logits_to_keep"]
+def _stock_grpo(config, out: Path) -> dict:
+    """What an environment step costs TRL in the last iteration: `rollout`, `update` and `sync` in seconds, tokens `read` and `said`, `flop` of an
+    update, and `memory`, the most gigabytes of a GPU."""
+    from transformers import PrinterCallback
 
-    def packed():
-        with ours.accelerator.autocast():
-            return grpo.packed_logprobs(ours.model, ours.processing_class, samples, length, width)[0]
+    loaded = models.load(config.model, bf16=_bf16())
+    trainer, clock = stock_grpo_trainer(config, out, Script(loaded.processor.tokenizer), loaded), _clock()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(clock)
+    trainer.train()
+    turns_each, rows, batch = horizon(config.horizon).turns, len(trainer.environments), trainer.batch
+    if {game.steps for game in trainer.environments} != {turns_each} or batch.get("num_images") != [turns_each + 1] * rows:
+        raise RuntimeError("TRL has not played all turns, or dropped their pictures: there is nothing to compare")
+    steps, rollout = rows * turns_each, trainer.rollouts[-1]
+    lengths, grids = [batch[name].shape[1] for name in ("prompt_ids", "completion_ids")], batch["image_grid_thw"].tolist()
+    return {"rollout": rollout / steps, "update": (clock.ends[-1] - clock.ends[-2] - rollout) / steps, "sync": 0.0, "read": trainer.read / steps,
+            "said": int((batch["completion_mask"] * batch["tool_mask"]).sum() - rows) / steps,
+            "flop": _update_flop(loaded.model.config, [sum(lengths)] * rows, rows * lengths[1], grids) / steps, "memory": _most_memory()}
 
-    def batches():
-        logps = stock._get_per_token_logps_and_entropies(stock.model, batch_size=8, compute_entropy=True, **inputs)[0]
-        return logps * inputs["attention_mask"][:, -width:]
 
-    return packed, batches
+def _our_grpo(config, out: Path, words: int) -> dict:
+    "What an environment step costs `grpo.run`, median of all iterations but the first; replies of `words` tokens, 0: as many as a tool call's."
+    from peft import get_peft_model
 
-# %% ../nbs/22_perf.ipynb #c9a94068
-def _updating(model: str, count: int, length: int, out: Path) -> tuple:
-    "Two functions that take the gradient of the same `count` turns' log-probabilities, and return seconds a turn."
+    loaded = models.load(config.model, bf16=_bf16())
+    get_peft_model(loaded.model, models.lora_config(*_LORA)).save_pretrained(out / "adapter")
+    models.write_card(out / "adapter", loaded, turns.prompt_hash(config))
+    shape, loaded.model, script = loaded.model.config, None, Script(loaded.processor.tokenizer, words)
+    said = max(len(script.reply((0, 0, t))) for t in range(100))
+    config = config.model_copy(update={"adapter": str(out / "adapter"), "max_new_tokens": said})
+    with _replaced(engines, **_draws(script)), _replaced(engines.VLLMEngine, generate=_heard(script)):
+        grpo.run(config, out / "grpo")
+    told = [line for line in read_jsonl(out / "grpo" / "metrics.jsonl") if "return_mean" in line]
+    steps = config.groups * config.group_size * horizon(config.horizon).turns
+    if any(line["turns"] != steps or line["turns_used"] < 0.9 * steps for line in told):  # what vLLM draws may be an image token now and then
+        raise RuntimeError(f"not all of {steps} turns were played and trained on ({told[-1]}): there is nothing to compare")
+    spent = [{"rollout": line["rollout_seconds"], "sync": line["sync_seconds"], "all": line["seconds"] - before["seconds"]}
+             for before, line in itertools.pairwise(told)]
+    rollout, sync, update = (statistics.median(map(part, spent)) / steps for part in (
+        lambda s: s["rollout"], lambda s: s["sync"], lambda s: s["all"] - s["rollout"] - s["sync"]))
+    frame = np.zeros((config.render_size, config.render_size, 3), np.uint8)
+    read = len(models.encode(loaded.processor, turns.prompt(config, [], frame, urls=False)).input_ids)
+    flop = _update_flop(shape, [read + said], said, models.patchify(loaded.processor, [frame])[1].tolist())
+    return {"rollout": rollout, "update": update, "sync": sync, "read": read, "said": said, "flop": flop, "memory": _most_memory()}
+
+
+def _update_flop(shape, lengths: list, answers: int, grids: list) -> float:
+    "FLOP of an update: forward and once more backward through the language layers, forward through the frozen tower."
+    language, vision = models.forward_flops(shape, lengths, answers, grids)
+    return 2 * language + vision
+
+
+def _most_memory() -> float:
+    "The most gigabytes of GPU memory since this was last asked; 0 without a GPU."
+    import torch
+    most = torch.cuda.max_memory_allocated() / 1e9
+    if most:
+        torch.cuda.reset_peak_memory_stats()
+    return most
+
+# %% ../nbs/22_perf.ipynb #21c9a411
+def _grpo_config(model: str, groups: int, members: int, steps: int, engine: str) -> GRPOConfig:
+    "A GRPO stage that trains on all turns of an iteration in one update, on a GPU in parts of 128."
     import torch
 
-    ways = _logprobs(model, count, length, out)
-    with torch.no_grad():
-        apart = float((ways[0]() - ways[1]()).abs().max())
-    if apart > (0.5 if _bf16() else 1e-3):  # nats; bfloat16 rounds differently in rows of another length
-        raise RuntimeError(f"log-probabilities of the two ways differ by {apart:.3g} nats: their speeds cannot be compared")
-
-    def update(logprobs):
-        logprobs().sum().backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return tuple(lambda way=way: seconds_of(lambda: update(way), count) for way in ways)
+    total = groups * members * steps
+    parts = -(-total // 128) if _bf16() and "tiny" not in model else 1
+    shown = _SMALL if "tiny" in model else _SMALL | {"render_size": 288}
+    return GRPOConfig(model=model, engine=engine, **shown | {"horizon": f"s{steps}"}, groups=groups, group_size=members, midway=0.0, iterations=2,
+                      batch_size=-(-total // parts), gradient_accumulation_steps=parts, threads=torch.get_num_threads(),
+                      sequence_length=192 if "tiny" in model else 2048)
 
 
-def measure_grpo(seconds: float, model: str = "random:tiny", count: int = 32, new_tokens: int = 24,
-                 lengths: tuple = _LENGTHS) -> list[dict]:
-    "Milliseconds that a turn takes, played and trained, beside the same made of stock parts."
-    share = seconds / (1 + len(lengths))
-    played = race(*_playing(model, count, new_tokens), share)
-    what = f"playing a turn, {count} worlds at once, {new_tokens} new tokens, {model}, beside crafter.Env + model.generate"
-    rows = [row(what, *(1e3 * cost for cost in played), "ms")]
-    for length in lengths:
-        with tempfile.TemporaryDirectory() as place:
-            trained = race(*_updating(model, count, length, Path(place)), share)
-        what = f"updating on a turn (log-probabilities, gradient), packed to {length}, beside TRL's own, padded by 8"
-        rows.append(row(what, *(1e3 * cost for cost in trained), "ms"))
-        what = f"an environment turn, played and updated on, packed to {length}, beside these stock parts (not environment_factory)"
-        rows.append(row(what, *(1e3 * sum(pair) for pair in zip(played, trained)), "ms"))
+def measure_grpo(seconds: float, model: str = "random:tiny", groups: int = 0, members: int = 0, steps: int = 20, words: int = 9,
+                 engine: str = "hf") -> list[dict]:
+    """What an environment step costs, played and trained on, beside `environment_factory`, which has transformers' own `generate`.
+
+    Parameters
+    ----------
+    groups, members
+        episodes an iteration: groups that share a world, and members of each; 0: 2 x 4 of a tiny model, 8 x 8 of another
+    steps
+        turns of an episode
+    words
+        tokens of a reply in our own form; the demo's student says 9
+    engine
+        what plays on our side: hf or vllm
+    """
+    if engine not in ("hf", "vllm"):
+        raise InputError(f"GRPO is not measured with engine {engine!r}", mend="give hf or vllm")
+    config = _grpo_config(model, groups or (2 if "tiny" in model else 8), members or (4 if "tiny" in model else 8), steps, engine)
+    more = config.model_copy(update={"iterations": 4})  # ours are short
+    runs = {"ours": lambda out: _our_grpo(more, out, 0), "own": lambda out: _our_grpo(more, out, words),
+            "stock": lambda out: _stock_grpo(config, out)}
+    spent, end = {name: [] for name in runs}, time.perf_counter() + seconds
+    with _tool_words():
+        while not spent["ours"] or time.perf_counter() < end:
+            for name, run in runs.items():
+                with tempfile.TemporaryDirectory() as place:
+                    gc.collect()  # a trainer and its model refer to each other
+                    _most_memory()
+                    spent[name].append(run(Path(place)))
+    ours, own, stock = ({part: statistics.median(one[part] for one in side) for part in side[0]} for side in spent.values())
+    what = f"GRPO, {model}, {engine}, {config.groups} x {config.group_size} episodes of {steps} turns, {ours['said']:g} tokens said a turn"
+    short = f"the same with {own['said']:g} tokens said a turn by ours, {stock['said']:g} by the tool call"
+    return [*_grpo_rows(what, ours, stock), *_grpo_rows(short, own, stock)[:3]]
+
+
+def _grpo_rows(what: str, ours: dict, stock: dict) -> list[dict]:
+    "The table of a comparison: an environment step, its parts, tokens, and what a GPU says of itself."
+    whole = [sum(side[part] for part in ("rollout", "update", "sync")) for side in (ours, stock)]
+    rows = [row(f"{what}: an environment step, played and trained on", *(1e3 * cost for cost in whole), "ms"),
+            *(row(f"- {part}", 1e3 * ours[part], 1e3 * stock[part], "ms") for part in ("rollout", "update", "sync")),
+            row("tokens said", *(side["said"] / cost for side, cost in zip((ours, stock), whole)), "tokens/s"),
+            row("tokens read for a step", ours["read"], stock["read"], "tokens")]
+    if peak := costs.peak(sft.device_name()):
+        rows.append(row(f"MFU of updates, % of {peak / 1e12:.0f} TFLOP/s",
+                        *(100 * side["flop"] / side["update"] / peak for side in (ours, stock)), "%/s") | {"unit": "%"})
+    if ours["memory"]:
+        rows.append(row("GPU memory at most", ours["memory"], stock["memory"], "GB"))
     return rows
 
-# %% ../nbs/22_perf.ipynb #c9074917
+# %% ../nbs/22_perf.ipynb #20b3cfab
 NAMES = {"env": measure_env, "equality": measure_equality, "store": measure_store, "teachers": measure_teachers,
          "generation": measure_generation, "sft": measure_sft, "grpo": measure_grpo}
 _WITH_MODEL = ("generation", "sft", "grpo")
@@ -866,7 +1044,8 @@ def measure(name: str, seconds: float = 10.0, threads: int = 1, **options) -> li
     threads
         CPU threads of torch, 0 for as many as it likes
     options
-        `model` for generation, sft and grpo; `seeds` and `steps` for equality; see the function of each name for the rest
+        `model` for generation, sft and grpo; `seeds` and `steps` for equality; `steps` and `engine` for grpo; see the function of each
+        name for the rest
     """
     if name not in NAMES:
         raise InputError(f"nothing to measure is called {name!r}", mend=nearest(name, NAMES))
@@ -874,14 +1053,15 @@ def measure(name: str, seconds: float = 10.0, threads: int = 1, **options) -> li
         raise InputError(f"{seconds} seconds", mend="give how long to measure, in seconds from 0 up")
     if "model" in options and name not in _WITH_MODEL:
         raise InputError(f"{name} has no model", mend=f"leave --model out; it is for {', '.join(_WITH_MODEL)}")
-    if {"seeds", "steps"} & set(options) and name != "equality":
-        raise InputError(f"{name} has no seeds or steps to choose", mend="leave --seeds and --steps out; they are for equality")
+    for option, names in {"seeds": ("equality",), "steps": ("equality", "grpo"), "engine": ("grpo",)}.items():
+        if option in options and name not in names:
+            raise InputError(f"{name} has no {option} to choose", mend=f"leave --{option} out; it is for {', '.join(names)}")
     if name not in _WITH_MODEL:
         return NAMES[name](seconds, **options)
     with sft.threads(threads):
         return NAMES[name](seconds, **options)
 
-# %% ../nbs/22_perf.ipynb #eddf2361
+# %% ../nbs/22_perf.ipynb #cbcf5973
 def _processor_name() -> str:
     "The CPU's name, as far as the system tells it."
     import platform
@@ -923,7 +1103,7 @@ def page(name: str, rows: list[dict], head: dict) -> str:
     note = ["", "ratio: how many times better ours is."] if "ratio" in rows[0] else []
     return "\n".join([*lines, *("    " + line for line in table.splitlines()), *note])
 
-# %% ../nbs/22_perf.ipynb #094d1c36
+# %% ../nbs/22_perf.ipynb #ed4c189e
 def main(argv: list[str] | None = None) -> int:
     "Measure and print one table. Returns 0, 1 when games that should be the same are not, or 2 on bad input."
     parser = argparse.ArgumentParser("qvk perf", description="Speed: ours beside the stock way, in one run.")
@@ -932,13 +1112,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long to measure")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, 0 for as many as it likes")
     parser.add_argument("--seeds", default="", help="for equality: which worlds, like 0-199")
-    parser.add_argument("--steps", default=0, type=int, help="for equality: how many steps in each")
+    parser.add_argument("--steps", default=0, type=int, help="for equality: how many steps in each world; for grpo: turns of an episode")
+    parser.add_argument("--engine", default="", help="for grpo: hf or vllm")
     parser.add_argument("--json", default="", metavar="FILE", help="write the rows here")
     command, argv = ("python -m qwen_vl_kit.perf", sys.argv[1:]) if argv is None else ("qvk perf", argv)
     args = parser.parse_args(argv)
     try:
         head = header(" ".join([command, *argv]), args.threads)
-        options = {name: value for name in ("model", "seeds", "steps") if (value := getattr(args, name))}
+        options = {name: value for name in ("model", "seeds", "steps", "engine") if (value := getattr(args, name))}
         rows = measure(args.name, args.seconds, args.threads, **options)
         if args.json:
             write_json(resolve(args.json), rows)

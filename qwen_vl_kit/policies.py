@@ -6,7 +6,7 @@
 __all__ = ['Situation', 'concerns_all', 'Batched', 'each', 'RandomPolicy', 'ExpertPolicy', 'request', 'EnginePolicy', 'Tutored',
            'ServerPolicy']
 
-# %% ../nbs/08_policies.ipynb #c25bd703
+# %% ../nbs/08_policies.ipynb #2c251d79
 import asyncio
 import queue
 import time
@@ -18,7 +18,7 @@ import numpy as np
 from . import turns
 from .config import Protocol, horizon
 from .core import InputError, OverBudget
-from .engines import CallFailed, Request, Sampling
+from .engines import CallFailed, EngineDied, Request, Sampling
 from .env import ACTIONS, Observation, Png, World
 from .episodes import Decision, Episode
 from .expert import Expert
@@ -38,10 +38,10 @@ class Situation:
         "What this decision's random numbers are drawn from: seed, member, turn."
         return self.episode.seed, self.episode.member, len(self.episode.turns)
 
-# %% ../nbs/08_policies.ipynb #1905b793
+# %% ../nbs/08_policies.ipynb #1b68b3a7
 def concerns_all(error: Exception) -> bool:
-    "Whether an error would meet every other episode, too: bad input, no money or no memory left."
-    return isinstance(error, (InputError, OverBudget, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
+    "Whether an error would meet every other episode, too: bad input, no money or no memory left, an engine that is dead."
+    return isinstance(error, (InputError, OverBudget, MemoryError, EngineDied)) or type(error).__name__ == "OutOfMemoryError"
 
 
 class Batched:
@@ -124,7 +124,7 @@ class ExpertPolicy:
         decision.text = turns.answer(self.protocol, decision.actions, decision.reason)
         return decision
 
-# %% ../nbs/08_policies.ipynb #d9d23f25
+# %% ../nbs/08_policies.ipynb #473545dc
 def request(protocol: Protocol, situation: Situation) -> Request:
     "What an engine is asked in a situation, its images counted."
     played, observation = situation.episode.turns, situation.observation
@@ -134,15 +134,15 @@ def request(protocol: Protocol, situation: Situation) -> Request:
 
 
 class EnginePolicy:
-    "A model that is shown the screen and answers in words."
+    "A model that is shown the screen and answers in words; with an `adapter` that its engine knows by that name."
 
-    def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str = "model"):
-        self.engine, self.protocol, self.sampling, self.name = engine, protocol, sampling, name
+    def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str = "model", adapter: str = ""):
+        self.engine, self.protocol, self.sampling, self.name, self.adapter = engine, protocol, sampling, name, adapter
 
     def act(self, situations: list[Situation]) -> list[Decision]:
         "One decision per situation, generated in one batch."
         requests = [request(self.protocol, situation) for situation in situations]
-        return [self._read(output) for output in self.engine.generate(requests, self.sampling)]
+        return [self._read(output) for output in self.engine.generate(requests, self.sampling, self.adapter)]
 
     def _read(self, output) -> Decision:
         reply = turns.parse(self.protocol, output.text)
@@ -164,7 +164,7 @@ class Tutored:
                 decision.taken = played.actions
         return said
 
-# %% ../nbs/08_policies.ipynb #3763da01
+# %% ../nbs/08_policies.ipynb #d7080025
 class ServerPolicy:
     """A model behind an OpenAI-compatible endpoint.
 
@@ -176,10 +176,13 @@ class ServerPolicy:
         how often an unusable reply is asked for again
     episode_seconds
         how long an episode may take; one that takes longer is lost
+    adapter
+        a name that the engine's `set_policy` gave
     """
 
-    def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str, asks: int = 1, episode_seconds: float = 3600.0):
-        self.engine, self.protocol, self.sampling, self.name = engine, protocol, sampling, name
+    def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str, asks: int = 1, episode_seconds: float = 3600.0,
+                 adapter: str = ""):
+        self.engine, self.protocol, self.sampling, self.name, self.adapter = engine, protocol, sampling, name, adapter
         self.asks, self.episode_seconds = asks, episode_seconds
         self.answered, self.flying, self.held = queue.SimpleQueue(), 0, []
         self.begun: dict[int, tuple[Episode, float]] = {}  # by identity: an episode, and when it began on the monotonic clock
@@ -281,9 +284,9 @@ class ServerPolicy:
         "Ask until the reply holds a usable action, or often enough."
         used = {}
         for again in range(self.asks + 1):
-            output = await self.engine.ask(asked, self.sampling, again)
+            output = await self.engine.ask(asked, self.sampling, again, self.adapter)
             used |= {name: used.get(name, 0) + value for name, value in output.usage.items()}
             reply = turns.parse(self.protocol, output.text)
             if reply.valid:
                 break
-        return Decision(reply.actions, reply.reason, output.text, reply.valid, usage=used)
+        return Decision(reply.actions, reply.reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs, used)

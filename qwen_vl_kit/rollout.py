@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NOISE', 'play', 'LostEpisodes', 'Losses', 'rollout']
 
-# %% ../nbs/10_rollout.ipynb #6fca8226
+# %% ../nbs/10_rollout.ipynb #6881862e
 import time
 from collections.abc import Callable
+from types import MappingProxyType
 
 import numpy as np
 
@@ -77,25 +78,32 @@ class Losses:
         if self.lost:
             raise LostEpisodes(self.lost, self.total)
 
-# %% ../nbs/10_rollout.ipynb #1e99e2da
-def rollout(policy, protocol: Protocol, seeds: list[int], members: int = 1, noise: float = 0.0, seed: int = 0, concurrency: int = 64,
-            sink: Callable[[Episode], None] | None = None, done=frozenset(), keep: bool = True, what: str = "") -> list[Episode]:
+# %% ../nbs/10_rollout.ipynb #6b5f8ebf
+def rollout(policy, protocol: Protocol, seeds: list[int], members: int | range = 1, noise: float = 0.0, seed: int = 0, concurrency: int = 64,
+            sink: Callable[[Episode], None] | None = None, done=frozenset(), keep: bool = True, what: str = "",
+            openings: dict[tuple, tuple[bytes, list[Turn]]] = MappingProxyType({})) -> list[Episode]:
     """Play `members` episodes of every seed and return them in that order (an empty list unless `keep`).
 
-    `sink` is called with each episode as it ends; `(seed, member)` pairs in `done` are left out. What is drawn depends on `seed`, the
-    world's seed, member and turn alone, so a run that was stopped and resumed gives the same episodes. Raises `LostEpisodes` when all
-    others have been played, and at once whatever concerns all of them.
+    `openings` has a snapshot and the turns before it for each `(seed, member)` that begins in the middle. `sink` is called with each episode as
+    it ends; `(seed, member)` pairs in `done` are left out. What is drawn depends on `seed`, the world's seed, member and turn alone, so a run
+    that was stopped and resumed gives the same episodes. Raises `LostEpisodes` when all others have been played, and at once whatever concerns
+    all of them.
     """
     limits, source = horizon(protocol.horizon), policy if hasattr(policy, "submit") else Batched(policy)
-    waiting = [(s, m) for s in seeds for m in range(members) if (s, m) not in done][::-1]
+    members = range(members) if isinstance(members, int) else members
+    waiting = [(s, m) for s in seeds for m in members if (s, m) not in done][::-1]
     order, snapshots, free, out, going, active = waiting[::-1], {}, [], {}, [], 0
     losses = Losses(len(order), max(concurrency, 8))
-    bar = progress(total=len(waiting) * limits.turns, what=what or f"{policy.name} plays")
+    to_come = sum(limits.turns - len(openings[key][1]) if key in openings else limits.turns for key in order)
+    bar = progress(total=to_come, what=what or f"{policy.name} plays")
     while waiting or active:
         source.submit(going)
         while waiting and active < concurrency:
             world = free.pop() if free else World(size=protocol.render_size, length=limits.steps)
-            source.submit([_begin(world, *waiting.pop(), protocol.horizon, policy.name, snapshots if members > 1 else None)])
+            key = waiting.pop()
+            episode = Episode(key[0], protocol.horizon, policy.name, key[1])
+            source.submit([_continue(world, episode, *openings[key]) if key in openings else
+                           _begin(world, episode, snapshots if len(members) > 1 else None)])
             active += 1
         began = time.perf_counter()
         answers = source.ready()
@@ -135,12 +143,18 @@ def _played(situation: Situation, decision: Decision | Exception, noise: float, 
     return turn
 
 
-def _begin(world: World, seed: int, member: int, horizon_name: str, name: str, snapshots: dict | None) -> Situation:
+def _begin(world: World, episode: Episode, snapshots: dict | None) -> Situation:
     "An episode at its first observation; a world that was generated before is restored instead of made again."
-    if snapshots is not None and seed in snapshots:
-        observation = world.restore(snapshots[seed])
+    if snapshots is not None and episode.seed in snapshots:
+        observation = world.restore(snapshots[episode.seed])
     else:
-        observation = world.reset(seed)
+        observation = world.reset(episode.seed)
         if snapshots is not None:
-            snapshots[seed] = world.snapshot()
-    return Situation(Episode(seed, horizon_name, name, member), observation, world)
+            snapshots[episode.seed] = world.snapshot()
+    return Situation(episode, observation, world)
+
+
+def _continue(world: World, episode: Episode, snapshot: bytes, played: list[Turn]) -> Situation:
+    "An episode that takes over the turns of another one, at the observation after them."
+    episode.turns += played
+    return Situation(episode, world.restore(snapshot), world)

@@ -186,14 +186,15 @@ def page(executed: Path) -> Path:
         file.write(exporter.from_notebook_node(notebook, {"metadata": {"name": executed.parent.name}})[0])
     return executed.with_name("run.html")
 
-# %% ../nbs/21_run.ipynb #f4751d8b
+# %% ../nbs/21_run.ipynb #50dcab77
 MARKER = ".running.json"  # manifest.MARKER
 OUTPUTS = ("run.ipynb", "run.html", "manifest.json", "metrics.jsonl", MARKER, "rollouts.db", "rollouts.db-wal", "rollouts.db-shm",
            "calls.jsonl", "answers.jsonl", "train.jsonl", "val.jsonl", "train.parquet", "val.parquet", "sharegpt", "stats.json", "kept.json",
-           "adapter", "checkpoints", "arms.csv", "episodes.csv", "report.json")
+           "adapter", "checkpoints", "policies", "tracker", "processes.log", "arms.csv", "episodes.csv", "report.json")
 STORE = ("rollouts.db", "rollouts.db-wal", "rollouts.db-shm")
 RESUMED = {"collect": (*STORE, "metrics.jsonl", "calls.jsonl", "answers.jsonl"), "benchmark": STORE,
-           "sft": ("metrics.jsonl", "checkpoints")}  # go on with the missing episodes
+           "sft": ("metrics.jsonl", "checkpoints", "tracker"),
+           "grpo": (*STORE, "metrics.jsonl", "checkpoints", "tracker", "calls.jsonl", "answers.jsonl")}  # go on with what is missing
 
 
 def clear(out: Path, keep: tuple = ()) -> None:
@@ -266,7 +267,7 @@ def state(stage: str, settings: configs.Stage, out: Path, option: str = "--out")
         raise InputError(f"an output folder of another run (it holds {found[0]}, and no manifest)", _told(out), mend)
     return "new"
 
-# %% ../nbs/21_run.ipynb #7c1b4087
+# %% ../nbs/21_run.ipynb #d8eccae5
 SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "export"}, "grpo": {"adapter": "sft"},
            "benchmark": {"sft_adapter": "sft", "grpo_adapter": "grpo"}}
 
@@ -299,7 +300,10 @@ def check_access(settings: configs.Stage) -> None:
 
 
 def check_devices(settings: configs.Stage) -> None:
-    "Tell what this machine cannot do of what a config asks."
+    "Tell what this machine cannot do of what a config asks. Raises `InputError` when that is not to be passed over."
+    if getattr(settings, "report_to", "none") != "none":
+        from qwen_vl_kit.sft import check_tracker
+        check_tracker(settings.report_to)
     if any(getattr(settings, name, least) > least for name, least in (("processes", 1), ("machines", 1), ("deepspeed_stage", 0), ("fsdp", False))):
         from qwen_vl_kit.sft import devices
         for line in devices(settings)[1]:
@@ -576,7 +580,7 @@ def _seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str) ->
         return resolve("lora_adapters") / adapter_name(path, stage, settings)
     return run_folder(str(path)) / stage
 
-# %% ../nbs/21_run.ipynb #0e23a268
+# %% ../nbs/21_run.ipynb #3414a1a3
 ENV_FILE = "NAME=value lines: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_HEADERS (a JSON object)"
 
 
@@ -630,7 +634,8 @@ def parser() -> argparse.ArgumentParser:
     perf.add_argument("--seconds", metavar="N", help="about how long to measure")
     perf.add_argument("--threads", metavar="N", help="of torch")
     perf.add_argument("--seeds", metavar="SPEC", help="for equality: which worlds, like 0-199")
-    perf.add_argument("--steps", metavar="N", help="for equality: how many steps in each")
+    perf.add_argument("--steps", metavar="N", help="for equality: how many steps in each; for grpo: turns of an episode")
+    perf.add_argument("--engine", metavar="NAME", help="for grpo: hf or vllm")
     return top
 
 
@@ -648,7 +653,7 @@ def _seed_commands(command) -> None:
         one.add_argument("--env-file", action="append", default=[], metavar="FILE", help=ENV_FILE)
         one.add_argument("--force", action="store_true", help="delete what another run of this stage left there, and write it anew")
 
-# %% ../nbs/21_run.ipynb #9f6f3b15
+# %% ../nbs/21_run.ipynb #3a0e77fd
 def _run(args) -> int:
     run = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
     print(shown(run) if (run / "benchmark" / "arms.csv").is_file() else f"outputs: {_told(run)}")
@@ -720,7 +725,7 @@ def _import_synth(args) -> int:
 
 def _perf(args) -> int:
     from qwen_vl_kit import perf
-    names = ("json", "model", "seconds", "threads", "seeds", "steps")
+    names = ("json", "model", "seconds", "threads", "seeds", "steps", "engine")
     told = [word for name in names if (value := getattr(args, name)) for word in (f"--{name}", value)]
     return perf.main([args.path, *told]) or 0
 

@@ -386,7 +386,7 @@ class _Runs(_Connection):
             query = "SELECT total(wall) FROM sessions WHERE run = ? AND arm = coalesce(?, arm)"
             return execute(query, (run, arm)).fetchone()[0]
 
-# %% ../nbs/09_traces.ipynb #32e5387f
+# %% ../nbs/09_traces.ipynb #8c800aae
 class Store(_Runs):
     """A trace store open for writing: `with Store(path) as store`. Creates the file, or goes on with it.
 
@@ -416,6 +416,15 @@ class Store(_Runs):
             for judge, score in (scores or {}).items():
                 _add_row(execute, "scores", (session, judge, float(score)))
         self._mark = now
+
+    def forget(self, run: str, arm: str) -> int:
+        "Take the episodes of a run out that stand in `arm` or in one that sorts after it; returns how many. Frames stay."
+        with self.transaction() as execute:
+            found = [row[0] for row in execute("SELECT id FROM sessions WHERE run = ? AND arm >= ?", (run, arm))]
+            for table, column in (("scores", "session"), ("turns", "session"), ("sessions", "id")):
+                for session in found:
+                    execute(f"DELETE FROM {table} WHERE {column} = ?", (session,))
+            return len(found)
 
     def score(self, run: str, seed: int, judge: str, score: float, arm: str = "", member: int = 0) -> None:
         "Keep what a judge says of a stored episode; a judge's later word replaces the earlier one."

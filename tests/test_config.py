@@ -119,7 +119,8 @@ def test_every_key_of_a_nested_toml_acts_or_is_named(name, stage):
     document = config.read_toml(f"configs/seed/{name}.toml")
     told = config.translate(document, stage)
     confirmed = {"type", "method", "variety", "mode", "train_kind", "evaluation_strategy", "metric_for_best_model", "max_llm_calls",
-                 "use_vision", "image_only_mode", "use_qlora", "use_deepspeed", "deepspeed_stage"}  # say or decide another key's field
+                 "use_vision", "image_only_mode", "use_qlora", "use_deepspeed", "deepspeed_stage",
+                 "tensor_parallel_size"}  # say or decide another key's field
     acting = {key.rpartition(".")[2] for _, key in told.names.values()}
     for dotted, _ in config._flat(document, config.NESTED[stage]):
         key = dotted.rpartition(".")[2]

@@ -1,6 +1,8 @@
 """SFT as a user meets it: killed, full of errors, on several processes, with whole weights, chosen by playing."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,15 +67,90 @@ def test_checkpoints_of_other_rows_are_not_gone_on_with(rows, tmp_path):
     assert again.numbers["rows"] == 40 and again.numbers["val_loss"] != first.numbers["val_loss"]
 
 
+def same_curves(one: Path, two: Path) -> None:
+    "Two runs learned the same."
+    for name in ("loss", "val_loss", "val_token_accuracy", "val_action_accuracy"):
+        ours, theirs = ([(row["step"], row[name]) for row in told(out) if name in row] for out in (one, two))
+        assert [row[0] for row in ours] == [row[0] for row in theirs] and ours
+        assert [row[1] for row in ours] == pytest.approx([row[1] for row in theirs], abs=5e-6), name
+    ours, theirs = lora(one), lora(two)
+    assert ours.keys() == theirs.keys() and all(abs(ours[name] - theirs[name]).max() < 1e-5 for name in ours)
+
+
+TAUGHT = FAST | {"model": "tiny", "eval_rows": 13}  # 12 of 24: no multiple of 2 x 8; and it has something right from the start
+
+
 def test_two_processes_learn_what_one_does(rows, tmp_path):
-    one = sft.run(SFTConfig(**FAST, **rows), tmp_path / "one")
-    two = sft.run(SFTConfig(**FAST | {"batch_size": 4, "processes": 2}, **rows), tmp_path / "two")
-    curves = [[(row["step"], row["loss"], row["samples"], row["tokens"]) for row in told(out) if "loss" in row] for out in (one.out, two.out)]
-    assert [row[:1] + row[2:] for row in curves[0]] == [row[:1] + row[2:] for row in curves[1]]
-    assert [row[1] for row in curves[1]] == pytest.approx([row[1] for row in curves[0]], abs=2e-6)
-    ours, theirs = lora(one.out), lora(two.out)
-    assert all(abs(ours[name] - theirs[name]).max() < 1e-5 for name in ours)
+    one = sft.run(SFTConfig(**TAUGHT, **rows), tmp_path / "one")
+    two = sft.run(SFTConfig(**TAUGHT | {"batch_size": 4, "processes": 2}, **rows), tmp_path / "two")
+    same_curves(one.out, two.out)
+    counts = [[(row["samples"], row["tokens"]) for row in told(out) if "loss" in row] for out in (one.out, two.out)]
+    assert counts[0] == counts[1] and one.numbers["val_token_accuracy"] > 0
     assert two.numbers["processes"] == 2 and two.numbers["samples"] == one.numbers["samples"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_with_deepspeed_two_processes_learn_what_one_does(rows, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    one = sft.run(SFTConfig(**TAUGHT, **rows), tmp_path / "one")
+    two = sft.run(config := SFTConfig(**TAUGHT | {"batch_size": 4, "processes": 2, "deepspeed_stage": stage}, **rows), tmp_path / "two")
+    same_curves(one.out, two.out)
+    assert list((two.out / "checkpoints").glob("checkpoint-6/global_step6/*optim*")), "DeepSpeed was not at work"
+    shutil.rmtree(two.out / "checkpoints" / "checkpoint-6")  # as if it had been killed while it wrote
+    again = sft.run(config, two.out)
+    same_curves(one.out, again.out)
+    assert again.numbers["parameters"] == one.numbers["parameters"]
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_starts(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "find_spec", lambda name: None)
+    monkeypatch.setattr(sft, "gpus", lambda: 0)
+    for values, expected in (({"deepspeed_stage": 3}, "DeepSpeed, which is not installed; make gpu"), ({"fsdp": True}, "this machine has none"),
+                             ({"report_to": "wandb"}, "the package wandb, which is not installed; pip install wandb")):
+        with pytest.raises(InputError, match=expected) as caught:
+            sft.run(SFTConfig(**FAST | {"processes": 2}, **values, **rows), tmp_path / "sft")
+        assert "\n" not in str(caught.value) and not (tmp_path / "sft").exists()
+
+
+def test_fsdp_divides_the_layers(monkeypatch, tmp_path):
+    "What accelerate is told on a machine with two GPUs; without any it ignores it."
+    import trl
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from peft import get_peft_model
+
+    monkeypatch.setattr(sft, "gpus", lambda: 2)
+    config = SFTConfig(**FAST | {"fsdp": True, "processes": 2})
+    assert sft.devices(config) == (2, [])
+    args = trl.SFTConfig(**sft.arguments(config, tmp_path, 5), **sft.sharding(config, 2))
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.state_dict_type.name == "FULL_STATE_DICT"
+    model = get_peft_model(models.load("random:tiny").model, models.lora_config(4, 8))
+    plugin.set_auto_wrap_policy(model)
+    wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    names = [type(module).__name__ for module in model.modules() if wraps(module)]
+    assert set(names) == {"Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"}
+
+
+def test_checkpoints_of_another_division_are_refused(rows, tmp_path):
+    done = sft.run(SFTConfig(**FAST, **rows), tmp_path / "sft")
+    before = sorted(str(path) for path in done.out.rglob("*"))
+    with pytest.raises(InputError, match="are of one process, and this is 2 processes with nothing divided"):
+        sft.run(SFTConfig(**FAST | {"batch_size": 4, "processes": 2}, **rows), tmp_path / "sft")
+    assert sorted(str(path) for path in done.out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", list(sft.TRACKERS))
+def test_a_tracker_gets_the_figures(rows, tmp_path, name):
+    pytest.importorskip(name)
+    out, config = tmp_path / "here" / "sft", SFTConfig(**FAST | {"max_steps": 2, "report_to": name}, **rows)
+    program = f"from qwen_vl_kit import sft, config\nsft.run(config.SFTConfig(**{config.model_dump()!r}), {str(out)!r})"
+    (tmp_path / "here").mkdir()
+    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(out / "tracker"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "here", check=True, capture_output=True, env=os.environ | environment)
+    written = b"".join(path.read_bytes() for path in (out / "tracker").rglob("*") if path.is_file())
+    assert all(word in written for word in (b"tokens_per_second", b"action_accuracy", b"loss", b"usd"))
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["sft"]
 
 
 def test_accumulated_batches_are_one_batch(rows, tmp_path):

@@ -1,0 +1,64 @@
+"The engine that works everywhere keeps the contract of all engines, and says in one line what it cannot do."
+
+import contract
+import pytest
+
+from qwen_vl_kit import engines, models, policies
+from qwen_vl_kit.core import InputError, read_json, write_json
+
+
+def test_hf_keeps_the_contract(tmp_path):
+    engine = engines.create("auto", "tiny", bf16=False)
+    contract.check(engine, tmp_path)
+    engine.close()
+
+
+def test_adapters_that_cannot_be_played_are_refused_in_one_line(tmp_path):
+    engine = engines.HFEngine(models.load("random:tiny"))
+    other = contract.adapter(tmp_path / "other", 0)
+    with pytest.raises(InputError, match="was made for tiny .* not for random:tiny"):
+        engine.set_policy(0, other)
+    (other / "qvk.json").unlink()  # without a card, shapes still speak: both have the same
+    assert engine.set_policy(0, other) == "policy-0000"
+    settings = read_json(other / "adapter_config.json")
+    write_json(other / "adapter_config.json", settings | {"use_dora": True})
+    with pytest.raises(InputError, match=r"is no plain LoRA \(use_dora\)"):
+        engine.set_policy(1, other)
+    (other / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match="no adapter here"):
+        engine.set_policy(1, other)
+
+
+def test_an_engine_that_dies_concerns_all_episodes():
+    class Dying:
+        calls = 0
+
+        def act(self, situations):
+            self.calls += 1
+            raise engines.EngineDied("vLLM failed while it generated")
+
+    dying = Dying()
+    source = policies.Batched(dying)
+    source.submit([1, 2, 3])
+    with pytest.raises(engines.EngineDied):
+        source.ready()
+    assert dying.calls == 1  # nobody asks a dead engine again, for each episode alone
+
+
+def test_a_missing_vllm_is_told(monkeypatch):
+    monkeypatch.setattr(engines, "there", lambda module: False)
+    assert engines.chosen("auto") == "hf"
+    with pytest.raises(InputError, match='make gpu installs it, for a GPU; or set engine = "hf"'):
+        engines.create("vllm", "tiny")
+
+
+def test_what_a_frozen_tower_has_seen_is_kept_until_an_adapter_changes_the_tower(tmp_path):
+    engine, asked = engines.HFEngine(models.load("tiny")), contract.requests()
+    engine.model.requires_grad_(False)
+    sight = engine.model.model.sight
+    first = engine.generate(asked, contract.SAMPLING)
+    seen = sight.computed
+    assert contract.close(engine.generate(asked, contract.SAMPLING), first) and sight.computed == seen == 7  # six prompts with frames
+    name = engine.set_policy(0, folder := contract.adapter(tmp_path / "tower", 1, targets="all-linear"))
+    for reference, adapter in ((contract.Reference(folder), name), (contract.Reference(), "")):
+        assert max(map(reference.gap, asked, engine.generate(asked, contract.SAMPLING, adapter))) < 1e-4

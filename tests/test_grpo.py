@@ -1,0 +1,165 @@
+"""GRPO as a user meets it: killed, overlapping, with nothing to learn, with weights that do not arrive; and what it relies on in TRL."""
+
+import inspect
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_vl_kit import collect, engines, export, grpo, models, sft, traces
+from qwen_vl_kit.config import CollectConfig, ExportConfig, GRPOConfig, SFTConfig
+from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
+
+PLAY = dict(prompt="brief", render_size=144, horizon="s10")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    "What the tests train with: from a student that has seen a few of the teacher's episodes."
+    place = tmp_path_factory.mktemp("student")
+    collect.run(CollectConfig(seeds="0-7", **PLAY | {"horizon": "s20"}), place / "collect")
+    export.run(ExportConfig(val_fraction=0.25), place / "export")
+    sft.run(SFTConfig(model="tiny", max_steps=40, eval_steps=40, batch_size=16, sequence_length=128, learning_rate=2e-3, eval_rows=16, threads=1),
+            place / "sft")
+    return dict(model="tiny", adapter=str(place / "sft" / "adapter"), groups=2, group_size=3, iterations=3, batch_size=16, max_new_tokens=16,
+                seeds="50-99", sequence_length=128, learning_rate=1e-3, bf16=False, threads=1, **PLAY)
+
+
+def told(out: Path) -> list[dict]:
+    "The metrics of a run without what measures time."
+    return [{name: value for name, value in row.items() if "second" not in name} for row in read_jsonl(out / "metrics.jsonl")]
+
+
+def lora(out: Path):
+    "The adapter's weights."
+    from safetensors.numpy import load_file
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def played(out: Path) -> list[tuple]:
+    "What was played, in the order of names."
+    return sorted((session["arm"], e.seed, e.member, [(t.decision.token_ids, t.reward) for t in e.turns])
+                  for session, e in traces.read(out / "rollouts.db", frames=False))
+
+
+def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
+    config = GRPOConfig(**settings)
+    whole = grpo.run(config, tmp_path / "whole")
+    program = f"from qwen_vl_kit import grpo, config\ngrpo.run(config.GRPOConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=root(), stderr=subprocess.DEVNULL)
+    db, limit = tmp_path / "killed" / "rollouts.db", time.monotonic() + 200
+
+    def third_is_under_way() -> bool:  # its episodes are stored, its updates are not yet made
+        return db.is_file() and (db.parent / "metrics.jsonl").is_file() and "grpo-0002" in set(traces.episodes(db).get("arm", ()))
+
+    while time.monotonic() < limit and process.poll() is None and not third_is_under_way():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    resumed = grpo.run(config, tmp_path / "killed")
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert played(tmp_path / "killed") == played(tmp_path / "whole")
+    assert resumed.numbers == whole.numbers
+    ours, theirs = lora(tmp_path / "killed"), lora(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
+    grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "first")
+    again = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "second")
+    other = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "first" / "more")
+    assert told(again.out) == told(other.out)
+    (tmp_path / "second" / "checkpoints" / "start.json").write_text('{"adapter": "another"}')
+    grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "second")
+    assert told(tmp_path / "second") == told(tmp_path / "first")
+
+
+def test_at_a_learning_rate_of_nothing_the_ratio_stays_one(settings, tmp_path):
+    out = grpo.run(GRPOConfig(**settings | {"learning_rate": 1e-30, "epochs": 2}), tmp_path / "still").out
+    rows = told(out)
+    assert len(rows) == 3
+    assert all(row["ratio_mean"] == pytest.approx(1, abs=1e-5) and row["ratio_max"] == pytest.approx(1, abs=1e-4) for row in rows)
+    assert all(row["logprob_gap"] < 1e-5 and row["clip_fraction"] == 0 and row["effective_share"] > 0.9999 for row in rows)
+    before, after = lora(Path(settings["adapter"]).parent), lora(out)
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_two_hundred_syncs_drift_nothing(settings):
+    engine = engines.HFEngine(models.load("tiny", bf16=True), bf16=True)
+    trained = models.load("tiny", adapter=settings["adapter"], bf16=True, trainable=True).model
+    engine.sync(trained)
+    first = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
+    for _ in range(200):
+        engine.sync(trained)
+    assert all((first[name] == weight).all() for name, weight in engine.model.state_dict().items())
+
+
+def test_weights_that_do_not_reach_the_engine_stop_the_run(settings, tmp_path, monkeypatch):
+    first = engines.HFEngine.set_policy
+    monkeypatch.setattr(engines.HFEngine, "set_policy", lambda self, version, folder: first(self, version, settings["adapter"]))
+    with pytest.raises(TrainingStopped, match="the engine answers as it did before"):
+        grpo.run(GRPOConfig(**settings), tmp_path / "grpo")
+    assert list((tmp_path / "grpo" / "checkpoints").glob("checkpoint-*"))  # that of the first iteration is kept
+
+
+def test_ahead_of_the_updates(settings, tmp_path):
+    config = GRPOConfig(**settings | {"overlap": True})
+    one, two = (grpo.run(config, tmp_path / name).out for name in ("one", "two"))
+    assert told(one) == told(two) and played(one) == played(two)
+    rows = told(one)
+    assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, False, False]  # played by the weights of one iteration before
+    assert {arm for arm, *_ in played(one)} == {"grpo-0000", "grpo-0001", "grpo-0002"}
+
+
+def test_nothing_to_learn_is_said(settings, tmp_path):
+    "A game in which nobody earns anything: the first turns of the night, with no reward for what is said."
+    config = GRPOConfig(**settings | {"horizon": "s1", "iterations": 4, "invalid_cost": 0.0, "midway": 0.0, "batch_size": 6, "seeds": "50-99"})
+    with pytest.raises(TrainingStopped, match="nothing to learn; raise temperature, group_size or groups"):
+        grpo.run(config, tmp_path / "grpo")
+    rows = told(tmp_path / "grpo")
+    assert [row["turns_used"] for row in rows] == [0, 0] and [row["groups_alike"] for row in rows] == [1, 1]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
+def test_losses_of_trl(settings, tmp_path, loss_type):
+    more = {"loss_type": loss_type, "importance": "sequence" if loss_type == "luspo" else "token", "beta": 0.01 if loss_type == "grpo" else 0.0}
+    out = grpo.run(GRPOConfig(**settings | more | {"iterations": 1}), tmp_path / "grpo").out
+    row = told(out)[0]
+    assert row["grad_norm"] > 0 and ("kl" in row) == (loss_type == "grpo")
+    before, after = lora(Path(settings["adapter"]).parent), lora(out)
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_bad_input(settings, tmp_path):
+    def fails(match, **more):
+        with pytest.raises(InputError, match=match):
+            grpo.run(GRPOConfig(**settings | more), tmp_path / "grpo")
+        assert not (tmp_path / "grpo" / "adapter").exists()
+
+    fails("was trained with prompt", history=0)
+    fails("made for tiny", model="random:tiny")
+    fails("name more seeds", seeds="5-6")
+
+
+def test_trl_is_as_it_was_when_this_was_written():
+    "What `TurnGRPOTrainer` overrides or reads; an upgrade that changes one of them fails here, not in the results."
+    from trl import GRPOTrainer
+
+    def parameters(name):
+        return list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
+
+    assert parameters("_generate_and_score_completions") == ["self", "inputs"]
+    assert parameters("_compute_loss") == ["self", "model", "inputs"]
+    assert parameters("_prepare_inputs") == ["self", "generation_batch"]
+    assert parameters("log") == ["self", "logs", "start_time"]
+    assert parameters("_get_per_token_logps_and_entropies")[:8] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
+                                                                    "compute_entropy", "compute_aux_loss"]
+    loss = inspect.getsource(GRPOTrainer._compute_loss)
+    for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "ref_per_token_logps", "num_items_in_batch"):
+        assert f'inputs["{key}"]' in loss, key
+    assert 'inputs.get("old_per_token_logps")' in loss and 'self._metrics[mode]["entropy"]' in loss
+    assert "_buffered_inputs" in inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "old_per_token_logps - " not in loss and "per_token_logps - old_per_token_logps" in loss

@@ -1,0 +1,187 @@
+"""Real vLLM, in this process and behind HTTP, on `tiny`: it keeps the contract of all engines, and the kit's stages play against it.
+
+`make test-vllm` runs this file, with vLLM's CPU build in an environment of its own.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+
+import contract
+import pytest
+
+from qwen_vl_kit import benchmark, engines, models, traces
+from qwen_vl_kit.config import BenchmarkConfig
+from qwen_vl_kit.core import InputError, read_json
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm runs this where it is")
+
+ALONE = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+os.environ.update(ALONE)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = engines.create("vllm", "tiny", bf16=False, concurrency=32)
+    yield engine
+    engine.close()
+
+
+def test_vllm_keeps_the_contract(engine, tmp_path):
+    contract.check(engine, tmp_path)
+
+
+def test_trl_expands_image_tokens_twice_and_the_kit_does_not(engine):
+    "TRL's own code, on the same vLLM: if this fails, TRL has mended it, and `collapsed` may be looked at again."
+    import torch
+    from PIL import Image
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    request = contract.requests()[0]
+    sample = models.encode(engine.processor, request.messages)
+    stock = VLLMGeneration.__new__(VLLMGeneration)  # its vLLM is ours: starting another takes a minute
+    vars(stock).update(llm=engine.llm, mode="colocate", tensor_parallel_size=1, enable_sleep_mode=False, temperature=0.7, top_p=1.0, top_k=0,
+                       min_p=None, repetition_penalty=1.0, max_completion_length=6, logprobs=0, generation_kwargs={}, accelerator=None,
+                       structured_outputs_regex=None, model=torch.nn.Identity())
+    [seen], *_ = stock.generate([sample.input_ids], [[Image.fromarray(frame) for frame in sample.frames]], 1)
+    image = engine.processor.image_token_id
+    assert sample.input_ids.count(image) == 81 and seen.count(image) > 81
+    [ours] = engine.generate([request], contract.SAMPLING)
+    assert ours.prompt_ids == sample.input_ids
+
+
+def test_vllm_refuses_in_one_line_what_it_would_get_wrong(engine, tmp_path):
+    tower = contract.adapter(tmp_path / "tower", 0, targets="all-linear")
+    with pytest.raises(InputError, match="changes the vision tower, and vLLM would pass over that in silence"):
+        engine.set_policy(10, tower)
+    high = contract.adapter(tmp_path / "high", 0, rank=128)
+    with pytest.raises(InputError, match="an adapter of rank 128, and vLLM was started for 64"):
+        engine.set_policy(10, high)
+    foreign = contract.adapter(tmp_path / "foreign", 0, base="random:tiny")
+    with pytest.raises(InputError, match="was made for random:tiny .* not for tiny"):
+        engine.set_policy(10, foreign)
+    [first, *_] = contract.requests()
+    with pytest.raises(InputError, match="vLLM was started for 4096"):
+        engine.generate([first], engines.Sampling(1.0, 4090))
+
+
+def test_a_vllm_that_fails_is_told_as_a_dead_engine(engine, monkeypatch):
+    def broken():
+        raise OSError("out of luck\nand more")
+
+    monkeypatch.setattr(engine.llm.llm_engine, "step", broken)
+    with pytest.raises(engines.EngineDied, match=r"^vLLM failed while it generated \(OSError: out of luck\)$"):
+        engine.generate(contract.requests(), contract.SAMPLING)
+
+
+class Server:
+    "`with Server(folder, log) as server`: vLLM's own server on a free port of loopback, its address `server.url`."
+
+    def __init__(self, folder: Path, log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
+        self.line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny",
+                     "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32",
+                     "--enforce-eager", "--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-lora-rank", "64",
+                     "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+                     "--limit-mm-per-prompt", json.dumps({"image": {"count": 8, "width": 288, "height": 288}, "video": 0})]
+
+    def __enter__(self):
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(self.line, stdout=log, stderr=log, start_new_session=True, cwd=self.log.parent,
+                                            env=os.environ | ALONE | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+        until = time.monotonic() + 400
+        while True:
+            try:
+                with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as reply:
+                    assert reply.status == 200
+                    return self
+            except OSError:
+                if time.monotonic() > until or self.process.poll() is not None:
+                    self.__exit__()
+                    raise AssertionError(self.log.read_text()[-3000:]) from None
+            try:
+                self.process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def __exit__(self, *_):
+        try:
+            os.killpg(self.process.pid, 9)  # it has processes of its own
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    scratch, base = tmp_path_factory.mktemp("server"), models.load("tiny")
+    folder = models.save_model(base.model, base.processor, scratch / "model")
+    with Server(folder, scratch / "server.log") as server:
+        yield server
+
+
+@pytest.fixture
+def access(server, monkeypatch):
+    for name, value in {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "", "OPENAI_HEADERS": ""}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_vllm_server_keeps_the_contract_of_an_rl_engine(access, tmp_path):
+    engine = engines.create("server", "tiny", tokens=True, concurrency=32)
+    contract.check(engine, tmp_path)
+    with pytest.raises(InputError, match="the endpoint does not take an adapter .* start vLLM with --enable-lora"):
+        engine.set_policy(10, contract.adapter(tmp_path / "high", 0, rank=128))
+    engine.close()
+    again = engines.create("server", "tiny", tokens=True)  # another run, and the server has the adapter already
+    name = again.set_policy(1, tmp_path / "adapter1")
+    reference, asked = contract.Reference(tmp_path / "adapter1"), contract.requests()
+    assert max(map(reference.gap, asked, again.generate(asked, contract.SAMPLING, name))) < 1e-4
+    again.close()
+
+
+def test_qvk_collects_from_a_vllm_server(access, tmp_path):
+    settings = {"teacher": "model", "engine": "server", "model": "tiny", "seeds": "0-3", "horizon": "s3", "render_size": 144, "prompt": "brief",
+                "max_new_tokens": 8, "asks": 0, "concurrency": 4}
+    (tmp_path / "collect.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+    line = [Path(sys.executable).with_name("qvk"), "collect", "--config", tmp_path / "collect.toml", "--out", tmp_path]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    episodes = traces.episodes(tmp_path / "collect" / "rollouts.db")
+    assert sorted(episodes.seed) == [0, 1, 2, 3] and (episodes.turns == 3).all() and (episodes.prompt_tokens > 3 * 81).all()
+    assert read_json(tmp_path / "collect" / "manifest.json")["numbers"]["calls"] == 13  # and one to probe
+
+
+def test_a_benchmark_is_the_same_on_a_server_and_here(access, tmp_path):
+    "Greedy, in float32: the adapter that the server loaded plays what the kit's own engine plays."
+    folder = contract.adapter(tmp_path / "adapter", 1, std=0.2)
+    config = BenchmarkConfig(model="tiny", arms=["base", "sft"], sft_adapter=str(folder), prompt="brief", render_size=144, horizon="s3",
+                             seeds="1000000-1000003", temperature=0.0, max_new_tokens=8, bf16=False, concurrency=4)
+    said = {}
+    for engine in ("server", "hf"):
+        out = tmp_path / engine / "benchmark"
+        result = benchmark.run(config.model_copy(update={"engine": engine}), out)
+        said[engine] = {(e.model, e.seed): [t.decision.text for t in e.turns] for e in traces.load(out / "rollouts.db")}
+        assert len(said[engine]) == 8 and all(len(texts) == 3 for texts in said[engine].values())
+        assert bool(result.usage) == (engine == "server")
+    assert said["server"] == said["hf"]
+    assert said["hf"]["base", 1_000_000] != said["hf"]["sft", 1_000_000]
+
+
+def test_a_server_that_dies_is_told(server, access):
+    engine = engines.create("server", "tiny", tokens=True, retries=0)
+    asked = contract.requests()
+    assert len(engine.generate(asked, contract.SAMPLING)) == len(asked)
+    server.__exit__()
+    with pytest.raises(engines.CallFailed, match="the connection broke"):
+        engine.generate(asked, contract.SAMPLING)
+    engine.close()
