@@ -103,7 +103,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #f5810db2
+# %% ../nbs/01_config.ipynb #7d784bfd
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -231,7 +231,7 @@ class GRPOConfig(Training, Protocol):
     credit: Literal["turn", "episode"] = "turn"
     engine: EngineName = "auto"  # what plays
     gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)  # what vLLM may take of the GPU; the rest is for training
-    gamma: float = Field(0.97, ge=0, le=1)
+    gamma: float = Field(0.9, ge=0, le=1)  # discount a turn: what comes ten turns later counts a third
     scale_rewards: bool = True
     beta: float = Field(0.0, ge=0)  # KL to the SFT policy; 0 needs no reference pass
     epsilon: float = Field(0.2, gt=0)
@@ -251,6 +251,16 @@ class GRPOConfig(Training, Protocol):
     max_new_tokens: int = Field(48, ge=1)
     sequence_length: int = Field(2048, ge=16)
     warmup_ratio: float = Field(0.0, ge=0, le=1)
+
+    @property
+    def begun_midway(self) -> int:
+        "How many of an iteration's groups begin midway."
+        return round(self.groups * self.midway)
+
+    @property
+    def turns(self) -> float:
+        "Turns of an iteration, if nobody dies; a group that begins midway plays half an episode on average."
+        return (self.groups - self.begun_midway / 2) * self.group_size * horizon(self.horizon).turns
 
 
 class BenchmarkConfig(Protocol):
@@ -665,7 +675,7 @@ def translate(document: dict, stage: str, where: object = None) -> Translation:
              for (section, home), keys in misplaced.items()]
     return Translation(values, [f"{where}: {line}" if where else line for line in said], names)
 
-# %% ../nbs/01_config.ipynb #b61149ee
+# %% ../nbs/01_config.ipynb #0aad7528
 def read_toml(path: str | Path) -> dict:
     "The table in a TOML file. Raises `InputError` when it is missing or not TOML."
     try:
@@ -680,11 +690,11 @@ def read_toml(path: str | Path) -> dict:
 
 
 def stage_of(path: str | Path, document: dict | None = None) -> str:
-    "The stage that a TOML file is for: told by its tables if it is nested, else by its name (`sft.toml`)."
+    "The stage that a TOML file is for: told by its tables if it is nested, else by its name (`sft.toml`, `sft_long.toml`)."
     document = read_toml(path) if document is None else document
     if not any(isinstance(value, dict) for value in document.values()):
-        if Path(path).stem in STAGES:
-            return Path(path).stem
+        if (name := Path(path).stem.partition("_")[0]) in STAGES:
+            return name
         raise InputError("which stage is it for?", path, "call it " + ", ".join(f"{stage}.toml" for stage in STAGES))
     if "eval" in document or "filter" in document:
         return "collect" if "eval" in document else "export"

@@ -396,7 +396,7 @@ def rent(name: str, seconds: float, gpus: int = 1) -> list[dict]:
     "The usage row of `gpus` GPUs called `name` for `seconds`; none for a CPU, whose name is empty."
     return [{"item": gpu_item(name), "quantity": round(seconds * gpus / 3600, 6), "unit": "GPU-hour"}] if name else []
 
-# %% ../nbs/11_costs.ipynb #db131b3b
+# %% ../nbs/11_costs.ipynb #a3b61292
 def _generation(turns: int, tokens: dict, at_once: int, images: int, mfu: float) -> tuple[float, float]:
     "FLOP and GPU seconds for `turns` replies, `at_once` at a time."
     reading = turns * (tokens["prompt"] * LANGUAGE + tokens["image"] * VISION)
@@ -409,7 +409,7 @@ def _played(stage: str, config: Stage) -> int:
     "Turns that a model plays in a stage, if no episode ends early."
     length = horizon(config.horizon).turns
     if stage == "grpo":
-        return config.iterations * config.groups * config.group_size * length
+        return round(config.iterations * config.turns)
     players = len(set(config.arms) - {"random", "expert"}) if stage == "benchmark" else int(config.teacher == "model")
     return players * len(parse_seeds(config.seeds)) * length
 

@@ -266,13 +266,13 @@ SFT_NAMES = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy":
              "eval_loss": "val_loss", "eval_token_accuracy": "val_token_accuracy", "eval_action_accuracy": "val_action_accuracy",
              "eval_dev.achievement_rate": "dev_achievement_rate"}
 
-# %% ../nbs/14_sft.ipynb #513b4ad3
+# %% ../nbs/14_sft.ipynb #d73480e3
 def checked_card(adapter: str | Path, protocol: Protocol) -> dict:
     "The card of an adapter. Raises `InputError` when it was trained under another prompt than `protocol` makes."
     card, expected = models.read_card(adapter), prompt_hash(protocol)
     if card["prompt_hash"] != expected:
         raise InputError(f"the adapter was trained with prompt {card['prompt_hash'][:12]}, this config makes {expected[:12]}", adapter,
-                         "give this stage the same prompt, form, observe, history, frames and render_size as collect")
+                         "give this stage the same prompt, form, observe, history, frames, progress and render_size as collect")
     return card
 
 # %% ../nbs/14_sft.ipynb #62bac059

@@ -14,7 +14,7 @@ SMALL = ["--set", 'collect.seeds="0-23"', "--set", 'collect.horizon="s20"', "--s
          "--set", 'benchmark.horizon="s20"', "--set", "sft.max_steps=40", "--set", "sft.eval_steps=20",
          "--set", "sft.batch_size=32", "--set", "grpo.iterations=1", "--set", "grpo.groups=2", "--set", "grpo.group_size=4",
          "--set", "grpo.batch_size=80", "--set", 'benchmark.seeds="1000000-1000003"']
-PLAY = dict(prompt="brief", render_size=144, horizon="s20")
+PLAY = dict(prompt="brief", render_size=144, horizon="s20", progress=True)
 
 
 def qvk(*words):
