@@ -463,13 +463,13 @@ def player(config: SFTConfig, protocol: Protocol):
 
     return Player()
 
-# %% ../nbs/14_sft.ipynb #31c62a1e
+# %% ../nbs/14_sft.ipynb #227bc4dc
 SMALLER = "lower batch_size (and raise gradient_accumulation_steps) or sequence_length, set gradient_checkpointing = true or variety = \"qlora\""
 
 
 @contextlib.contextmanager
-def shortage_told(out: Path):
-    "Raise `TrainingStopped` with a mend when the block runs out of memory, and `OSError` when the disk is full."
+def shortage_told(out: Path, mend: str = SMALLER):
+    "Raise `TrainingStopped` with a `mend` when the block runs out of memory, and `OSError` when the disk is full."
     import torch
     try:
         yield
@@ -480,7 +480,7 @@ def shortage_told(out: Path):
             raise
         last = last_checkpoint(out / "checkpoints")
         stands = f"the last checkpoint is of update {last.name.rpartition('-')[2]}" if last else "there is no checkpoint yet"
-        raise TrainingStopped(f"out of memory; {SMALLER}; {stands}") from None
+        raise TrainingStopped(f"out of memory; {mend}; {stands}") from None
 
 # %% ../nbs/14_sft.ipynb #ac01ced1
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:

@@ -123,6 +123,44 @@ def test_nothing_to_learn_is_said(settings, tmp_path):
     assert [row["turns_used"] for row in rows] == [0, 0] and [row["groups_alike"] for row in rows] == [1, 1]
 
 
+def test_an_engine_that_dies_costs_its_iteration_only(settings, tmp_path, monkeypatch):
+    config, first, calls = GRPOConfig(**settings), engines.HFEngine.generate, []
+
+    def dying(self, *args):
+        calls.append(len(args[0]))
+        if len(calls) == 30:  # in the middle of an iteration: a turn is one call, and a sync is one
+            raise engines.EngineDied("the engine is gone")
+        return first(self, *args)
+
+    whole = grpo.run(config, tmp_path / "whole").out
+    monkeypatch.setattr(engines.HFEngine, "generate", dying)
+    with pytest.raises(engines.EngineDied):
+        grpo.run(config, tmp_path / "died")
+    counts = traces.episodes(tmp_path / "died" / "rollouts.db").groupby("arm").size()
+    assert len(counts) < 3 and set(counts) <= {6}  # whole iterations only
+    grpo.run(config, tmp_path / "died")
+    assert told(tmp_path / "died") == told(whole) and played(tmp_path / "died") == played(whole)
+
+
+def test_divergence_and_a_lack_of_memory_are_told_and_state_is_kept(settings, tmp_path, monkeypatch):
+    import torch
+
+    with pytest.raises(TrainingStopped):
+        grpo.run(GRPOConfig(**settings | {"learning_rate": 1e12, "max_grad_norm": 1e12}), tmp_path / "diverged")
+    first, calls = grpo.packed_logprobs, []
+
+    def hungry(*args):
+        calls.append(1)
+        if len(calls) > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return first(*args)
+
+    monkeypatch.setattr(grpo, "packed_logprobs", hungry)
+    with pytest.raises(TrainingStopped, match="out of memory; lower batch_size .* the last checkpoint is of update"):
+        grpo.run(GRPOConfig(**settings), tmp_path / "hungry")
+    assert list((tmp_path / "hungry" / "checkpoints").glob("checkpoint-*/adapter_model.safetensors"))
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
 def test_losses_of_trl(settings, tmp_path, loss_type):
     more = {"loss_type": loss_type, "importance": "sequence" if loss_type == "luspo" else "token", "beta": 0.01 if loss_type == "grpo" else 0.0}
