@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import lora, student, told
 
-from qwen_vl_kit import collect, engines, export, grpo, models, sft, traces
-from qwen_vl_kit.config import CollectConfig, ExportConfig, GRPOConfig, SFTConfig
-from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
+from qwen_vl_kit import engines, grpo, models, traces
+from qwen_vl_kit.config import GRPOConfig
+from qwen_vl_kit.core import InputError, TrainingStopped, root
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s10")
 
@@ -19,24 +20,9 @@ PLAY = dict(prompt="brief", render_size=144, horizon="s10")
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     "What the tests train with: from a student that has seen a few of the teacher's episodes."
-    place = tmp_path_factory.mktemp("student")
-    collect.run(CollectConfig(seeds="0-7", **PLAY | {"horizon": "s20"}), place / "collect")
-    export.run(ExportConfig(val_fraction=0.25), place / "export")
-    sft.run(SFTConfig(model="tiny", max_steps=40, eval_steps=40, batch_size=16, sequence_length=128, learning_rate=2e-3, eval_rows=16, threads=1),
-            place / "sft")
-    return dict(model="tiny", adapter=str(place / "sft" / "adapter"), groups=2, group_size=3, iterations=3, batch_size=16, max_new_tokens=16,
+    adapter = student(tmp_path_factory.mktemp("student"))
+    return dict(model="tiny", adapter=str(adapter), groups=2, group_size=3, iterations=3, batch_size=16, max_new_tokens=16,
                 seeds="50-99", sequence_length=128, learning_rate=1e-3, bf16=False, threads=1, **PLAY)
-
-
-def told(out: Path) -> list[dict]:
-    "The metrics of a run without what measures time."
-    return [{name: value for name, value in row.items() if "second" not in name} for row in read_jsonl(out / "metrics.jsonl")]
-
-
-def lora(out: Path):
-    "The adapter's weights."
-    from safetensors.numpy import load_file
-    return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
 def played(out: Path) -> list[tuple]:
@@ -115,7 +101,7 @@ def test_ahead_of_the_updates(settings, tmp_path):
 
 
 def test_nothing_to_learn_is_said(settings, tmp_path):
-    "A game in which nobody earns anything: the first turns of the night, with no reward for what is said."
+    "One turn an episode, and nothing taken for what is said: nobody earns anything."
     config = GRPOConfig(**settings | {"horizon": "s1", "iterations": 4, "invalid_cost": 0.0, "midway": 0.0, "batch_size": 6, "seeds": "50-99"})
     with pytest.raises(TrainingStopped, match="nothing to learn; raise temperature, group_size or groups"):
         grpo.run(config, tmp_path / "grpo")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from runs import lora, told
 
 from qwen_vl_kit import benchmark, collect, export, models, sft, traces
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
@@ -27,17 +28,6 @@ def rows(tmp_path_factory):
     collect.run(CollectConfig(seeds="0-7", **PLAY), place / "collect")
     export.run(ExportConfig(val_fraction=0.25), place / "export")
     return {"train": str(place / "export" / "train.jsonl"), "val": str(place / "export" / "val.jsonl")}
-
-
-def told(out: Path) -> list[dict]:
-    "The metrics of a run without what measures time."
-    return [{name: value for name, value in row.items() if "second" not in name} for row in read_jsonl(out / "metrics.jsonl")]
-
-
-def lora(out: Path):
-    "The adapter's weights."
-    from safetensors.numpy import load_file
-    return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
 def test_killed_and_resumed_it_learns_the_same(rows, tmp_path):

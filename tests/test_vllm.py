@@ -15,9 +15,10 @@ from pathlib import Path
 
 import contract
 import pytest
+from runs import student
 
-from qwen_vl_kit import benchmark, collect, engines, export, models, sft, traces
-from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
+from qwen_vl_kit import benchmark, engines, models, traces
+from qwen_vl_kit.config import BenchmarkConfig
 from qwen_vl_kit.core import InputError, read_json, read_jsonl
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm runs this where it is")
@@ -177,21 +178,10 @@ def test_a_benchmark_is_the_same_on_a_server_and_here(access, tmp_path):
     assert said["hf"]["base", 1_000_000] != said["hf"]["sft", 1_000_000]
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    "An adapter that has seen a few of the teacher's episodes: its replies hold actions, so there is something to learn."
-    place = tmp_path_factory.mktemp("student")
-    collect.run(CollectConfig(seeds="0-7", prompt="brief", render_size=144, horizon="s20"), place / "collect")
-    export.run(ExportConfig(val_fraction=0.25), place / "export")
-    sft.run(SFTConfig(model="tiny", max_steps=40, eval_steps=40, batch_size=16, sequence_length=128, learning_rate=2e-3, eval_rows=16, threads=1),
-            place / "sft")
-    return place / "sft" / "adapter"
-
-
 @pytest.mark.parametrize("engine", ["vllm", "server"])
-def test_grpo_plays_by_vllm(engine, student, access, tmp_path):
+def test_grpo_plays_by_vllm(engine, access, tmp_path):
     "The engine's log-probabilities are the trainer's, before and after updates; on a server, the next iteration is played meanwhile."
-    settings = {"engine": engine, "overlap": engine == "server", "adapter": str(student), "model": "tiny", "bf16": False, "threads": 1,
+    settings = {"engine": engine, "overlap": engine == "server", "adapter": str(student(tmp_path)), "model": "tiny", "bf16": False, "threads": 1,
                 "prompt": "brief", "render_size": 144, "horizon": "s10", "groups": 2, "group_size": 3, "iterations": 3, "batch_size": 16,
                 "max_new_tokens": 16, "sequence_length": 1024, "learning_rate": 1e-3, "seeds": "50-99"}
     program = f"from qwen_vl_kit import grpo, config\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
