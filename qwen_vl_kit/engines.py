@@ -177,15 +177,12 @@ def draw(logits_BV, u_B, temperature: float):
         token_B = torch.searchsorted(total_BV, (u_B * total_BV[:, -1])[:, None], right=True)[:, 0].clamp_(max=logp_BV.shape[1] - 1)
     return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
 
-# %% ../nbs/07_engines.ipynb #aaf5f626
+# %% ../nbs/07_engines.ipynb #e3837871
 def distinct(samples: list) -> tuple[list, list[int]]:
     "The samples that differ in tokens or frames, and for each sample which of them it is."
-    import numpy as np
-
     found, which = {}, []
     for sample in samples:
-        frames = tuple(models.frame_key(np.ascontiguousarray(frame)) for frame in sample.frames)
-        which.append(found.setdefault((tuple(sample.input_ids), frames), (len(found), sample))[0])
+        which.append(found.setdefault(sample.key, (len(found), sample))[0])
     return [sample for _, sample in found.values()], which
 
 

@@ -164,7 +164,7 @@ def packed_logprobs(model, processor, samples, length: int, width: int):
     mine = mine.to(model.device)
     return out.log_probs[rows, columns] * mine, entropy[rows, columns] * mine
 
-# %% ../nbs/16_grpo.ipynb #b57286d0
+# %% ../nbs/16_grpo.ipynb #4aed3050
 class Sample:
     "One turn as a training sample: prompt and tokens (labels on the tokens), and the log-probabilities they were sampled with."
 
@@ -175,12 +175,6 @@ class Sample:
             raise RuntimeError("the prompt of a stored turn is not the prompt that was sampled from")
         self.encoded.labels = [-100] * len(self.encoded.input_ids) + self.token_ids
         self.encoded.input_ids = self.encoded.input_ids + self.token_ids
-
-    @property
-    def key(self) -> tuple:
-        "The same for samples that show the same frames and hold the same tokens."
-        frames = [models.frame_key(np.ascontiguousarray(frame)) for frame in self.encoded.frames]
-        return tuple(frames), tuple(self.encoded.input_ids), len(self.token_ids)
 
 
 @dataclass
@@ -339,7 +333,7 @@ def merged(samples: list[Sample], weights: list[float]) -> tuple[list[Sample], l
     the advantage on either side of zero. In a group that has just begun, most samples have copies. The mean over tokens stays what it was."""
     found: dict[tuple, list] = {}
     for sample, weight in zip(samples, weights):
-        found.setdefault((sample.key, weight > 0), [sample, 0.0])[1] += weight
+        found.setdefault((sample.encoded.key, len(sample.token_ids), weight > 0), [sample, 0.0])[1] += weight
     share = sum(len(sample.token_ids) for sample, _ in found.values()) / sum(len(sample.token_ids) for sample in samples)
     return [sample for sample, _ in found.values()], [weight * share for _, weight in found.values()]
 
@@ -353,7 +347,7 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
         openings |= {(seed, first + m): (snapshot, played[seed, member][:turn]) for m in range(size)}
     return starts, openings
 
-# %% ../nbs/16_grpo.ipynb #a45a2c63
+# %% ../nbs/16_grpo.ipynb #e69e3d3e
 GRPO_NAMES = {**{name: name for name in (
     "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_health", "reward_shaping", "reward_judge", "achievement_rate",
     "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "groups_alike", "entropy", "kl", "grad_norm", "logprob_gap", "sync_seconds",
@@ -382,7 +376,7 @@ def arguments(config: GRPOConfig, out: Path, updates: int) -> dict:
         dataloader_pin_memory=torch.cuda.is_available())
 
 
-SMALLER = ("lower batch_size (and raise gradient_accumulation_steps), groups or gpu_memory_utilization, or set gradient_checkpointing = true")
+SMALLER = "lower batch_size (and raise gradient_accumulation_steps), groups or gpu_memory_utilization, or set gradient_checkpointing = true"
 
 
 def run(config: GRPOConfig, out: str | Path) -> Result:
@@ -394,6 +388,8 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     began, out = time.perf_counter(), resolve(out)
     adapter = Path(config.adapter) if config.adapter else out.parent / "sft" / "adapter"
     expected = checked_card(adapter, config)["prompt_hash"]
+    if config.judge == "remote":
+        engines.access(config.judge_model)  # a missing key is told before anything is loaded or written
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors")})
     step = int(last.name.rpartition("-")[2]) if last else 0

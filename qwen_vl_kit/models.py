@@ -689,7 +689,7 @@ def _whole(processor, frames: list) -> bool:
     resized = height % unit or width % unit or height * width < images.size["shortest_edge"]
     return not resized and all(frame.shape == frames[0].shape for frame in frames)
 
-# %% ../nbs/06_models.ipynb #277bdd3e
+# %% ../nbs/06_models.ipynb #6352ff1b
 @dataclass
 class Encoded:
     "A tokenised conversation: ids, labels (-100 where nothing is to be learned), and the frames it shows."
@@ -698,6 +698,12 @@ class Encoded:
     labels: list[int]
     frames: list  # uint8 (H, W, 3)
     keys: list = field(default_factory=list)  # what tells each frame from others, where that is known: a digest of its data URL
+
+    @property
+    def key(self) -> tuple:
+        "The same for samples that show the same frames and hold the same tokens."
+        import numpy as np
+        return tuple(self.input_ids), tuple(frame_key(np.ascontiguousarray(frame)) for frame in self.frames)
 
 
 def image_tokens(processor, frame) -> int:

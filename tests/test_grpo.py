@@ -157,6 +157,14 @@ def test_losses_of_trl(settings, tmp_path, loss_type):
     assert any((before[name] != after[name]).any() for name in before)
 
 
+def test_a_remote_judge_without_a_key_is_told_first(settings, tmp_path, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="no key for model 'gpt-4o-mini'"):
+        grpo.run(GRPOConfig(**settings | {"judge": "remote"}), tmp_path / "grpo")
+    assert not (tmp_path / "grpo").exists()
+
+
 def test_bad_input(settings, tmp_path):
     def fails(match, **more):
         with pytest.raises(InputError, match=match):
