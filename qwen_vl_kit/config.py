@@ -103,7 +103,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #7d784bfd
+# %% ../nbs/01_config.ipynb #a4f9752d
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -228,10 +228,12 @@ class GRPOConfig(Training, Protocol):
     batch_size: int = Field(256, ge=1)  # turns in one update, before accumulation
     gradient_accumulation_steps: int = Field(1, ge=1)
     epochs: int = Field(1, ge=1)  # passes over the turns of one iteration
-    credit: Literal["turn", "episode"] = "turn"
+    top_share: float = Field(0.5, gt=0, le=1)  # of an iteration's turns, those with the largest advantages are trained on
+    credit: Literal["critic", "turn", "episode"] = "critic"
     engine: EngineName = "auto"  # what plays
     gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)  # what vLLM may take of the GPU; the rest is for training
-    gamma: float = Field(0.9, ge=0, le=1)  # discount a turn: what comes ten turns later counts a third
+    gamma: float = Field(0.99, ge=0, le=1)  # discount a turn; without a critic 0.9 is better: what comes ten turns later counts a third
+    gae_lambda: float = Field(0.5, ge=0, le=1)  # of the critic's credit: 0 trusts it from the next turn on, 1 trusts what was earned alone
     scale_rewards: bool = True
     beta: float = Field(0.0, ge=0)  # KL to the SFT policy; 0 needs no reference pass
     epsilon: float = Field(0.2, gt=0)
@@ -490,7 +492,7 @@ def _judge_model(value, values):
     values["judge_model"] = value
     values.setdefault("judge", "remote")
 
-# %% ../nbs/01_config.ipynb #bc4daf89
+# %% ../nbs/01_config.ipynb #e11cd263
 LABEL = Note("a label; it stays in the TOML")
 SERVICE = Note("of the hosted service; this kit runs where it stands")
 HARDWARE = Note("training takes the GPU that this machine has, or the CPU; the price book names the H200 for estimates")
@@ -500,7 +502,7 @@ TOPOLOGY = Note("one process trains, on one GPU, and engine = \"vllm\" shares it
 ENGINE = Note("vLLM's own choice stands here")
 CACHES = Note("every version of a policy has a name of its own, so that a cache of prefixes never serves old weights, and may stay on")
 GRAPHS = Note("vLLM captures CUDA graphs wherever there is a GPU")
-NO_VALUE_FUNCTION = Note("GRPO has no value function, so there is no value loss to clip")
+NO_VALUE_FUNCTION = Note("GRPO has no value function that is trained, so there is no value loss to clip; the critic is a regression")
 GAME_REWARD = Note("the reward is the game's own; no judge's score is mixed in")
 JUDGES = Note("a judge is \"game\", \"rubric\" or \"remote\" here; functions from other files are not called")
 ALL_STORED = Note("every turn is stored whole, with its frame, prompt, reply, rewards and usage")

@@ -396,7 +396,7 @@ def rent(name: str, seconds: float, gpus: int = 1) -> list[dict]:
     "The usage row of `gpus` GPUs called `name` for `seconds`; none for a CPU, whose name is empty."
     return [{"item": gpu_item(name), "quantity": round(seconds * gpus / 3600, 6), "unit": "GPU-hour"}] if name else []
 
-# %% ../nbs/11_costs.ipynb #a3b61292
+# %% ../nbs/11_costs.ipynb #a8808c35
 def _generation(turns: int, tokens: dict, at_once: int, images: int, mfu: float) -> tuple[float, float]:
     "FLOP and GPU seconds for `turns` replies, `at_once` at a time."
     reading = turns * (tokens["prompt"] * LANGUAGE + tokens["image"] * VISION)
@@ -429,7 +429,8 @@ def _work(stage: str, config: Stage, protocol: Protocol, rows: int, tokens: dict
         each = config.epochs * training_flops(tokens, "lora", config.gradient_checkpointing)
         if config.beta > 0:  # the reference policy reads every turn once
             each += (tokens["prompt"] + tokens["completion"]) * LANGUAGE + tokens["completion"] * HEAD + tokens["image"] * VISION
-        flops, seconds = flops + turns * each, seconds + turns * each / (PEAK_H200 * mfu)
+        trained = config.top_share * turns * each
+        flops, seconds = flops + trained, seconds + trained / (PEAK_H200 * mfu)
     return turns, flops, seconds
 
 # %% ../nbs/11_costs.ipynb #c2747f73

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GRPO_NAMES', 'SMALLER', 'advantages', 'trainer_class', 'packed_logprobs', 'Sample', 'Group', 'Noting', 'Sync',
-           'Player', 'merged', 'openings_of', 'arguments', 'run', 'updates_of', 'resumed', 'share_sight']
+           'Player', 'seeds_of', 'merged', 'openings_of', 'arguments', 'run', 'updates_of', 'resumed', 'share_sight']
 
-# %% ../nbs/16_grpo.ipynb #c1ea0467
+# %% ../nbs/16_grpo.ipynb #69c61a24
 import contextlib
 import shutil
 import time
@@ -24,28 +24,35 @@ from .episodes import Episode, returns_to_go
 from .judge import RemoteJudge, reward_terms, rubric
 from .rollout import rollout
 from .sft import checked_card, device_name, last_checkpoint, observer, rewind, shortage_told, silence, threads, tracked
-from .traces import Store
+from .traces import Store, load
+from .values import Critic, gae
 
-# %% ../nbs/16_grpo.ipynb #333156f9
-def advantages(groups: list[list[list[float]]], gamma: float, credit: str = "turn", scale: bool = True) -> list[list[np.ndarray]]:
+# %% ../nbs/16_grpo.ipynb #80807d25
+def advantages(groups: list[list[list[float]]], gamma: float, credit: str = "turn", scale: bool = True, values: list | None = None,
+               lam: float = 0.5) -> list[list[np.ndarray]]:
     """Advantages with the shape of the rewards: `groups[g][m]` are the rewards of member m's turns, one float a turn.
 
-    Scaled by their standard deviation over the whole iteration, so that groups that are all alike stay at zero.
+    The critic's credit needs `values` of the same shape. Scaled by their standard deviation over the whole iteration, so that groups that are all
+    alike stay at zero.
     """
-    out = [_by_turn(group, gamma) if credit == "turn" else _by_episode(group) for group in groups]
+    if credit == "episode":
+        out = [_by_episode(group) for group in groups]
+    elif credit == "critic":
+        out = [_by_turn([gae(r, v, gamma, lam) for r, v in zip(*pair)]) for pair in zip(groups, values, strict=True)]
+    else:
+        out = [_by_turn([returns_to_go(rewards, gamma) for rewards in group]) for group in groups]
     spread = np.std(np.concatenate([a for group in out for a in group])) if scale else 0.0
     return [[a / spread if spread > 1e-8 else a for a in group] for group in out]
 
 
-def _by_turn(group, gamma):
-    "Returns-to-go minus the mean of those members that were still playing at that turn."
-    togo = [returns_to_go(rewards, gamma) for rewards in group]
-    out = [np.zeros(len(g)) for g in togo]
-    for t in range(max(map(len, togo))):
-        playing = [m for m, g in enumerate(togo) if len(g) > t]
-        mean = np.mean([togo[m][t] for m in playing])
+def _by_turn(earned):
+    "What the turns have earned minus the mean of those members that were still playing at that turn."
+    out = [np.zeros(len(row)) for row in earned]
+    for t in range(max(map(len, earned))):
+        playing = [m for m, row in enumerate(earned) if len(row) > t]
+        mean = np.mean([earned[m][t] for m in playing])
         for m in playing:
-            out[m][t] = togo[m][t] - mean
+            out[m][t] = earned[m][t] - mean
     return out
 
 
@@ -164,7 +171,7 @@ def packed_logprobs(model, processor, samples, length: int, width: int):
     mine = mine.to(model.device)
     return out.log_probs[rows, columns] * mine, entropy[rows, columns] * mine
 
-# %% ../nbs/16_grpo.ipynb #4aed3050
+# %% ../nbs/16_grpo.ipynb #85da9659
 class Sample:
     "One turn as a training sample: prompt and tokens (labels on the tokens), and the log-probabilities they were sampled with."
 
@@ -238,12 +245,9 @@ class Player:
                  judge: RemoteJudge | None = None):
         self.config, self.engine, self.store, self.sync, self.sight, self.judge = config, engine, store, sync, sight, judge
         self.seen = {engine.processor.image_token_id, engine.processor.video_token_id}  # in a reply they would stand for an image that is not there
-        self.fresh = config.groups - config.begun_midway
-        self.seeds = parse_seeds(config.seeds)
-        if len(self.seeds) < config.iterations * self.fresh:
-            raise InputError(f"{config.iterations} iterations of {self.fresh} seeds need {config.iterations * self.fresh}, "
-                             f"'seeds' has {len(self.seeds)}", mend="name more seeds")
+        self.fresh, self.seeds = config.groups - config.begun_midway, seeds_of(config)
         self.thread, self.ahead, self.stale, self.alike = ThreadPoolExecutor(1), None, False, 0
+        self.critic = Critic(config.gamma) if config.credit == "critic" else None
 
     def __call__(self, trained, iteration: int) -> tuple[list[Sample], list[float], dict]:
         "Samples, their advantages, and metrics of an iteration; `trained` is the model as it stands before it."
@@ -252,6 +256,8 @@ class Player:
         waited = time.perf_counter() - began
         if self.config.overlap and iteration + 1 < self.config.iterations:
             self.ahead = self.thread.submit(self._played, iteration + 1, self.sync(trained))
+        if self.critic is not None and not self.critic.past:
+            self._remember(range(max(0, iteration - self.critic.past.maxlen), iteration))
         for group in groups:
             for episode in group.episodes:
                 self.store.add(episode, arm=f"grpo-{iteration:04d}")
@@ -285,29 +291,47 @@ class Player:
 
     def samples(self, groups: list[Group]) -> tuple[list[Sample], list[float], dict]:
         "Samples, advantages and metrics of one iteration's groups. Raises `TrainingStopped` when there was nothing to learn three times in a row."
-        config = self.config
-        scores = iter(self._scores([e for g in groups for e in g.episodes]))
-        weights = config.invalid_cost, config.health, config.shaping
-        terms = [[reward_terms(e, *weights, next(scores), config.gamma) for e in g.episodes] for g in groups]
-        rewards = [[[sum(column) for column in zip(*columns.values())][g.start:] for columns in rows] for g, rows in zip(groups, terms)]
-        weighed = advantages(rewards, config.gamma, config.credit, config.scale_rewards)
+        config, episodes = self.config, [e for g in groups for e in g.episodes]
+        terms = self._terms(episodes)
+        earned = [_total(columns) for columns in terms]
+        values = self.critic(episodes, earned) if self.critic is not None else [[]] * len(episodes)
+
+        def by_group(rows):
+            row = iter(rows)
+            return [[next(row)[g.start:] for _ in g.episodes] for g in groups]
+        rewards = by_group(earned)
+        weighed = advantages(rewards, config.gamma, config.credit, config.scale_rewards, by_group(values), config.gae_lambda)
         told = [(e, g.start + i, weight) for g, rows in zip(groups, weighed) for e, row in zip(g.episodes, rows) for i, weight in enumerate(row)]
         useful = [(e, t, weight) for e, t, weight in told if abs(weight) > 1e-8 and not self.seen & set(e.turns[t].decision.token_ids)]
         self.alike = 0 if useful else self.alike + 1
         if self.alike == 3:
             raise TrainingStopped("in three iterations every episode of every group earned the same, so there is nothing to learn; "
                                   "raise temperature, group_size or groups")
-        whole = [(e, columns) for g, rows in zip(groups, terms) if not g.start for e, columns in zip(g.episodes, rows)]
-        returns = np.array([sum(map(sum, columns.values())) for _, columns in whole])
+        fresh = {id(e) for g in groups if not g.start for e in g.episodes}
+        whole = [(e, columns) for e, columns in zip(episodes, terms) if id(e) in fresh]
+        returns = np.array([sum(_total(columns)) for _, columns in whole])
         metrics = {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "episodes": float(sum(map(len, rewards))),
                    "achievement_rate": float(np.mean([len(e.achievements) for e, _ in whole]) / len(ACHIEVEMENTS)),
                    "invalid_rate": float(np.mean([not e.turns[t].decision.valid for e, t, _ in told])),
                    "turns": float(len(told)), "turns_used": float(len(useful)),
                    "groups_alike": float(np.mean([len({sum(r) for r in group}) == 1 for group in rewards]))}
         metrics |= {f"reward_{name}": float(np.mean([sum(columns[name]) for _, columns in whole])) for name in whole[0][1]}
+        if self.critic is not None:
+            metrics["explained_variance"] = self.critic.explained
         samples, weights = merged([self._sample(e, t) for e, t, _ in useful or told[:1]], [weight for *_, weight in useful or told[:1]])
-        metrics["turns_distinct"] = float(len(samples))
-        return samples, weights, metrics
+        kept = np.sort(np.argsort(-np.abs(weights), kind="stable")[:max(1, round(config.top_share * len(told)))])
+        metrics |= {"turns_distinct": float(len(samples)), "turns_trained": float(len(kept))}
+        return [samples[i] for i in kept], [weights[i] for i in kept], metrics
+
+    def _terms(self, episodes: list[Episode]) -> list[dict]:
+        config, scores = self.config, self._scores(episodes)
+        return [reward_terms(e, config.invalid_cost, config.health, config.shaping, score, config.gamma) for e, score in zip(episodes, scores)]
+
+    def _remember(self, iterations: range) -> None:
+        "Let the critic of a run that goes on know the iterations before."
+        for iteration in iterations:
+            episodes = list(load(self.store.path, "grpo", f"grpo-{iteration:04d}", frames=False))
+            self.critic(episodes, [_total(columns) for columns in self._terms(episodes)])
 
     def _scores(self, episodes: list[Episode]) -> list[float]:
         "What the judge's scores are worth; an episode that a remote judge could not be made to score gets the mean of the others."
@@ -326,6 +350,20 @@ class Player:
     def close(self) -> None:
         "Let go of the thread; what it plays is given up."
         self.thread.shutdown(wait=True, cancel_futures=True)
+
+
+def seeds_of(config: GRPOConfig) -> list[int]:
+    "The seeds to come, in order. Raises `InputError` if the iterations need more."
+    seeds, fresh = parse_seeds(config.seeds), config.groups - config.begun_midway
+    if len(seeds) < config.iterations * fresh:
+        raise InputError(f"{config.iterations} iterations of {fresh} seeds need {config.iterations * fresh}, 'seeds' has {len(seeds)}",
+                         mend="name more seeds")
+    return seeds
+
+
+def _total(columns: dict[str, list[float]]) -> list[float]:
+    "The reward of each turn of an episode: the sum of its terms."
+    return [sum(column) for column in zip(*columns.values())]
 
 
 def merged(samples: list[Sample], weights: list[float]) -> tuple[list[Sample], list[float]]:
@@ -347,11 +385,11 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
         openings |= {(seed, first + m): (snapshot, played[seed, member][:turn]) for m in range(size)}
     return starts, openings
 
-# %% ../nbs/16_grpo.ipynb #e69e3d3e
+# %% ../nbs/16_grpo.ipynb #3224286b
 GRPO_NAMES = {**{name: name for name in (
     "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_health", "reward_shaping", "reward_judge", "achievement_rate",
-    "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "groups_alike", "entropy", "kl", "grad_norm", "logprob_gap", "sync_seconds",
-    "rollout_seconds", "waited_seconds", "update_seconds")},
+    "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "turns_trained", "groups_alike", "explained_variance",
+    "entropy", "kl", "grad_norm", "logprob_gap", "sync_seconds", "rollout_seconds", "waited_seconds", "update_seconds")},
     "clip_ratio/region_mean": "clip_fraction", "ratio/mean": "ratio_mean", "ratio/max": "ratio_max", "ratio/effective_share": "effective_share"}
 
 
@@ -388,8 +426,9 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     began, out = time.perf_counter(), resolve(out)
     adapter = Path(config.adapter) if config.adapter else out.parent / "sft" / "adapter"
     expected = checked_card(adapter, config)["prompt_hash"]
+    seeds_of(config)  # what is missing is told before anything is loaded or written
     if config.judge == "remote":
-        engines.access(config.judge_model)  # a missing key is told before anything is loaded or written
+        engines.access(config.judge_model)
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors")})
     step = int(last.name.rpartition("-")[2]) if last else 0
@@ -410,7 +449,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
 
 def updates_of(config: GRPOConfig) -> int:
     "Optimizer updates in one epoch of an iteration."
-    return max(1, round(config.turns / (config.batch_size * config.gradient_accumulation_steps)))
+    return max(1, round(config.top_share * config.turns / (config.batch_size * config.gradient_accumulation_steps)))
 
 
 def resumed(out: Path, start: dict) -> Path | None:

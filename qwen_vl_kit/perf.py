@@ -966,7 +966,7 @@ def _most_memory() -> float:
         torch.cuda.reset_peak_memory_stats()
     return most
 
-# %% ../nbs/22_perf.ipynb #21c9a411
+# %% ../nbs/22_perf.ipynb #e8a1d481
 def _grpo_config(model: str, groups: int, members: int, steps: int, engine: str) -> GRPOConfig:
     "A GRPO stage that trains on all turns of an iteration in one update, on a GPU in parts of 128."
     import torch
@@ -974,8 +974,8 @@ def _grpo_config(model: str, groups: int, members: int, steps: int, engine: str)
     total = groups * members * steps
     parts = -(-total // 128) if _bf16() and "tiny" not in model else 1
     shown = _SMALL if "tiny" in model else _SMALL | {"render_size": 288}
-    return GRPOConfig(model=model, engine=engine, **shown | {"horizon": f"s{steps}"}, groups=groups, group_size=members, midway=0.0, iterations=2,
-                      batch_size=-(-total // parts), gradient_accumulation_steps=parts, threads=torch.get_num_threads(),
+    return GRPOConfig(model=model, engine=engine, **shown | {"horizon": f"s{steps}"}, groups=groups, group_size=members, midway=0.0, top_share=1.0,
+                      iterations=2, batch_size=-(-total // parts), gradient_accumulation_steps=parts, threads=torch.get_num_threads(),
                       sequence_length=192 if "tiny" in model else 2048)
 
 
