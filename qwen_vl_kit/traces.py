@@ -164,7 +164,7 @@ def _whole(connection: sqlite3.Connection, path: Path, thorough: bool = True) ->
             thorough and connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
         raise sqlite3.DatabaseError("malformed")
 
-# %% ../nbs/09_traces.ipynb #0aef8f7b
+# %% ../nbs/09_traces.ipynb #34618077
 def _copy(connection: sqlite3.Connection, version: int) -> sqlite3.Connection:
     "An up-to-date copy in memory of an older store."
     copy = sqlite3.connect(":memory:")
@@ -195,7 +195,6 @@ def _reading(db: str | Path, thorough: bool = True):
             if version < SCHEMA:
                 connection = _copy(connection, version)
             connection.row_factory = sqlite3.Row
-            connection.execute("BEGIN")  # all that is asked is of one moment, whatever is written meanwhile
             yield connection
         finally:
             connection.close()
@@ -549,7 +548,7 @@ def protocol_of(db: str | Path, prompt_hash: str | None = None) -> Protocol:
     with _sound(resolve(db)):
         return Protocol(**json.loads(found[name]))
 
-# %% ../nbs/09_traces.ipynb #0c2b0e21
+# %% ../nbs/09_traces.ipynb #dd64d0b9
 def _table(rows):
     "A DataFrame of what a query finds."
     import pandas as pd
@@ -567,6 +566,7 @@ def episodes(db: str | Path):
     steps, turns, died, invalid (turns), tokens, seconds (of its turns), wall (its share of the run's time), usd (NaN when a model was asked
     that has no price), created (UTC), unlocked (their names, in order)."""
     with _reading(db) as connection, _sound(resolve(db)):
+        connection.execute("BEGIN")  # all that is asked is of one moment, whatever is written meanwhile
         table = _table(connection.execute("SELECT * FROM episodes"))
         table["usd"] = table["usd"].astype(float).mask(table["session"].isin(_unpriced(connection)))
         names = {session: [] for session in table["session"]}
@@ -596,7 +596,7 @@ def spent(db: str | Path, run: str | None = None, arm: str | None = None) -> Dec
                  "WHERE t.usd IS NOT NULL AND s.run = coalesce(?, s.run) AND s.arm = coalesce(?, s.arm)")
         return sum((Decimal(usd) for (usd,) in connection.execute(query, (run, arm))), Decimal(0))
 
-# %% ../nbs/09_traces.ipynb #b106e718
+# %% ../nbs/09_traces.ipynb #4c5db38b
 def _digests(rows) -> Iterator[bytes]:
     "A hash of each row's content, without ids, what a clock said, and what happened to be in an endpoint's cache."
     for row in rows:
@@ -615,7 +615,7 @@ def fingerprint(db: str | Path) -> str:
                 hashed.update(row)
     return hashed.hexdigest()
 
-# %% ../nbs/09_traces.ipynb #508d3f52
+# %% ../nbs/09_traces.ipynb #b49827f5
 def _parcel(connection: sqlite3.Connection, path: Path, session: sqlite3.Row) -> dict:
     "A session of a store and all that hangs on it, as rows; checked."
     def rows(query, value):
@@ -632,7 +632,7 @@ def _parcel(connection: sqlite3.Connection, path: Path, session: sqlite3.Row) ->
                 "frames": [row for name in names for row in rows("SELECT * FROM frames WHERE hash = ?", name)],
                 "source": [row["provenance"] for row in rows("SELECT provenance FROM sources WHERE id = ?", session["source"])]}
 
-# %% ../nbs/09_traces.ipynb #8df82199
+# %% ../nbs/09_traces.ipynb #19b0f0df
 @contextlib.contextmanager
 def _whole_or_absent(db: str | Path):
     "A store that was not there before the block is not there either when the block raises an error, nor are folders made for it."
@@ -646,7 +646,7 @@ def _whole_or_absent(db: str | Path):
         remove_empty(made)
         raise
 
-# %% ../nbs/09_traces.ipynb #448ebb1f
+# %% ../nbs/09_traces.ipynb #beffae42
 def _put(execute, parcel: dict, path: Path) -> bool:
     "Insert a session of the store at `path` with all that hangs on it; False when the same is there already."
     session, keep = dict(parcel["session"]), "INSERT OR IGNORE INTO {} VALUES (?, ?, ?{})".format
@@ -671,7 +671,7 @@ def _put(execute, parcel: dict, path: Path) -> bool:
             _add_row(execute, table, (number, *tuple(row)[1:]))
     return True
 
-# %% ../nbs/09_traces.ipynb #7bc59c76
+# %% ../nbs/09_traces.ipynb #95ed9877
 def merge(target: str | Path, *sources: str | Path) -> dict:
     """Copy the episodes of `sources` into the store `target`, which is made if it is not there.
 
@@ -694,7 +694,7 @@ def merge(target: str | Path, *sources: str | Path) -> dict:
                         count["episodes" if _put(execute, parcel, path) else "known"] += 1
     return count
 
-# %% ../nbs/09_traces.ipynb #03683df9
+# %% ../nbs/09_traces.ipynb #125852b0
 _SYNTH = ("session_traces", "session_timesteps", "events", "messages", "outcome_rewards", "event_rewards")
 
 
@@ -721,7 +721,7 @@ def _called(calls) -> list[str]:
         actions += given["actions"] if isinstance(given.get("actions"), list) else []
     return [str(action) for action in actions]
 
-# %% ../nbs/09_traces.ipynb #fc22eb55
+# %% ../nbs/09_traces.ipynb #de5be6fa
 def _shown(content: str) -> tuple[bytes | None, str]:
     "The picture (PNG bytes) and the words of a user's message. Raises ValueError for a picture that is none."
     message = _loaded(content)
@@ -737,7 +737,7 @@ def _shown(content: str) -> tuple[bytes | None, str]:
             words.append(str(part.get("text", "")))
     return picture, "\n".join(words).strip()
 
-# %% ../nbs/09_traces.ipynb #7cef0955
+# %% ../nbs/09_traces.ipynb #a9ed96c4
 def _by_turn(connection: sqlite3.Connection, table: str, session: str) -> dict[int, list[dict]]:
     "A session's messages or events by turn; those that name none belong to the turn before, and a user's message opens one."
     turns, number = {}, 0
@@ -775,7 +775,7 @@ def _decided(messages: list[dict], call: dict) -> tuple[Decision, list[str]]:
                         usage={key: value for key, value in usage.items() if isinstance(value, (int, float))})
     return decision, done if done and all(action in ACTIONS for action in done) else list(decision.actions)
 
-# %% ../nbs/09_traces.ipynb #0a52196f
+# %% ../nbs/09_traces.ipynb #1e9f0938
 def _synth_turns(connection: sqlite3.Connection, session: str, final: list[str]) -> list[Turn]:
     "The turns of a session of synth-ai's, frames as PNG bytes. `final`: the achievements that its end is said to have."
     messages, events = (_by_turn(connection, table, session) for table in ("messages", "events"))
@@ -814,7 +814,7 @@ def _synth_protocol(turns: list[Turn]) -> Protocol:
     observe = "text" if not size else "both" if any(turn.text for turn in turns) else "image"
     return Protocol(form="tool", observe=observe, horizon="t50", **({"render_size": size[0]} if size else {}))
 
-# %% ../nbs/09_traces.ipynb #4fac70f0
+# %% ../nbs/09_traces.ipynb #e8710bd2
 def _synth_session(connection: sqlite3.Connection, row: sqlite3.Row, file: Path) -> tuple[Episode, Protocol, dict]:
     "One session of synth-ai's: the episode, its protocol, and what is told of it. Raises ValueError (also `InputError`) if it is unusable."
     told = _dict(row["metadata"])
@@ -836,7 +836,7 @@ def _synth_session(connection: sqlite3.Connection, row: sqlite3.Row, file: Path)
         "facts": {"imported": file.name, "env_name": told.get("env_name"), "policy_name": told.get("policy_name"),
                   "system_prompt": _dict(system[0]).get("content", system[0]) if system else None}}
 
-# %% ../nbs/09_traces.ipynb #be18aaa3
+# %% ../nbs/09_traces.ipynb #5193fdde
 def import_synth(file: str | Path, db: str | Path) -> dict:
     """Read the sessions of a synth-ai v3 trace database into the store `db`.
 

@@ -191,6 +191,21 @@ def test_a_reader_does_not_keep_a_writer_out(db):
     assert [episode.seed for episode in reading] == [2, 3]
 
 
+def test_a_table_is_of_one_moment(db, monkeypatch):
+    unpriced = traces._unpriced
+    with traces.Store(db) as store:
+        store.begin("demo", PROTOCOL)
+
+        def meanwhile(connection):
+            store.add(played(9))
+            return unpriced(connection)
+
+        monkeypatch.setattr(traces, "_unpriced", meanwhile)
+        assert list(traces.episodes(db)["seed"]) == [1, 2, 3]
+    monkeypatch.undo()
+    assert list(traces.episodes(db)["seed"]) == [1, 2, 3, 9]
+
+
 def test_nothing_is_stored_twice_nor_under_another_prompt(db):
     with traces.Store(db) as store:
         with pytest.raises(InputError, match="no run begun"):
