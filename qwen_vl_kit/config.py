@@ -103,7 +103,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #a4f9752d
+# %% ../nbs/01_config.ipynb #cb08b790
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -233,7 +233,7 @@ class GRPOConfig(Training, Protocol):
     engine: EngineName = "auto"  # what plays
     gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)  # what vLLM may take of the GPU; the rest is for training
     gamma: float = Field(0.99, ge=0, le=1)  # discount a turn; without a critic 0.9 is better: what comes ten turns later counts a third
-    gae_lambda: float = Field(0.5, ge=0, le=1)  # of the critic's credit: 0 trusts it from the next turn on, 1 trusts what was earned alone
+    gae_lambda: float = Field(0.8, ge=0, le=1)  # of the critic's credit: 0 trusts it from the next turn on, 1 trusts what was earned alone
     scale_rewards: bool = True
     beta: float = Field(0.0, ge=0)  # KL to the SFT policy; 0 needs no reference pass
     epsilon: float = Field(0.2, gt=0)

@@ -27,9 +27,9 @@ from .sft import checked_card, device_name, last_checkpoint, observer, rewind, s
 from .traces import Store, load
 from .values import Critic, gae
 
-# %% ../nbs/16_grpo.ipynb #80807d25
+# %% ../nbs/16_grpo.ipynb #65effe65
 def advantages(groups: list[list[list[float]]], gamma: float, credit: str = "turn", scale: bool = True, values: list | None = None,
-               lam: float = 0.5) -> list[list[np.ndarray]]:
+               lam: float = 0.8) -> list[list[np.ndarray]]:
     """Advantages with the shape of the rewards: `groups[g][m]` are the rewards of member m's turns, one float a turn.
 
     The critic's credit needs `values` of the same shape. Scaled by their standard deviation over the whole iteration, so that groups that are all
