@@ -171,7 +171,7 @@ def packed_logprobs(model, processor, samples, length: int, width: int):
     mine = mine.to(model.device)
     return out.log_probs[rows, columns] * mine, entropy[rows, columns] * mine
 
-# %% ../nbs/16_grpo.ipynb #85da9659
+# %% ../nbs/16_grpo.ipynb #9a4d68f9
 class Sample:
     "One turn as a training sample: prompt and tokens (labels on the tokens), and the log-probabilities they were sampled with."
 
@@ -307,8 +307,8 @@ class Player:
         if self.alike == 3:
             raise TrainingStopped("in three iterations every episode of every group earned the same, so there is nothing to learn; "
                                   "raise temperature, group_size or groups")
-        fresh = {id(e) for g in groups if not g.start for e in g.episodes}
-        whole = [(e, columns) for e, columns in zip(episodes, terms) if id(e) in fresh]
+        starts = [g.start for g in groups for _ in g.episodes]
+        whole = [(e, columns) for e, columns, start in zip(episodes, terms, starts) if not start]
         returns = np.array([sum(_total(columns)) for _, columns in whole])
         metrics = {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "episodes": float(sum(map(len, rewards))),
                    "achievement_rate": float(np.mean([len(e.achievements) for e, _ in whole]) / len(ACHIEVEMENTS)),
