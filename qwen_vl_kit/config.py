@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HorizonName', 'Seeds', 'Time', 'EngineName', 'STAGES', 'Rule', 'LANGUAGE_LAYERS', 'LABEL', 'SERVICE', 'HARDWARE',
-           'ONE_PROCESS', 'TOPOLOGY', 'ENGINE', 'CACHES', 'GRAPHS', 'NO_VALUE_FUNCTION', 'GAME_REWARD', 'JUDGES',
-           'ALL_STORED', 'ENDPOINT', 'ADAPTER', 'ROWS_ARE_WHOLE', 'FILE_NAMES', 'NESTED', 'Horizon', 'horizon', 'Stage',
-           'Protocol', 'CollectConfig', 'ExportConfig', 'Training', 'SFTConfig', 'GRPOConfig', 'BenchmarkConfig',
-           'ReportConfig', 'validate', 'resolved', 'Note', 'Translation', 'translate', 'read_toml', 'stage_of',
-           'parse_set', 'config_file', 'load']
+           'ONE_PROCESS', 'ONE_TRAINS', 'REFERENCE', 'ENGINE', 'CACHES', 'GRAPHS', 'NO_VALUE_FUNCTION', 'GAME_REWARD',
+           'JUDGES', 'ALL_STORED', 'ENDPOINT', 'ADAPTER', 'ROWS_ARE_WHOLE', 'FILE_NAMES', 'NESTED', 'Horizon',
+           'horizon', 'Stage', 'Protocol', 'CollectConfig', 'ExportConfig', 'Training', 'SFTConfig', 'GRPOConfig',
+           'BenchmarkConfig', 'ReportConfig', 'validate', 'resolved', 'Note', 'Translation', 'translate', 'read_toml',
+           'stage_of', 'parse_set', 'config_file', 'load']
 
 # %% ../nbs/01_config.ipynb #90a65a90
 import json
@@ -103,7 +103,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #cb08b790
+# %% ../nbs/01_config.ipynb #807b848b
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -231,6 +231,7 @@ class GRPOConfig(Training, Protocol):
     top_share: float = Field(0.5, gt=0, le=1)  # of an iteration's turns, those with the largest advantages are trained on
     credit: Literal["critic", "turn", "episode"] = "critic"
     engine: EngineName = "auto"  # what plays
+    gpus_for_vllm: int = Field(0, ge=0, le=64)  # GPUs beside the one that trains on which vLLM serves; 0: what plays shares that one
     gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)  # what vLLM may take of the GPU; the rest is for training
     gamma: float = Field(0.99, ge=0, le=1)  # discount a turn; without a critic 0.9 is better: what comes ten turns later counts a third
     gae_lambda: float = Field(0.8, ge=0, le=1)  # of the critic's credit: 0 trusts it from the next turn on, 1 trusts what was earned alone
@@ -391,7 +392,7 @@ def _lora_layers(value, values):
         raise InputError(f"{_toml(value)} is not a set of layers the kit adapts",
                          mend='write ["all-linear"], or all of ' + ", ".join(sorted(LANGUAGE_LAYERS)))
 
-# %% ../nbs/01_config.ipynb #bd1e2481
+# %% ../nbs/01_config.ipynb #d9a7c0bb
 def _evaluation(value, values):
     if value in ("no", "epoch"):
         return f'{_toml(value)}; the loss is taken every eval_steps updates, "steps"'
@@ -415,6 +416,17 @@ def _zero(value, values):
 def _stage(value, values):
     if values.get("deepspeed_stage") != 0:  # 0: use_deepspeed = false came before
         values["deepspeed_stage"] = value
+
+
+def _topology(value, values):
+    _says("single_node_split", "colocate")(value, values)
+    if value == "colocate":
+        values["gpus_for_vllm"] = 0
+
+
+def _serving(value, values):
+    if values.get("gpus_for_vllm") != 0:  # 0: it is said before that what plays shares the GPU that trains
+        values["gpus_for_vllm"] = value
 
 
 def _data(value, values):
@@ -492,13 +504,13 @@ def _judge_model(value, values):
     values["judge_model"] = value
     values.setdefault("judge", "remote")
 
-# %% ../nbs/01_config.ipynb #e11cd263
+# %% ../nbs/01_config.ipynb #76d9d246
 LABEL = Note("a label; it stays in the TOML")
 SERVICE = Note("of the hosted service; this kit runs where it stands")
 HARDWARE = Note("training takes the GPU that this machine has, or the CPU; the price book names the H200 for estimates")
 ONE_PROCESS = Note("one process trains on one device, so there is nothing to shard")
-TOPOLOGY = Note("one process trains, on one GPU, and engine = \"vllm\" shares it; to divide GPUs, serve vLLM on the others and say "
-                "engine = \"server\" and overlap = true")
+ONE_TRAINS = Note("one process trains, on one GPU")
+REFERENCE = Note("the reference is the SFT adapter on the weights that are trained, so it takes no GPU of its own")
 ENGINE = Note("vLLM's own choice stands here")
 CACHES = Note("every version of a policy has a name of its own, so that a cache of prefixes never serves old weights, and may stay on")
 GRAPHS = Note("vLLM captures CUDA graphs wherever there is a GPU")
@@ -529,7 +541,7 @@ _TRAINING: dict[str, object] = {
     "hyperparameters.parallelism.tensor_parallel_size": ONE_PROCESS, "hyperparameters.parallelism.pipeline_parallel_size": ONE_PROCESS,
 }
 
-# %% ../nbs/01_config.ipynb #343b16cc
+# %% ../nbs/01_config.ipynb #c48c76e4
 _SFT: dict[str, object] = {
     **_TRAINING, "algorithm.type": _says("offline"), "algorithm.method": _says("sft", "supervised_finetune"),
     "algorithm.variety": _kind_of_training,
@@ -551,7 +563,8 @@ _GRPO: dict[str, object] = {
     "algorithm.method": _says("grpo", "policy_gradient"), "algorithm.variety": _says("default", "grpo", "lora"),
     "model.base": "model", "model.source": "model", "model.adapter": "adapter", "model.trainer_mode": _says("lora"), "model.label": LABEL,
     "job.model": "model", "job.rollout_count": _rollouts, "job.n_iterations": "iterations", "job.max_steps_per_rollout": _turns,
-    "topology.*": TOPOLOGY, "reference.*": TOPOLOGY, "vllm.*": ENGINE, "vllm.gpu_memory_utilization": "gpu_memory_utilization",
+    "topology.type": _topology, "topology.gpus_for_vllm": _serving, "topology.gpus_for_training": ONE_TRAINS,
+    "topology.gpus_for_ref": REFERENCE, "reference.*": REFERENCE, "vllm.*": ENGINE, "vllm.gpu_memory_utilization": "gpu_memory_utilization",
     "vllm.tensor_parallel_size": _says(1), "vllm.enable_prefix_caching": CACHES, "vllm.use_cudagraph": GRAPHS,
     "vllm.max_model_len": Note("sequence_length says how long a sequence may be"),
     "training.use_qlora": Note("GRPO trains a bf16 LoRA: a sampled token's log-probability must come from the weights that are trained"),

@@ -8,7 +8,7 @@ __all__ = ['BOOK', 'IMAGE_TOKENS', 'SEED_GPUS', 'WAYS', 'PEAKS', 'PEAK_H200', 'D
            'image_bound', 'Meter', 'image_tokens', 'turn_tokens', 'training_flops', 'peak', 'gpu_item', 'rent',
            'estimate']
 
-# %% ../nbs/11_costs.ipynb #0139fdfb
+# %% ../nbs/11_costs.ipynb #7e3cd2b1
 import configparser
 import math
 import os
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from .config import CollectConfig, Protocol, Stage, horizon
+from .config import CollectConfig, GRPOConfig, Protocol, Stage, horizon
 from .core import InputError, OverBudget, dumps, nearest, parse_seeds, read_json, read_jsonl, resolve, root, write_json
 from .turns import system
 
@@ -396,7 +396,7 @@ def rent(name: str, seconds: float, gpus: int = 1) -> list[dict]:
     "The usage row of `gpus` GPUs called `name` for `seconds`; none for a CPU, whose name is empty."
     return [{"item": gpu_item(name), "quantity": round(seconds * gpus / 3600, 6), "unit": "GPU-hour"}] if name else []
 
-# %% ../nbs/11_costs.ipynb #a8808c35
+# %% ../nbs/11_costs.ipynb #f3723e8f
 def _generation(turns: int, tokens: dict, at_once: int, images: int, mfu: float) -> tuple[float, float]:
     "FLOP and GPU seconds for `turns` replies, `at_once` at a time."
     reading = turns * (tokens["prompt"] * LANGUAGE + tokens["image"] * VISION)
@@ -412,6 +412,15 @@ def _played(stage: str, config: Stage) -> int:
         return round(config.iterations * config.turns)
     players = len(set(config.arms) - {"random", "expert"}) if stage == "benchmark" else int(config.teacher == "model")
     return players * len(parse_seeds(config.seeds)) * length
+
+
+def _divided(config: GRPOConfig, playing: float, training: float) -> float:
+    "GPU seconds of an RL run, from those of its two halves: GPUs that serve wait while the other trains, unless it trains meanwhile."
+    serving = config.gpus_for_vllm
+    if not serving:
+        return playing + training
+    both = playing / serving, training
+    return (1 + serving) * (max(both) if config.overlap else sum(both))
 
 
 def _work(stage: str, config: Stage, protocol: Protocol, rows: int, tokens: dict, mfu: float) -> tuple[int, float, float]:
@@ -430,7 +439,7 @@ def _work(stage: str, config: Stage, protocol: Protocol, rows: int, tokens: dict
         if config.beta > 0:  # the reference policy reads every turn once
             each += (tokens["prompt"] + tokens["completion"]) * LANGUAGE + tokens["completion"] * HEAD + tokens["image"] * VISION
         trained = config.top_share * turns * each
-        flops, seconds = flops + trained, seconds + trained / (PEAK_H200 * mfu)
+        flops, seconds = flops + trained, _divided(config, seconds, trained / (PEAK_H200 * mfu))
     return turns, flops, seconds
 
 # %% ../nbs/11_costs.ipynb #c2747f73

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRPO_NAMES', 'SMALLER', 'advantages', 'trainer_class', 'packed_logprobs', 'Sample', 'Group', 'Noting', 'Sync',
-           'Player', 'seeds_of', 'merged', 'openings_of', 'arguments', 'run', 'updates_of', 'resumed', 'share_sight']
+           'Player', 'seeds_of', 'merged', 'openings_of', 'arguments', 'run', 'served', 'updates_of', 'resumed',
+           'share_sight']
 
-# %% ../nbs/16_grpo.ipynb #69c61a24
+# %% ../nbs/16_grpo.ipynb #9ceac327
 import contextlib
 import shutil
 import time
@@ -23,7 +24,8 @@ from .env import ACHIEVEMENTS, World
 from .episodes import Episode, returns_to_go
 from .judge import RemoteJudge, reward_terms, rubric
 from .rollout import rollout
-from .sft import checked_card, device_name, last_checkpoint, observer, rewind, shortage_told, silence, threads, tracked
+from .sft import (checked_card, device_name, gpus, last_checkpoint, observer, on_one_device, rewind, shortage_told, silence, threads,
+                             tracked)
 from .traces import Store, load
 from .values import Critic, gae
 
@@ -385,7 +387,7 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
         openings |= {(seed, first + m): (snapshot, played[seed, member][:turn]) for m in range(size)}
     return starts, openings
 
-# %% ../nbs/16_grpo.ipynb #3224286b
+# %% ../nbs/16_grpo.ipynb #4ce6fffc
 GRPO_NAMES = {**{name: name for name in (
     "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_health", "reward_shaping", "reward_judge", "achievement_rate",
     "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "turns_trained", "groups_alike", "explained_variance",
@@ -429,6 +431,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     seeds_of(config)  # what is missing is told before anything is loaded or written
     if config.judge == "remote":
         engines.access(config.judge_model)
+    serving, told = served(config, adapter)
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors")})
     step = int(last.name.rpartition("-")[2]) if last else 0
@@ -438,13 +441,29 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
           contextlib.closing(meter)):
         store.begin("grpo", config, {"model": config.model, "adapter": str(adapter), "seeds": config.seeds})
         store.forget("grpo", f"grpo-{step // (updates * config.epochs):04d}")
-        loaded, metrics = _fit(config, out, adapter, store, updates, last, before, meter)
+        loaded, metrics = _fit(config, out, adapter, store, updates, last, before, meter, serving)
     models.write_card(out / "adapter", loaded, expected, stage="grpo", iterations=config.iterations)
     numbers = {"model": loaded.name, "iterations": config.iterations, "prompt_hash": expected, "return_first": metrics[0]["return_mean"],
                "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics)}
     seconds = before + time.perf_counter() - began
-    usage = costs.rent(device_name(), seconds, 1) + meter.usage()
-    return Result("grpo", out, seconds, numbers | (meter.numbers() if meter.calls else {}), {"adapter": adapter}, usage)
+    numbers |= (meter.numbers() if meter.calls else {}) | ({"not_applied": told} if told else {})
+    return Result("grpo", out, seconds, numbers, {"adapter": adapter}, costs.rent(device_name(), seconds, 1 + serving) + meter.usage())
+
+
+def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[str]]:
+    """GPUs on which vLLM serves while the first one trains, and a line for what of `gpus_for_vllm` cannot apply here.
+
+    Raises `InputError` when another engine is asked for, too, and for an adapter that vLLM cannot play.
+    """
+    asked = config.gpus_for_vllm
+    if asked and config.engine != "auto":
+        raise InputError(f'gpus_for_vllm = {asked} starts a vLLM server, and engine = "{config.engine}" is no such', mend='set engine = "auto"')
+    found = gpus() if asked else 0
+    serving = max(0, min(asked, found - 1))
+    if serving and adapter:
+        engines.language_only(adapter)
+    plays = f"{serving} serve{'s' * (serving == 1)}" if serving else "what plays shares what trains"
+    return serving, [f"gpus_for_vllm = {asked}: this machine has {found} GPU{'s' * (found != 1)}, so {plays}"] if serving < asked else []
 
 
 def updates_of(config: GRPOConfig) -> int:
@@ -470,27 +489,33 @@ def share_sight(trained: models.Loaded, engine) -> models.Sight:
     return base.model.sight
 
 
-def _fit(config, out, adapter, store, updates, last, before, meter):
+def _playing(config, out, adapter, serving, stack):
+    "The engine that plays, here or on a server of its own; `stack` ends it."
+    shared = dict(bf16=config.bf16, concurrency=config.groups * config.group_size, gpu_memory_utilization=config.gpu_memory_utilization,
+                  lora_rank=engines.rank_of(adapter), longest=config.sequence_length)
+    at = stack.enter_context(engines.serving(config.model, config.revision, serving, log=out / "vllm.log", **shared)) if serving else None
+    engine = engines.create("server" if serving else config.engine, config.model, config.revision, **shared, tokens=True, at=at)
+    return stack.enter_context(contextlib.closing(engine))
+
+
+def _fit(config, out, adapter, store, updates, last, before, meter, serving):
     "Run the trainer from a checkpoint or the beginning; returns the loaded policy and the rows that were logged."
     models.quiet()
     import datasets
     import trl
 
     loaded = models.load(config.model, config.revision, adapter, bf16=config.bf16, trainable=True)
-    engine = engines.create(config.engine, config.model, config.revision, bf16=config.bf16, concurrency=config.groups * config.group_size,
-                            gpu_memory_utilization=config.gpu_memory_utilization, lora_rank=engines.rank_of(adapter),
-                            longest=config.sequence_length, tokens=True)
     placeholder = datasets.Dataset.from_dict({"prompt": ["play"] * 2 * updates * config.gradient_accumulation_steps})
-    sync = Sync(config, engine, loaded, out / "policies")
-    judge = None
-    if config.judge == "remote":
-        meter.begin()
-        judge = RemoteJudge(config.judge_model, out / "answers.jsonl", meter)
-    with (contextlib.closing(engine), contextlib.closing(judge) if judge else contextlib.nullcontext(),
-          contextlib.closing(Player(config, engine, store, sync, share_sight(loaded, engine), judge)) as player):
+    with contextlib.ExitStack() as stack:
+        engine = _playing(config, out, adapter, serving, stack)
+        sync, judge = Sync(config, engine, loaded, out / "policies"), None
+        if config.judge == "remote":
+            meter.begin()
+            judge = stack.enter_context(contextlib.closing(RemoteJudge(config.judge_model, out / "answers.jsonl", meter)))
+        player = stack.enter_context(contextlib.closing(Player(config, engine, store, sync, share_sight(loaded, engine), judge)))
         trainer = trainer_class()(
             model=loaded.model, reward_funcs=lambda completions, **_: [0.0] * len(completions),  # rewards come with the turns
-            args=trl.GRPOConfig(**arguments(config, out, updates)), train_dataset=placeholder, processing_class=loaded.processor,
+            args=on_one_device(trl.GRPOConfig(**arguments(config, out, updates))), train_dataset=placeholder, processing_class=loaded.processor,
             callbacks=[observer(out, updates * config.epochs * config.iterations, "grpo updates", GRPO_NAMES, before)],
             play=player, length=config.sequence_length)
         models.quicken_training(trainer.model)

@@ -652,7 +652,7 @@ def stock_rows(rows: list[dict]):
         return {"prompt": prompt, "completion": [told[2]], "images": [Image.fromarray(frame) for frame in frames]}
     return datasets.Dataset.from_list([one(r["messages"]) for r in rows])
 
-# %% ../nbs/22_perf.ipynb #74633d8b
+# %% ../nbs/22_perf.ipynb #b88ba800
 _LENGTHS = (256, 2048)  # tokens of a packed sequence
 SEED_BATCH = 16  # rows of one update in the seed's TOML, one at a time
 
@@ -668,11 +668,11 @@ def _trainers(config: SFTConfig, out: Path):
                      "gradient_checkpointing": _bf16(), "dataset_kwargs": None}
     lora = models.lora_config(config.lora_rank, config.lora_alpha)
     trainer = sft.trainer_class()(
-        model=ours.model, args=trl.SFTConfig(**fixed), train_dataset=rows.dataset(), processing_class=ours.processor,
+        model=ours.model, args=sft.on_one_device(trl.SFTConfig(**fixed)), train_dataset=rows.dataset(), processing_class=ours.processor,
         data_collator=sft.Packer(ours.processor, config.sequence_length), peft_config=lora)
     models.quicken_training(trainer.model)
     yield trainer.meter(sft.Meter(ours.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
-    yield trl.SFTTrainer(model=as_stock(stock.model), args=trl.SFTConfig(**plain), train_dataset=stock_rows(rows.rows),
+    yield trl.SFTTrainer(model=as_stock(stock.model), args=sft.on_one_device(trl.SFTConfig(**plain)), train_dataset=stock_rows(rows.rows),
                          processing_class=stock.processor, peft_config=lora)
 
 
@@ -849,7 +849,7 @@ def _tool_words():
     finally:
         models.WORDS[:] = kept
 
-# %% ../nbs/22_perf.ipynb #19142de2
+# %% ../nbs/22_perf.ipynb #0ba3857f
 def _stock_arguments(config: GRPOConfig, out: Path) -> dict:
     "TRL's arguments for the same iteration as ours: one update on all episodes."
     rows, steps = config.groups * config.group_size, horizon(config.horizon).turns
@@ -896,7 +896,7 @@ def stock_grpo_trainer(config: GRPOConfig, out: Path, script: Script, loaded):
     prompt = [{"role": "system", "content": turns.system(config)}, {"role": "user", "content": turns.user_text(config, [])}]
     rows = [{"prompt": prompt, "seed": seed} for seed in range(config.groups * config.iterations)]
     trainer = Timed(
-        model=model, args=trl.GRPOConfig(**_stock_arguments(config, out)), processing_class=loaded.processor,
+        model=model, args=sft.on_one_device(trl.GRPOConfig(**_stock_arguments(config, out))), processing_class=loaded.processor,
         environment_factory=type("Game", (StockGame,), {"size": config.render_size}), peft_config=models.lora_config(*_LORA),
         reward_funcs=lambda environments, **_: [game.reward + i for i, game in enumerate(environments)],  # never all alike
         train_dataset=datasets.Dataset.from_list(rows))

@@ -186,11 +186,11 @@ def page(executed: Path) -> Path:
         file.write(exporter.from_notebook_node(notebook, {"metadata": {"name": executed.parent.name}})[0])
     return executed.with_name("run.html")
 
-# %% ../nbs/21_run.ipynb #50dcab77
+# %% ../nbs/21_run.ipynb #7385b1b6
 MARKER = ".running.json"  # manifest.MARKER
 OUTPUTS = ("run.ipynb", "run.html", "manifest.json", "metrics.jsonl", MARKER, "rollouts.db", "rollouts.db-wal", "rollouts.db-shm",
            "calls.jsonl", "answers.jsonl", "train.jsonl", "val.jsonl", "train.parquet", "val.parquet", "sharegpt", "stats.json", "kept.json",
-           "adapter", "checkpoints", "policies", "tracker", "processes.log", "arms.csv", "episodes.csv", "report.json")
+           "adapter", "checkpoints", "policies", "tracker", "processes.log", "vllm.log", "arms.csv", "episodes.csv", "report.json")
 STORE = ("rollouts.db", "rollouts.db-wal", "rollouts.db-shm")
 RESUMED = {"collect": (*STORE, "metrics.jsonl", "calls.jsonl", "answers.jsonl"), "benchmark": STORE,
            "sft": ("metrics.jsonl", "checkpoints", "tracker"),
@@ -267,7 +267,7 @@ def state(stage: str, settings: configs.Stage, out: Path, option: str = "--out")
         raise InputError(f"an output folder of another run (it holds {found[0]}, and no manifest)", _told(out), mend)
     return "new"
 
-# %% ../nbs/21_run.ipynb #d8eccae5
+# %% ../nbs/21_run.ipynb #83ae858e
 SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "export"}, "grpo": {"adapter": "sft"},
            "benchmark": {"sft_adapter": "sft", "grpo_adapter": "grpo"}}
 
@@ -307,6 +307,10 @@ def check_devices(settings: configs.Stage) -> None:
     if any(getattr(settings, name, least) > least for name, least in (("processes", 1), ("machines", 1), ("deepspeed_stage", 0), ("fsdp", False))):
         from qwen_vl_kit.sft import devices
         for line in devices(settings)[1]:
+            _say(f"note: {line}")
+    if getattr(settings, "gpus_for_vllm", 0):
+        from qwen_vl_kit.grpo import served
+        for line in served(settings)[1]:
             _say(f"note: {line}")
 
 

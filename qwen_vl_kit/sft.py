@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SFT_NAMES', 'TRACKERS', 'SMALLER', 'Rows', 'Packer', 'device_name', 'usd_per_second', 'Meter', 'trainer_class',
-           'observer', 'silence', 'checked_card', 'last_checkpoint', 'rewind', 'shared_among', 'continued', 'gpus',
-           'devices', 'check_sharding', 'sharding', 'arguments', 'threads', 'check_tracker', 'tracked', 'player',
-           'shortage_told', 'rows_of', 'fit', 'best_figures', 'worker', 'launch', 'meeting', 'run']
+           'observer', 'silence', 'on_one_device', 'checked_card', 'last_checkpoint', 'rewind', 'shared_among',
+           'continued', 'gpus', 'devices', 'check_sharding', 'sharding', 'arguments', 'threads', 'check_tracker',
+           'tracked', 'player', 'shortage_told', 'rows_of', 'fit', 'best_figures', 'worker', 'launch', 'meeting', 'run']
 
 # %% ../nbs/14_sft.ipynb #1ec186af
 import contextlib
@@ -217,7 +217,7 @@ def trainer_class():
 
     return Trainer
 
-# %% ../nbs/14_sft.ipynb #fe7bd47f
+# %% ../nbs/14_sft.ipynb #f4916ee5
 def observer(out: Path, total: int, what: str, names: dict, before: float = 0.0):
     """A trainer callback that appends renamed logs to `out/metrics.jsonl` and moves a progress bar. `before`: seconds of earlier sessions.
     Raises `TrainingStopped` when a number is not finite."""
@@ -258,6 +258,12 @@ def silence(trainer) -> None:
     "Take away the callback that prints every log: the observer writes them down."
     from transformers.trainer_callback import PrinterCallback
     trainer.remove_callback(PrinterCallback)
+
+
+def on_one_device(args):
+    "Trainer arguments of a process that trains on one GPU, however many it sees: on all of them, `DataParallel` would cut packed sequences apart."
+    args._n_gpu = min(1, args.n_gpu)
+    return args
 
 
 SFT_NAMES = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy": "entropy", "learning_rate": "learning_rate",
@@ -482,7 +488,7 @@ def shortage_told(out: Path, mend: str = SMALLER):
         stands = f"the last checkpoint is of update {last.name.rpartition('-')[2]}" if last else "there is no checkpoint yet"
         raise TrainingStopped(f"out of memory; {mend}; {stands}") from None
 
-# %% ../nbs/14_sft.ipynb #ac01ced1
+# %% ../nbs/14_sft.ipynb #34f7a915
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     "Training and validation rows of a config. Raises `InputError` when they were not made with one prompt, or cannot be played where asked."
     train = Rows(config.train or out.parent / "export" / "train.jsonl")
@@ -511,7 +517,7 @@ def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | No
     watchers = [player(config, train.protocol())] if config.best_by == "dev.achievement_rate" else []
     lora = models.lora_config(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
     trainer = trainer_class()(
-        model=loaded.model, args=trl.SFTConfig(**arguments(config, out, steps), **sharding(config, world // config.machines)),
+        model=loaded.model, args=on_one_device(trl.SFTConfig(**arguments(config, out, steps), **sharding(config, world // config.machines))),
         train_dataset=train.dataset(), eval_dataset=val.dataset(config.batch_size * world),
         data_collator=Packer(loaded.processor, config.sequence_length), processing_class=loaded.processor,
         peft_config=None if config.variety == "full" else lora,

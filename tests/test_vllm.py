@@ -3,13 +3,11 @@
 `make test-vllm` runs this file, with vLLM's CPU build in an environment of its own.
 """
 
+import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,59 +80,25 @@ def test_a_vllm_that_fails_is_told_as_a_dead_engine(engine, monkeypatch):
         engine.generate(contract.requests(), contract.SAMPLING)
 
 
-class Server:
-    "`with Server(folder, log) as server`: vLLM's own server on a free port of loopback, its address `server.url`."
-
-    def __init__(self, folder: Path, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
-        self.line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny",
-                     "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "32",
-                     "--enforce-eager", "--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-lora-rank", "64",
-                     "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-                     "--limit-mm-per-prompt", json.dumps({"image": {"count": 8, "width": 288, "height": 288}, "video": 0})]
-
-    def __enter__(self):
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(self.line, stdout=log, stderr=log, start_new_session=True, cwd=self.log.parent,
-                                            env=os.environ | ALONE | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
-        until = time.monotonic() + 400
-        while True:
-            try:
-                with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as reply:
-                    assert reply.status == 200
-                    return self
-            except OSError:
-                if time.monotonic() > until or self.process.poll() is not None:
-                    self.__exit__()
-                    raise AssertionError(self.log.read_text()[-3000:]) from None
-            try:
-                self.process.wait(0.5)
-            except subprocess.TimeoutExpired:
-                continue
-
-    def __exit__(self, *_):
-        try:
-            os.killpg(self.process.pid, 9)  # it has processes of its own
-        except ProcessLookupError:
-            pass
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    scratch, base = tmp_path_factory.mktemp("server"), models.load("tiny")
-    folder = models.save_model(base.model, base.processor, scratch / "model")
-    with Server(folder, scratch / "server.log") as server:
-        yield server
+    "What ends the server, and what opens it."
+    log = tmp_path_factory.mktemp("server") / "vllm.log"
+    with contextlib.ExitStack() as stack:
+        yield stack, stack.enter_context(engines.serving("tiny", gpus=0, log=log, bf16=False, longest=1024, concurrency=32))
 
 
 @pytest.fixture
 def access(server, monkeypatch):
-    for name, value in {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": "", "OPENAI_HEADERS": ""}.items():
+    _, at = server
+    for name, value in {"OPENAI_BASE_URL": at["base_url"], "OPENAI_API_KEY": at["api_key"], "OPENAI_HEADERS": ""}.items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_server_of_ones_own_asks_for_its_key(server, access, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    with pytest.raises(InputError, match="the endpoint refuses model 'tiny' .401"):
+        engines.create("server", "tiny", tokens=True).generate(contract.requests()[:1], contract.SAMPLING)
 
 
 def test_a_vllm_server_keeps_the_contract_of_an_rl_engine(access, tmp_path):
@@ -178,18 +142,20 @@ def test_a_benchmark_is_the_same_on_a_server_and_here(access, tmp_path):
     assert said["hf"]["base", 1_000_000] != said["hf"]["sft", 1_000_000]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "server"])
+@pytest.mark.parametrize("engine", ["vllm", "server", "auto"])
 def test_grpo_plays_by_vllm(engine, access, tmp_path):
-    "The engine's log-probabilities are the trainer's, before and after updates; on a server, the next iteration is played meanwhile."
-    settings = {"engine": engine, "overlap": engine == "server", "adapter": str(student(tmp_path)), "model": "tiny", "bf16": False, "threads": 1,
-                "prompt": "brief", "render_size": 144, "horizon": "s10", "groups": 2, "group_size": 3, "iterations": 3, "batch_size": 16,
-                "max_new_tokens": 16, "sequence_length": 1024, "learning_rate": 1e-3, "seeds": "50-99"}
-    program = f"from qwen_vl_kit import grpo, config\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
+    """The engine's log-probabilities are the trainer's, before and after updates; on a server, the next iteration is played meanwhile. The third
+    way starts a server of its own, as if this machine had two GPUs."""
+    settings = {"engine": engine, "overlap": engine == "server", "gpus_for_vllm": int(engine == "auto"),
+                "adapter": str(student(tmp_path)), "model": "tiny", "bf16": False, "threads": 1, "prompt": "brief", "render_size": 144,
+                "horizon": "s10", "groups": 2, "group_size": 3, "iterations": 3, "batch_size": 16, "max_new_tokens": 16,
+                "sequence_length": 1024, "learning_rate": 1e-3, "seeds": "50-99"}
+    program = f"from qwen_vl_kit import grpo, config\ngrpo.gpus = lambda: 2\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(read_jsonl(tmp_path / "grpo" / "metrics.jsonl"))
     assert len(rows) == 3 and all(row["turns_used"] > 0 and row["grad_norm"] > 0 for row in rows)
-    assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, engine == "vllm", engine == "vllm"]  # a server is one iteration behind
+    assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, engine != "server", engine != "server"]  # a server is one iteration behind
     assert (tmp_path / "grpo" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -197,7 +163,7 @@ def test_a_server_that_dies_is_told(server, access):
     engine = engines.create("server", "tiny", tokens=True, retries=0)
     asked = contract.requests()
     assert len(engine.generate(asked, contract.SAMPLING)) == len(asked)
-    server.__exit__()
+    server[0].close()
     with pytest.raises(engines.CallFailed, match="the connection broke"):
         engine.generate(asked, contract.SAMPLING)
     engine.close()
