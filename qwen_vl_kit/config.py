@@ -10,7 +10,7 @@ __all__ = ['HorizonName', 'Seeds', 'Time', 'EngineName', 'STAGES', 'Rule', 'LANG
            'BenchmarkConfig', 'ReportConfig', 'validate', 'resolved', 'Note', 'Translation', 'translate', 'read_toml',
            'stage_of', 'parse_set', 'config_file', 'load']
 
-# %% ../nbs/01_config.ipynb #90a65a90
+# %% ../nbs/01_config.ipynb #5119c37f
 import json
 import re
 import tomllib
@@ -19,7 +19,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from .core import InputError, nearest, parse_seeds, resolve
 
@@ -103,7 +103,7 @@ class Protocol(Stage):
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
 
-# %% ../nbs/01_config.ipynb #807b848b
+# %% ../nbs/01_config.ipynb #39408605
 class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
@@ -232,7 +232,7 @@ class GRPOConfig(Training, Protocol):
     credit: Literal["critic", "turn", "episode"] = "critic"
     engine: EngineName = "auto"  # what plays
     gpus_for_vllm: int = Field(0, ge=0, le=64)  # GPUs beside the one that trains on which vLLM serves; 0: what plays shares that one
-    gpu_memory_utilization: float = Field(0.4, gt=0, lt=1)  # what vLLM may take of the GPU; the rest is for training
+    gpu_memory_utilization: float | None = Field(None, gt=0, lt=1)  # what vLLM may take of a GPU; not set: 0.4 where training shares it, else 0.85
     gamma: float = Field(0.99, ge=0, le=1)  # discount a turn; without a critic 0.9 is better: what comes ten turns later counts a third
     gae_lambda: float = Field(0.8, ge=0, le=1)  # of the critic's credit: 0 trusts it from the next turn on, 1 trusts what was earned alone
     scale_rewards: bool = True
@@ -254,6 +254,13 @@ class GRPOConfig(Training, Protocol):
     max_new_tokens: int = Field(48, ge=1)
     sequence_length: int = Field(2048, ge=16)
     warmup_ratio: float = Field(0.0, ge=0, le=1)
+
+    @field_validator("gpus_for_vllm")
+    @classmethod
+    def _starts_a_server(cls, gpus: int, info) -> int:
+        if gpus and info.data.get("engine", "auto") != "auto":
+            raise ValueError(f'it starts a vLLM server, which leaves no choice to engine = "{info.data["engine"]}"; write engine = "auto"')
+        return gpus
 
     @property
     def begun_midway(self) -> int:
@@ -392,7 +399,7 @@ def _lora_layers(value, values):
         raise InputError(f"{_toml(value)} is not a set of layers the kit adapts",
                          mend='write ["all-linear"], or all of ' + ", ".join(sorted(LANGUAGE_LAYERS)))
 
-# %% ../nbs/01_config.ipynb #d9a7c0bb
+# %% ../nbs/01_config.ipynb #d8ec16cd
 def _evaluation(value, values):
     if value in ("no", "epoch"):
         return f'{_toml(value)}; the loss is taken every eval_steps updates, "steps"'
@@ -425,8 +432,9 @@ def _topology(value, values):
 
 
 def _serving(value, values):
-    if values.get("gpus_for_vllm") != 0:  # 0: it is said before that what plays shares the GPU that trains
-        values["gpus_for_vllm"] = value
+    if values.get("gpus_for_vllm") == 0:
+        return "type = \"colocate\" lets what plays share the GPU that trains"
+    values["gpus_for_vllm"] = value
 
 
 def _data(value, values):
@@ -541,7 +549,7 @@ _TRAINING: dict[str, object] = {
     "hyperparameters.parallelism.tensor_parallel_size": ONE_PROCESS, "hyperparameters.parallelism.pipeline_parallel_size": ONE_PROCESS,
 }
 
-# %% ../nbs/01_config.ipynb #c48c76e4
+# %% ../nbs/01_config.ipynb #3221c711
 _SFT: dict[str, object] = {
     **_TRAINING, "algorithm.type": _says("offline"), "algorithm.method": _says("sft", "supervised_finetune"),
     "algorithm.variety": _kind_of_training,
@@ -564,7 +572,9 @@ _GRPO: dict[str, object] = {
     "model.base": "model", "model.source": "model", "model.adapter": "adapter", "model.trainer_mode": _says("lora"), "model.label": LABEL,
     "job.model": "model", "job.rollout_count": _rollouts, "job.n_iterations": "iterations", "job.max_steps_per_rollout": _turns,
     "topology.type": _topology, "topology.gpus_for_vllm": _serving, "topology.gpus_for_training": ONE_TRAINS,
-    "topology.gpus_for_ref": REFERENCE, "reference.*": REFERENCE, "vllm.*": ENGINE, "vllm.gpu_memory_utilization": "gpu_memory_utilization",
+    "topology.gpus_for_ref": REFERENCE, "topology.reference_placement": REFERENCE, "reference.*": REFERENCE,
+    "topology.tensor_parallel": _says(1), "topology.*": ONE_TRAINS,
+    "vllm.*": ENGINE, "vllm.gpu_memory_utilization": "gpu_memory_utilization",
     "vllm.tensor_parallel_size": _says(1), "vllm.enable_prefix_caching": CACHES, "vllm.use_cudagraph": GRAPHS,
     "vllm.max_model_len": Note("sequence_length says how long a sequence may be"),
     "training.use_qlora": Note("GRPO trains a bf16 LoRA: a sampled token's log-probability must come from the weights that are trained"),

@@ -396,7 +396,7 @@ def rent(name: str, seconds: float, gpus: int = 1) -> list[dict]:
     "The usage row of `gpus` GPUs called `name` for `seconds`; none for a CPU, whose name is empty."
     return [{"item": gpu_item(name), "quantity": round(seconds * gpus / 3600, 6), "unit": "GPU-hour"}] if name else []
 
-# %% ../nbs/11_costs.ipynb #f3723e8f
+# %% ../nbs/11_costs.ipynb #2d48a5f8
 def _generation(turns: int, tokens: dict, at_once: int, images: int, mfu: float) -> tuple[float, float]:
     "FLOP and GPU seconds for `turns` replies, `at_once` at a time."
     reading = turns * (tokens["prompt"] * LANGUAGE + tokens["image"] * VISION)
@@ -414,12 +414,13 @@ def _played(stage: str, config: Stage) -> int:
     return players * len(parse_seeds(config.seeds)) * length
 
 
-def _divided(config: GRPOConfig, playing: float, training: float) -> float:
-    "GPU seconds of an RL run, from those of its two halves: GPUs that serve wait while the other trains, unless it trains meanwhile."
+def _divided(config: GRPOConfig, playing: float, training: float, front: float) -> float:
+    """GPU seconds of an RL run, from those of its two halves and of what prepares pictures, of which there is one: GPUs that serve wait while the
+    other trains, unless it trains meanwhile."""
     serving = config.gpus_for_vllm
     if not serving:
         return playing + training
-    both = playing / serving, training
+    both = max(playing / serving, front), training
     return (1 + serving) * (max(both) if config.overlap else sum(both))
 
 
@@ -433,13 +434,14 @@ def _work(stage: str, config: Stage, protocol: Protocol, rows: int, tokens: dict
         return turns, flops, flops / (PEAK_H200 * mfu)
     turns = _played(stage, config)
     at_once = config.groups * config.group_size if stage == "grpo" else config.concurrency
-    flops, seconds = _generation(turns, tokens, at_once, protocol.frames * (protocol.observe != "text"), mfu)
+    images = protocol.frames * (protocol.observe != "text")
+    flops, seconds = _generation(turns, tokens, at_once, images, mfu)
     if stage == "grpo":
         each = config.epochs * training_flops(tokens, "lora", config.gradient_checkpointing)
         if config.beta > 0:  # the reference policy reads every turn once
             each += (tokens["prompt"] + tokens["completion"]) * LANGUAGE + tokens["completion"] * HEAD + tokens["image"] * VISION
         trained = config.top_share * turns * each
-        flops, seconds = flops + trained, _divided(config, seconds, trained / (PEAK_H200 * mfu))
+        flops, seconds = flops + trained, _divided(config, seconds, trained / (PEAK_H200 * mfu), turns * images / FRONT_END)
     return turns, flops, seconds
 
 # %% ../nbs/11_costs.ipynb #c2747f73

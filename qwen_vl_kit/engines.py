@@ -7,8 +7,8 @@ __all__ = ['SHOWN', 'GUARD', 'Request', 'Sampling', 'Output', 'uniforms', 'Engin
            'shared_prefix', 'prefill_shared', 'draw', 'distinct', 'decode', 'LowRank', 'changes', 'read_adapter',
            'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'stored', 'roomy',
            'language_only', 'VLLMEngine', 'first_line', 'access', 'told', 'CallFailed', 'Passing', 'Relearnt',
-           'retry_after', 'backoff', 'size', 'reply_text', 'read_reply', 'cached', 'read_tokens', 'Unmetered',
-           'ServerEngine', 'guarded', 'divided', 'serving', 'chosen', 'create', 'rank_of']
+           'retry_after', 'backoff', 'size', 'reply_text', 'read_reply', 'cached', 'read_tokens', 'Serving',
+           'Unmetered', 'ServerEngine', 'guarded', 'divided', 'serving', 'chosen', 'create', 'rank_of']
 
 # %% ../nbs/07_engines.ipynb #fe9ed4f5
 import asyncio
@@ -661,7 +661,21 @@ def read_tokens(reply: dict) -> tuple[list[int], list[int], list[float]]:
         raise CallFailed(f"the endpoint tells {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
     return prompt_ids, token_ids, logprobs
 
-# %% ../nbs/07_engines.ipynb #6fe697f2
+# %% ../nbs/07_engines.ipynb #52d24c33
+@dataclass
+class Serving:
+    "A running server: what `access` would say of it, its process, and the file that takes what it says."
+
+    access: dict
+    process: subprocess.Popen
+    log: Path
+
+    def check(self) -> None:
+        "Raise `EngineDied` when it has ended."
+        if self.process.poll() is not None:
+            raise EngineDied(f"vLLM's server has ended; see {self.log}")
+
+# %% ../nbs/07_engines.ipynb #9fd88ed3
 class Unmetered:
     "A meter that counts nothing and refuses nothing."
 
@@ -703,16 +717,16 @@ class ServerEngine:
     processor
         of the model, for RL: token ids and log-probabilities are asked for
     at
-        what `access` gives, where it is not the environment that says it
+        a server of our own; None: the environment says where it is
     """
 
     name = "server"
 
     def __init__(self, model: str, concurrency: int = 64, detail: str = "low", retries: int = 6, seconds: float = 60.0, meter=None, processor=None,
-                 at: dict | None = None):
+                 at: Serving | None = None):
         self.model, self.detail, self.retries, self.seconds, self.processor = model, detail, retries, seconds, processor
         self.versions = Versions()
-        self.access, self.meter = at or access(model), meter or Unmetered()
+        self.at, self.access, self.meter = at, at.access if at else access(model), meter or Unmetered()
         self.learned: dict[str, str | None] = {}  # what the model calls a parameter of ours; None: it takes none such
         self.reached, self._pause = False, 0.0
         self.concurrency, self._loop, self._settled = concurrency, None, asyncio.Event()
@@ -720,10 +734,11 @@ class ServerEngine:
     def start(self, coroutine) -> Future:
         "Run a coroutine on the engine's event loop."
         if self._loop is None:
-            from openai import AsyncOpenAI, Timeout
+            from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
             limit = Timeout(None, connect=min(self.seconds, 10.0))  # `_send` limits the rest
-            self._clients = [AsyncOpenAI(**self.access, max_retries=0, timeout=limit) for _ in range(math.ceil(self.concurrency / 8))]
+            near = {"http_client": DefaultAsyncHttpxClient(trust_env=False)} if self.at else {}  # no proxy knows the way to it
+            self._clients = [AsyncOpenAI(**self.access, **near, max_retries=0, timeout=limit) for _ in range(math.ceil(self.concurrency / 8))]
             self._free: asyncio.Queue = asyncio.Queue()
             for place in range(self.concurrency):
                 self._free.put_nowait(self._clients[place % len(self._clients)])
@@ -772,6 +787,8 @@ class ServerEngine:
             said = told(error, [self.access["api_key"], *self.access["default_headers"].values()])
             return "" if "already been loaded" in said else f"{error.status_code}: {said}"
         except (APIConnectionError, TimeoutError) as error:
+            if self.at:
+                self.at.check()
             return f"{type(error).__name__}"
         return ""
 
@@ -843,6 +860,8 @@ class ServerEngine:
             self.reached = True
             raise self._refusal(error, body) from None
         except APIConnectionError as error:
+            if self.at:
+                self.at.check()
             cause = type(error.__cause__ or error).__name__
             unsent = cause in ("ConnectError", "ConnectTimeout")  # there was no connection that could have carried it
             if unsent and not self.reached:
@@ -903,7 +922,7 @@ class ServerEngine:
         for client in self._clients:
             await client.close()
 
-# %% ../nbs/07_engines.ipynb #ce9b48b3
+# %% ../nbs/07_engines.ipynb #967814d4
 GUARD = '{ "$@"; kill -9 0; } & cat > /dev/null; kill -9 0'  # 0: all that was started from here
 
 
@@ -925,8 +944,8 @@ def divided(gpus: int) -> str:
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    seen = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
-    return ",".join(seen[len(seen) - gpus:])
+    seen = ([name.strip() for name in named.split(",")] if named else [*map(str, range(64))])[:torch.cuda.device_count()]
+    return ",".join(seen[-gpus:])
 
 
 @contextlib.contextmanager
@@ -946,13 +965,11 @@ def serving(model: str, revision: str = "", gpus: int = 1, *, log: Path, bf16: b
     Raises `InputError` where vLLM is not installed, and `EngineDied` when the server does not start.
     """
     if not there("vllm"):
-        raise InputError("vLLM is not installed here, so it cannot serve", mend="make gpu installs it; or set gpus_for_vllm = 0")
-    with tempfile.TemporaryDirectory(prefix="qvk-vllm-") as scratch, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port, key = free.getsockname()[1], secrets.token_hex()
-        free.close()
+        raise InputError("vLLM is not installed here, so it cannot serve", mend="make gpu installs it, for a GPU")
+    with tempfile.TemporaryDirectory(prefix="qvk-vllm-") as scratch:
+        source, port, key = stored(Path(scratch), model, revision, None, bf16)[1], _free_port(), secrets.token_hex()
         settings = {
-            "model": stored(Path(scratch), model, revision, None, bf16)[1], "served-model-name": model, "host": "127.0.0.1", "port": port,
+            "model": source, "served-model-name": model, "host": "127.0.0.1", "port": port,
             "dtype": "bfloat16" if bf16 else "float32", "max-model-len": longest or -1, "max-num-seqs": math.ceil(concurrency / max(1, gpus)),
             "gpu-memory-utilization": gpu_memory_utilization, "max-lora-rank": roomy(lora_rank), "max-loras": 3, "max-cpu-loras": 3, "seed": 0,
             "limit-mm-per-prompt": json.dumps(SHOWN), "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
@@ -964,14 +981,20 @@ def serving(model: str, revision: str = "", gpus: int = 1, *, log: Path, bf16: b
                **({"CUDA_VISIBLE_DEVICES": divided(gpus)} if gpus else {"VLLM_CPU_KVCACHE_SPACE": "1"})}
         with guarded(line, log, env) as process:
             _await(f"http://127.0.0.1:{port}/health", process, log, patience)
-            yield {"api_key": key, "base_url": f"http://127.0.0.1:{port}/v1", "default_headers": {}}
+            yield Serving({"api_key": key, "base_url": f"http://127.0.0.1:{port}/v1", "default_headers": {}}, process, log)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _await(url: str, process, log: Path, patience: float) -> None:
     "Wait until a server says that it is well."
-    until = time.monotonic() + patience
+    until, here = time.monotonic() + patience, urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows the way to it
     while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as reply:
+        with contextlib.suppress(OSError), here.open(url, timeout=5) as reply:
             if reply.status == 200:
                 return
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -980,7 +1003,7 @@ def _await(url: str, process, log: Path, patience: float) -> None:
             why = "has ended" if process.returncode is not None else f"has not answered within {patience:.0f} s"
             raise EngineDied(f"vLLM's server {why} before it could play; see {log}")
 
-# %% ../nbs/07_engines.ipynb #3e04da1f
+# %% ../nbs/07_engines.ipynb #28c2c3c0
 def chosen(engine: str) -> str:
     "The engine that a config's value stands for on this machine: hf, vllm or server."
     if engine != "auto":

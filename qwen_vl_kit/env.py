@@ -988,7 +988,7 @@ def _tile_names(game: Game) -> list:
         names[place] = type(creature).__name__.lower()
     return [names[x * _GRID[1] + y] for y in range(_GRID[1]) for x in range(_GRID[0])]
 
-# %% ../nbs/02_env.ipynb #0745b93a
+# %% ../nbs/02_env.ipynb #f52ad0c3
 class _Screen:
     "A game with a screen: what can be seen and known of it. Asking before the first `reset` is an `InputError`."
 
@@ -1024,6 +1024,12 @@ class _Screen:
     def unlocked(self) -> tuple:
         "Names of the achievements made so far in this episode, in crafter's order."
         return tuple(name for name in ACHIEVEMENTS if name in self._playing.made)
+
+    @property
+    def rest(self) -> int:
+        "Steps of sleep until the player is rested and wakes up, if nothing hurts it; no player sees how tired it is."
+        player = self._playing.player
+        return 11 * (9 - player.inventory["energy"]) + min(player._fatigue, 1) + 1
 
     def view(self) -> View:
         "What the 9x7 window shows now, by name; for the teacher and for labels, never for prompts."

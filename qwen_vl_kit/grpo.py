@@ -387,7 +387,7 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
         openings |= {(seed, first + m): (snapshot, played[seed, member][:turn]) for m in range(size)}
     return starts, openings
 
-# %% ../nbs/16_grpo.ipynb #4ce6fffc
+# %% ../nbs/16_grpo.ipynb #6ca83e59
 GRPO_NAMES = {**{name: name for name in (
     "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_health", "reward_shaping", "reward_judge", "achievement_rate",
     "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "turns_trained", "groups_alike", "explained_variance",
@@ -453,13 +453,13 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
 def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[str]]:
     """GPUs on which vLLM serves while the first one trains, and a line for what of `gpus_for_vllm` cannot apply here.
 
-    Raises `InputError` when another engine is asked for, too, and for an adapter that vLLM cannot play.
+    Raises `InputError` where vLLM is not installed, and for an adapter that it cannot play.
     """
     asked = config.gpus_for_vllm
-    if asked and config.engine != "auto":
-        raise InputError(f'gpus_for_vllm = {asked} starts a vLLM server, and engine = "{config.engine}" is no such', mend='set engine = "auto"')
     found = gpus() if asked else 0
     serving = max(0, min(asked, found - 1))
+    if serving and not engines.there("vllm"):
+        raise InputError(f"gpus_for_vllm = {asked} needs vLLM, which is not installed", mend="make gpu installs it; or set gpus_for_vllm = 0")
     if serving and adapter:
         engines.language_only(adapter)
     plays = f"{serving} serve{'s' * (serving == 1)}" if serving else "what plays shares what trains"
@@ -491,8 +491,8 @@ def share_sight(trained: models.Loaded, engine) -> models.Sight:
 
 def _playing(config, out, adapter, serving, stack):
     "The engine that plays, here or on a server of its own; `stack` ends it."
-    shared = dict(bf16=config.bf16, concurrency=config.groups * config.group_size, gpu_memory_utilization=config.gpu_memory_utilization,
-                  lora_rank=engines.rank_of(adapter), longest=config.sequence_length)
+    shared = dict(bf16=config.bf16, concurrency=config.groups * config.group_size, lora_rank=engines.rank_of(adapter),
+                  longest=config.sequence_length, gpu_memory_utilization=config.gpu_memory_utilization or (0.85 if serving else 0.4))
     at = stack.enter_context(engines.serving(config.model, config.revision, serving, log=out / "vllm.log", **shared)) if serving else None
     engine = engines.create("server" if serving else config.engine, config.model, config.revision, **shared, tokens=True, at=at)
     return stack.enter_context(contextlib.closing(engine))

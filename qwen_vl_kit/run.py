@@ -267,7 +267,7 @@ def state(stage: str, settings: configs.Stage, out: Path, option: str = "--out")
         raise InputError(f"an output folder of another run (it holds {found[0]}, and no manifest)", _told(out), mend)
     return "new"
 
-# %% ../nbs/21_run.ipynb #83ae858e
+# %% ../nbs/21_run.ipynb #f4c05929
 SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "export"}, "grpo": {"adapter": "sft"},
            "benchmark": {"sft_adapter": "sft", "grpo_adapter": "grpo"}}
 
@@ -285,7 +285,7 @@ def check_sources(stage: str, settings: configs.Stage, out: Path) -> None:
 def check_access(settings: configs.Stage) -> None:
     "Raise `InputError` when a stage is to call an endpoint and the environment does not say how; tell of models that have no price."
     models = []
-    if getattr(settings, "engine", "") == "server" and settings.teacher == "model":
+    if getattr(settings, "engine", "") == "server" and getattr(settings, "teacher", "model") == "model":
         models.append(settings.model)
     if getattr(settings, "judge", "") == "remote":
         models.append(settings.judge_model)
@@ -352,16 +352,19 @@ def at_adapter(settings: configs.Stage) -> configs.Stage:
            if (resolve(path) / "adapter" / "adapter_config.json").is_file() and not (resolve(path) / "adapter_config.json").is_file()}
     return settings.model_copy(update=led)
 
-# %% ../nbs/21_run.ipynb #8d2c880c
+# %% ../nbs/21_run.ipynb #31ff353c
 def finish(result: Result, settings: configs.Stage) -> Result:
     "Write the manifest of a stage that has just run, before anything is drawn that could fail; returns the result."
     from qwen_vl_kit import manifest
-    for gpu in manifest.machine()["gpus"]:  # the price book knows the rent of an H200; another GPU stands there without a price
-        result.usage.append({"item": "h200" if "H200" in gpu else gpu, "quantity": result.seconds / 3600, "unit": "GPU-hour"})
+    from qwen_vl_kit.costs import rent
+
+    gpus = manifest.machine()["gpus"]
+    if gpus and not any(row["unit"] == "GPU-hour" for row in result.usage):  # a stage that does not say how many it took has held one
+        result.usage += rent(gpus[0], result.seconds)
     manifest.write(result.out, result, settings)
     return result
 
-
+# %% ../nbs/21_run.ipynb #bb5c0808
 HEADLINES = {"collect": ("episodes", "achievement_rate"), "export": ("train_rows", "val_rows"), "sft": ("updates", "val_loss"),
              "grpo": ("return_first", "return_last"), "benchmark": ("random", "base", "sft", "grpo", "expert")}
 
@@ -449,7 +452,7 @@ def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, k
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/21_run.ipynb #aedfec35
+# %% ../nbs/21_run.ipynb #c43153c9
 def load_all(path: str, stages: tuple = STAGES, overrides=()) -> dict[str, configs.Stage]:
     "The configs of `stages` from a folder."
     if not resolve(path).is_dir():
@@ -493,7 +496,7 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
         renew |= run_stage(stage, loaded[stage], run / stage, force, renew, told=True)
     return run
 
-# %% ../nbs/21_run.ipynb #30e525b4
+# %% ../nbs/21_run.ipynb #48d9eab1
 def shown(run: Path) -> str:
     "The table of arms of a run and where its report lies, as text. Raises `InputError` when it has no benchmark."
     from qwen_vl_kit import show
@@ -523,7 +526,7 @@ def planned(path: str, overrides=()) -> str:
     assumed = next((plan["assumed"] for plan in plans if plan["assumed"].get("mfu")), {})
     return show.text_table(table) + "\n\nassumed: " + ", ".join(f"{name} {value}" for name, value in assumed.items())
 
-# %% ../nbs/21_run.ipynb #57ec4f46
+# %% ../nbs/21_run.ipynb #5cd3b43e
 def typed(path: str) -> str:
     "A path as it was typed: in the current folder if there is one, else below the project's; the whole path of one that is nowhere."
     here, there = Path.cwd() / Path(path).expanduser(), resolve(path)
@@ -584,7 +587,7 @@ def _seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str) ->
         return resolve("lora_adapters") / adapter_name(path, stage, settings)
     return run_folder(str(path)) / stage
 
-# %% ../nbs/21_run.ipynb #3414a1a3
+# %% ../nbs/21_run.ipynb #58e5e1f0
 ENV_FILE = "NAME=value lines: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_HEADERS (a JSON object)"
 
 
@@ -657,7 +660,7 @@ def _seed_commands(command) -> None:
         one.add_argument("--env-file", action="append", default=[], metavar="FILE", help=ENV_FILE)
         one.add_argument("--force", action="store_true", help="delete what another run of this stage left there, and write it anew")
 
-# %% ../nbs/21_run.ipynb #3a0e77fd
+# %% ../nbs/21_run.ipynb #834ec55d
 def _run(args) -> int:
     run = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
     print(shown(run) if (run / "benchmark" / "arms.csv").is_file() else f"outputs: {_told(run)}")
@@ -733,7 +736,7 @@ def _perf(args) -> int:
     told = [word for name in names if (value := getattr(args, name)) for word in (f"--{name}", value)]
     return perf.main([args.path, *told]) or 0
 
-# %% ../nbs/21_run.ipynb #56392cde
+# %% ../nbs/21_run.ipynb #52139433
 def _seed(stage: str, args, overrides: list, trace_db: str = "") -> int:
     "Run one of the seed's commands."
     path = configs.config_file(typed(args.config), stage)

@@ -14,7 +14,7 @@ from .config import horizon
 from .env import ACHIEVEMENTS, World
 from .episodes import Episode, returns_to_go
 
-# %% ../nbs/15b_values.ipynb #aeb866a6
+# %% ../nbs/15b_values.ipynb #a65e88cc
 KINDS = ("void", "player", "grass", "sand", "path", "tree", "water", "lava", "stone", "coal", "iron", "diamond", "table", "furnace", "plant", "cow",
          "zombie", "skeleton", "arrow")
 _NUMBER = {name: number for number, name in enumerate(KINDS)}
@@ -22,7 +22,8 @@ _NEARNESS = 1 / (1 + np.abs(np.arange(63) % 9 - 4) + np.abs(np.arange(63) // 9 -
 
 
 def facts(world: World, left: float) -> np.ndarray:
-    "What is held, done, ahead and near in a world, and the same times `left` and times e^(-5 left); `left` is the share of the episode to come."
+    """What is held, done, ahead and near in a world, and whether sleep pays; and the same times `left` and times e^(-5 left).
+    `left` is the share of the episode to come."""
     view, tiles = world.view(), [_NUMBER[name] for name in world.tiles()]
     held = [min(view.inventory[name], 9) / 9 for name in sorted(view.inventory)]
     done = [float(view.achievements[name] > 0) for name in ACHIEVEMENTS]
@@ -30,7 +31,9 @@ def facts(world: World, left: float) -> np.ndarray:
     dx, dy = view.facing
     ahead[tiles[(dy + 3) * 9 + dx + 4]] = 1
     np.maximum.at(near, tiles, _NEARNESS)
-    plain = np.concatenate([held, done, ahead, near, [view.sleeping, 1.0]])
+    rested = view.achievements["wake_up"] == 0 and (not world.length or world.rest <= world.length - view.step)
+    sleep = [rested and view.sleeping, rested and not view.sleeping and view.inventory["energy"] < 9]
+    plain = np.concatenate([held, done, ahead, near, sleep, [view.sleeping, 1.0]])
     return np.concatenate([plain, plain * left, plain * np.exp(-5 * left)])
 
 

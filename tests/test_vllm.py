@@ -90,7 +90,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def access(server, monkeypatch):
-    _, at = server
+    at = server[1].access
     for name, value in {"OPENAI_BASE_URL": at["base_url"], "OPENAI_API_KEY": at["api_key"], "OPENAI_HEADERS": ""}.items():
         monkeypatch.setenv(name, value)
 
@@ -163,7 +163,12 @@ def test_a_server_that_dies_is_told(server, access):
     engine = engines.create("server", "tiny", tokens=True, retries=0)
     asked = contract.requests()
     assert len(engine.generate(asked, contract.SAMPLING)) == len(asked)
+    mine = engines.create("server", "tiny", tokens=True, at=server[1])
+    assert [a.token_ids for a in mine.generate(asked, contract.SAMPLING)] == [a.token_ids for a in engine.generate(asked, contract.SAMPLING)]
     server[0].close()
+    with pytest.raises(engines.EngineDied, match="vLLM's server has ended; see .*vllm.log"):
+        mine.generate(asked, contract.SAMPLING)
+    mine.close()
     with pytest.raises(engines.CallFailed, match="the connection broke"):
         engine.generate(asked, contract.SAMPLING)
     engine.close()
