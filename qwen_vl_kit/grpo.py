@@ -173,7 +173,7 @@ def packed_logprobs(model, processor, samples, length: int, width: int):
     mine = mine.to(model.device)
     return out.log_probs[rows, columns] * mine, entropy[rows, columns] * mine
 
-# %% ../nbs/16_grpo.ipynb #9a4d68f9
+# %% ../nbs/16_grpo.ipynb #e26cdb52
 class Sample:
     "One turn as a training sample: prompt and tokens (labels on the tokens), and the log-probabilities they were sampled with."
 
@@ -327,7 +327,8 @@ class Player:
 
     def _terms(self, episodes: list[Episode]) -> list[dict]:
         config, scores = self.config, self._scores(episodes)
-        return [reward_terms(e, config.invalid_cost, config.health, config.shaping, score, config.gamma) for e, score in zip(episodes, scores)]
+        weights = config.invalid_cost, config.untrue_cost, config.health, config.shaping
+        return [reward_terms(e, *weights, score, config.gamma) for e, score in zip(episodes, scores)]
 
     def _remember(self, iterations: range) -> None:
         "Let the critic of a run that goes on know the iterations before."
@@ -387,10 +388,10 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
         openings |= {(seed, first + m): (snapshot, played[seed, member][:turn]) for m in range(size)}
     return starts, openings
 
-# %% ../nbs/16_grpo.ipynb #6ca83e59
+# %% ../nbs/16_grpo.ipynb #c532435f
 GRPO_NAMES = {**{name: name for name in (
-    "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_health", "reward_shaping", "reward_judge", "achievement_rate",
-    "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "turns_trained", "groups_alike", "explained_variance",
+    "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_untrue", "reward_health", "reward_shaping", "reward_judge",
+    "achievement_rate", "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "turns_trained", "groups_alike", "explained_variance",
     "entropy", "kl", "grad_norm", "logprob_gap", "sync_seconds", "rollout_seconds", "waited_seconds", "update_seconds")},
     "clip_ratio/region_mean": "clip_fraction", "ratio/mean": "ratio_mean", "ratio/max": "ratio_max", "ratio/effective_share": "effective_share"}
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['KINDS', 'facts', 'seen', 'Critic', 'gae']
 
-# %% ../nbs/15b_values.ipynb #5ac73c2d
+# %% ../nbs/15b_values.ipynb #60dc3d58
 from collections import deque
 
 import numpy as np
 
 from .config import horizon
 from .env import ACHIEVEMENTS, World
-from .episodes import Episode, returns_to_go
+from .episodes import Episode, replayed, returns_to_go
 
-# %% ../nbs/15b_values.ipynb #a65e88cc
+# %% ../nbs/15b_values.ipynb #9503c809
 KINDS = ("void", "player", "grass", "sand", "path", "tree", "water", "lava", "stone", "coal", "iron", "diamond", "table", "furnace", "plant", "cow",
          "zombie", "skeleton", "arrow")
 _NUMBER = {name: number for number, name in enumerate(KINDS)}
@@ -39,15 +39,8 @@ def facts(world: World, left: float) -> np.ndarray:
 
 def seen(episode: Episode) -> np.ndarray:
     "The facts (turns, features) of every situation of a played episode: its world and its actions give the same game once more."
-    limits = horizon(episode.horizon)
-    world = World(18, limits.steps)
-    world.reset(episode.seed)
-    rows = []
-    for number, turn in enumerate(episode.turns):
-        rows.append(facts(world, 1 - number / limits.turns))
-        for action in turn.executed:
-            world.step(action)
-    return np.array(rows)
+    turns = horizon(episode.horizon).turns
+    return np.array([facts(world, 1 - number / turns) for number, world in enumerate(replayed(episode))])
 
 # %% ../nbs/15b_values.ipynb #3f0f112d
 class Critic:

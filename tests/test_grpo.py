@@ -102,7 +102,8 @@ def test_ahead_of_the_updates(settings, tmp_path):
 
 def test_nothing_to_learn_is_said(settings, tmp_path):
     "One turn an episode, and nothing taken for what is said: nobody earns anything."
-    config = GRPOConfig(**settings | {"horizon": "s1", "iterations": 4, "invalid_cost": 0.0, "midway": 0.0, "batch_size": 6, "seeds": "50-99"})
+    costless = {"invalid_cost": 0.0, "untrue_cost": 0.0}
+    config = GRPOConfig(**settings | costless | {"horizon": "s1", "iterations": 4, "midway": 0.0, "batch_size": 6, "seeds": "50-99"})
     with pytest.raises(TrainingStopped, match="nothing to learn; raise temperature, group_size or groups"):
         grpo.run(config, tmp_path / "grpo")
     rows = told(tmp_path / "grpo")
