@@ -7,7 +7,7 @@ __all__ = ['GRPO_NAMES', 'SMALLER', 'advantages', 'trainer_class', 'packed_logpr
            'Player', 'seeds_of', 'merged', 'openings_of', 'arguments', 'run', 'served', 'updates_of', 'resumed',
            'share_sight']
 
-# %% ../nbs/16_grpo.ipynb #9ceac327
+# %% ../nbs/16_grpo.ipynb #e188056f
 import contextlib
 import shutil
 import time
@@ -24,8 +24,8 @@ from .env import ACHIEVEMENTS, World
 from .episodes import Episode, returns_to_go
 from .judge import RemoteJudge, reward_terms, rubric
 from .rollout import rollout
-from .sft import (checked_card, device_name, gpus, last_checkpoint, observer, on_one_device, rewind, shortage_told, silence, threads,
-                             tracked)
+from .sft import (Ending, checked_card, device_name, gpus, last_checkpoint, observer, on_one_device, rewind, shortage_told, silence,
+                             threads, tracked)
 from .traces import Store, load
 from .values import Critic, gae
 
@@ -63,14 +63,14 @@ def _by_episode(group):
     returns = [sum(rewards) for rewards in group]
     return [np.full(len(rewards), r - np.mean(returns)) for rewards, r in zip(group, returns)]
 
-# %% ../nbs/16_grpo.ipynb #f0520c4f
+# %% ../nbs/16_grpo.ipynb #6fcc4131
 def trainer_class():
     "The `GRPOTrainer` subclass; made in a function because importing TRL takes seconds."
     import torch
     from trl import GRPOTrainer
     from trl.trainer.utils import use_adapter
 
-    class TurnGRPOTrainer(GRPOTrainer):
+    class TurnGRPOTrainer(Ending, GRPOTrainer):
         "GRPO with one sample per turn. `play(trained model, iteration)` returns the samples of one iteration, see `Player`."
 
         def __init__(self, *args, play, length: int, **more):
@@ -388,7 +388,7 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
         openings |= {(seed, first + m): (snapshot, played[seed, member][:turn]) for m in range(size)}
     return starts, openings
 
-# %% ../nbs/16_grpo.ipynb #c532435f
+# %% ../nbs/16_grpo.ipynb #19f0ca7b
 GRPO_NAMES = {**{name: name for name in (
     "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_untrue", "reward_health", "reward_shaping", "reward_judge",
     "achievement_rate", "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "turns_trained", "groups_alike", "explained_variance",
@@ -523,5 +523,5 @@ def _fit(config, out, adapter, store, updates, last, before, meter, serving):
         silence(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.model.save_pretrained(out / "adapter", selected_adapters=["default"])
-    shutil.rmtree(out / "policies")
+    shutil.rmtree(out / "policies", ignore_errors=True)  # none, where the last checkpoint was all that had to be gone on from
     return loaded, [row for row in read_jsonl(out / "metrics.jsonl") if "return_mean" in row]

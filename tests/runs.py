@@ -25,3 +25,8 @@ def lora(out: Path) -> dict:
     "The adapter's weights."
     from safetensors.numpy import load_file
     return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def alike(ours: dict, theirs: dict) -> None:
+    "Both have the same weights, to the last bit."
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)

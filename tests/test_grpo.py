@@ -1,6 +1,7 @@
 """GRPO as a user meets it: killed, overlapping, with nothing to learn, with weights that do not arrive; and what it relies on in TRL."""
 
 import inspect
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import lora, student, told
+from runs import alike, lora, student, told
 
 from qwen_vl_kit import engines, grpo, models, traces
 from qwen_vl_kit.config import GRPOConfig
@@ -49,8 +50,11 @@ def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
     assert told(tmp_path / "killed") == told(tmp_path / "whole")
     assert played(tmp_path / "killed") == played(tmp_path / "whole")
     assert resumed.numbers == whole.numbers
-    ours, theirs = lora(tmp_path / "killed"), lora(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+    alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
+    shutil.rmtree(tmp_path / "killed" / "adapter")  # killed once more, between its last update and its end
+    grpo.run(config, tmp_path / "killed")
+    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
 
 
 def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
@@ -69,8 +73,7 @@ def test_at_a_learning_rate_of_nothing_the_ratio_stays_one(settings, tmp_path):
     assert len(rows) == 3
     assert all(row["ratio_mean"] == pytest.approx(1, abs=1e-5) and row["ratio_max"] == pytest.approx(1, abs=1e-4) for row in rows)
     assert all(row["logprob_gap"] < 1e-5 and row["clip_fraction"] == 0 and row["effective_share"] > 0.9999 for row in rows)
-    before, after = lora(Path(settings["adapter"]).parent), lora(out)
-    assert all((before[name] == after[name]).all() for name in before)
+    alike(lora(Path(settings["adapter"]).parent), lora(out))
 
 
 def test_two_hundred_syncs_drift_nothing(settings):
@@ -190,6 +193,7 @@ def test_trl_is_as_it_was_when_this_was_written():
     assert parameters("log") == ["self", "logs", "start_time"]
     assert parameters("_get_per_token_logps_and_entropies")[:8] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
                                                                     "compute_entropy", "compute_aux_loss"]
+    assert "self._run_epoch(" in inspect.getsource(GRPOTrainer._inner_training_loop)
     loss = inspect.getsource(GRPOTrainer._compute_loss)
     for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "ref_per_token_logps", "num_items_in_batch"):
         assert f'inputs["{key}"]' in loss, key
