@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import contract
 import pytest
 from runs import alike, lora, student, told
 
@@ -76,14 +77,22 @@ def test_at_a_learning_rate_of_nothing_the_ratio_stays_one(settings, tmp_path):
     alike(lora(Path(settings["adapter"]).parent), lora(out))
 
 
-def test_two_hundred_syncs_drift_nothing(settings):
+def test_two_hundred_syncs_drift_nothing(settings, tmp_path):
+    "Policies that come and go, each of which speaks, leave the base as it was, and the last one is what it would have been alone."
     engine = engines.HFEngine(models.load("tiny", bf16=True), bf16=True)
-    trained = models.load("tiny", adapter=settings["adapter"], bf16=True, trainable=True).model
-    engine.sync(trained)
-    first = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
-    for _ in range(200):
-        engine.sync(trained)
-    assert all((first[name] == weight).all() for name, weight in engine.model.state_dict().items())
+    folders, asked = [settings["adapter"], contract.adapter(tmp_path / "other", 1)], contract.requests()[:1]
+
+    def weights(adapter: str) -> dict:
+        engine.generate(asked, engines.Sampling(1.0, 1), adapter)
+        return {name: weight.clone() for name, weight in engine.model.state_dict().items()}
+
+    base, first = weights(""), weights(engine.set_policy(0, folders[0]))
+    for version in range(1, 200):
+        engine.generate(asked, engines.Sampling(1.0, 1), engine.set_policy(version, folders[version % 2]))
+    last = weights(engine.set_policy(200, folders[0]))
+    alike(last, first)
+    alike(weights(""), base)
+    assert any((last[name] != base[name]).any() for name in base)
 
 
 def test_weights_that_do_not_reach_the_engine_stop_the_run(settings, tmp_path, monkeypatch):
