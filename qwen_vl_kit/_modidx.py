@@ -402,6 +402,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qwen_vl_kit.env.decode_png': ('env.html#decode_png', 'qwen_vl_kit/env.py'),
                                  'qwen_vl_kit.env.frame_hash': ('env.html#frame_hash', 'qwen_vl_kit/env.py'),
                                  'qwen_vl_kit.env.gym_world': ('env.html#gym_world', 'qwen_vl_kit/env.py'),
+                                 'qwen_vl_kit.env.needs': ('env.html#needs', 'qwen_vl_kit/env.py'),
                                  'qwen_vl_kit.env.night_noise': ('env.html#night_noise', 'qwen_vl_kit/env.py'),
                                  'qwen_vl_kit.env.painter': ('env.html#painter', 'qwen_vl_kit/env.py'),
                                  'qwen_vl_kit.env.png': ('env.html#png', 'qwen_vl_kit/env.py'),
@@ -1152,6 +1153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qwen_vl_kit.values.Critic.__init__': ('values.html#critic.__init__', 'qwen_vl_kit/values.py'),
                                     'qwen_vl_kit.values.Critic._solved': ('values.html#critic._solved', 'qwen_vl_kit/values.py'),
                                     'qwen_vl_kit.values.Critic._sum': ('values.html#critic._sum', 'qwen_vl_kit/values.py'),
+                                    'qwen_vl_kit.values.chances': ('values.html#chances', 'qwen_vl_kit/values.py'),
                                     'qwen_vl_kit.values.facts': ('values.html#facts', 'qwen_vl_kit/values.py'),
                                     'qwen_vl_kit.values.gae': ('values.html#gae', 'qwen_vl_kit/values.py'),
                                     'qwen_vl_kit.values.seen': ('values.html#seen', 'qwen_vl_kit/values.py')}}}
