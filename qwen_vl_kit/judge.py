@@ -66,7 +66,10 @@ def rubric(episode: Episode, weights: dict[str, float] | None = None) -> dict[st
 # %% ../nbs/15_judge.ipynb #17515731
 def untrue(episode: Episode) -> list[bool]:
     "For each turn, whether its reason names a tile with an offset where the picture shows another one, or none at all."
-    return [_untrue(named(turn.decision.reason), world) for turn, world in zip(episode.turns, replayed(episode))]
+    told = [named(turn.decision.reason) for turn in episode.turns]
+    if not any(told):  # then there is nothing to look up
+        return [False] * len(told)
+    return [_untrue(tile, world) for tile, world in zip(told, replayed(episode))]
 
 
 def _untrue(told, world):

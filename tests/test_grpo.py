@@ -56,6 +56,8 @@ def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
     grpo.run(config, tmp_path / "killed")
     assert told(tmp_path / "killed") == told(tmp_path / "whole")
     alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
+    with pytest.raises(InputError, match="there are 3 iterations already, and iterations = 1"):
+        grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "killed")
 
 
 def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
@@ -63,9 +65,10 @@ def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
     again = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "second")
     other = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "first" / "more")
     assert told(again.out) == told(other.out)
-    (tmp_path / "second" / "checkpoints" / "start.json").write_text('{"adapter": "another"}')
     grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "second")
     assert told(tmp_path / "second") == told(tmp_path / "first")
+    grpo.run(GRPOConfig(**settings | {"iterations": 1, "learning_rate": 1e-30}), tmp_path / "second")
+    alike(lora(tmp_path / "second"), lora(Path(settings["adapter"]).parent))  # what the other rate had learned is gone
 
 
 def test_at_a_learning_rate_of_nothing_the_ratio_stays_one(settings, tmp_path):
