@@ -75,7 +75,8 @@ def rules() -> str:
 
 # %% ../nbs/02_env.ipynb #4dac99e6
 def needs() -> dict[str, tuple[dict, list]]:
-    "Achievement -> (amounts of items that have to be held, kinds of tiles that all have to be there); waking up needs neither."
+    """Achievement -> (amounts of items that have to be held, kinds of tiles that all have to be there); waking up needs neither.
+    What a thing may be placed on, and that a plant has to be ripe, is not told."""
     found = {f"collect_{item}": (rule["require"], [material]) for material, rule in constants.collect.items() for item in rule["receive"]}
     found |= {f"place_{thing}": (rule["uses"], []) for thing, rule in constants.place.items()}
     found |= {f"make_{tool}": (rule["uses"], rule["nearby"]) for tool, rule in constants.make.items()}

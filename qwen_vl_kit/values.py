@@ -38,8 +38,8 @@ def chances(held: np.ndarray, done: np.ndarray, *places: np.ndarray) -> np.ndarr
 
 
 def facts(world: World, left: float) -> np.ndarray:
-    """What is held, done, ahead and near in a world, and whether sleep pays; and the same times `left` and times e^(-5 left).
-    `left` is the share of the episode to come."""
+    """What is held, done, ahead and near in a world, the chances, and whether sleep pays; and the same times `left` and times
+    e^(-5 left). `left` is the share of the episode to come."""
     view, tiles = world.view(), [_NUMBER[name] for name in world.tiles()]
     held = np.array([view.inventory[name] for name in ITEMS])
     done = np.array([float(view.achievements[name] > 0) for name in ACHIEVEMENTS])
