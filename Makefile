@@ -58,7 +58,7 @@ gpu: setup
 	@$(PIP) install --quiet -c .venv/held.txt -e '.[gpu]'
 
 # vLLM's CPU build has an environment of its own: it wants an older numpy. The libraries that train are those of constraints.txt.
-# Offline once it is installed. tests/vllm_env says what beside a CPU torch has to be left out, and what to be cured.
+# Offline once it is installed. uv does not read pip's settings: where wheels lie is told. tests/vllm_env says what beside a CPU torch has to be left out, and what to be cured.
 ifneq ($(shell cat .venv-vllm/installed 2>/dev/null),$(CURDIR))
 .venv-vllm/installed: FORCE
 endif
@@ -69,7 +69,8 @@ endif
 	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet uv
 	@grep -E '^(accelerate|crafter|datasets|opensimplex|pandas|peft|pytest|tokenizers|torch|transformers|trl)==' constraints.txt > .venv-vllm/held.txt
-	@.venv-vllm/bin/uv pip install --quiet --python .venv-vllm/bin/python $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+	@links="$${PIP_FIND_LINKS:-$$(.venv-vllm/bin/python -m pip config get global.find-links 2>/dev/null || true)}"; \
+	.venv-vllm/bin/uv pip install --quiet --system-certs --python .venv-vllm/bin/python $${links:+--find-links "$$links"} \
 	  -c .venv-vllm/held.txt --overrides tests/vllm_env/overrides.txt $(VLLM) pytest -e . ./tests/vllm_env
 	@printf '%s' "$(CURDIR)" > .venv-vllm/installed
 

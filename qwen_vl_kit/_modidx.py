@@ -1130,6 +1130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qwen_vl_kit.traces.protocol_of': ('traces.html#protocol_of', 'qwen_vl_kit/traces.py'),
                                     'qwen_vl_kit.traces.provenance': ('traces.html#provenance', 'qwen_vl_kit/traces.py'),
                                     'qwen_vl_kit.traces.read': ('traces.html#read', 'qwen_vl_kit/traces.py'),
+                                    'qwen_vl_kit.traces.sources': ('traces.html#sources', 'qwen_vl_kit/traces.py'),
                                     'qwen_vl_kit.traces.spent': ('traces.html#spent', 'qwen_vl_kit/traces.py'),
                                     'qwen_vl_kit.traces.split_of': ('traces.html#split_of', 'qwen_vl_kit/traces.py'),
                                     'qwen_vl_kit.traces.turns': ('traces.html#turns', 'qwen_vl_kit/traces.py')},

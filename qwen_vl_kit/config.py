@@ -243,7 +243,7 @@ class GRPOConfig(Training, Protocol):
     importance: Literal["token", "sequence"] = "token"
     loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     invalid_cost: float = Field(0.1, ge=0)  # taken from the reward of a turn whose reply had no usable action
-    untrue_cost: float = Field(0.2, ge=0)  # taken from the reward of a turn whose reason names a tile of the picture wrongly
+    untrue_cost: float = Field(0.2, ge=0)  # taken from the reward of a turn whose reason, if it has one, names a tile of the picture wrongly
     health: float = Field(0.0, ge=0)  # weight of the game's own reward for health
     shaping: float = Field(0.0, ge=0)  # weight of what is held of the materials that tools are made of, as a potential
     judge: Literal["game", "rubric", "remote"] = "game"  # the second and third add their score of an episode, 0 to 1, at its end

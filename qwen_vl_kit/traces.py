@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'SPLITS', 'LARGEST', 'PACKAGES', 'split_of', 'png_size', 'provenance', 'Store', 'frame', 'frames', 'read',
-           'load', 'protocol_of', 'episodes', 'turns', 'spent', 'fingerprint', 'merge', 'import_synth']
+           'load', 'protocol_of', 'episodes', 'turns', 'spent', 'sources', 'fingerprint', 'merge', 'import_synth']
 
 # %% ../nbs/09_traces.ipynb #9ce6324a
 import base64
@@ -595,6 +595,15 @@ def spent(db: str | Path, run: str | None = None, arm: str | None = None) -> Dec
         query = ("SELECT t.usd FROM turns t JOIN sessions s ON s.id = t.session "
                  "WHERE t.usd IS NOT NULL AND s.run = coalesce(?, s.run) AND s.arm = coalesce(?, s.arm)")
         return sum((Decimal(usd) for (usd,) in connection.execute(query, (run, arm))), Decimal(0))
+
+
+def sources(db: str | Path):
+    """What has made the episodes, in the order of storing, as a DataFrame: run, arm, episodes (how many), source (a dict: what `provenance`
+    said then, and the run's facts)."""
+    with _reading(db) as connection, _sound(resolve(db)):
+        table = _table(connection.execute("SELECT s.run, s.arm, count(*) AS episodes, o.provenance AS source FROM sessions s "
+                                          "JOIN sources o ON o.id = s.source GROUP BY s.run, s.arm, o.id ORDER BY min(s.id)"))
+        return table.assign(source=table["source"].map(json.loads))
 
 # %% ../nbs/09_traces.ipynb #4c5db38b
 def _digests(rows) -> Iterator[bytes]:
