@@ -58,7 +58,8 @@ gpu: setup
 	@$(PIP) install --quiet -c .venv/held.txt -e '.[gpu]'
 
 # vLLM's CPU build has an environment of its own: it wants an older numpy. The libraries that train are those of constraints.txt.
-# Offline once it is installed. uv does not read pip's settings: where wheels lie is told. tests/vllm_env says what beside a CPU torch has to be left out, and what to be cured.
+# Offline once it is installed. uv does not read pip's settings, so it is told where wheels lie. tests/vllm_env says what beside a CPU torch
+# has to be left out, and what to be cured.
 ifneq ($(shell cat .venv-vllm/installed 2>/dev/null),$(CURDIR))
 .venv-vllm/installed: FORCE
 endif
