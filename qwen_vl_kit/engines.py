@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'GUARD', 'Request', 'Sampling', 'Output', 'uniforms', 'Engine', 'EngineDied', 'Versions', 'prefill',
-           'shared_prefix', 'prefill_shared', 'draw', 'distinct', 'decode', 'LowRank', 'changes', 'read_adapter',
-           'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'stored', 'roomy',
-           'language_only', 'VLLMEngine', 'first_line', 'access', 'told', 'CallFailed', 'Passing', 'Relearnt',
+           'shared_prefix', 'prefill_shared', 'draw', 'distinct', 'decode', 'Replayed', 'LowRank', 'changes',
+           'read_adapter', 'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'stored',
+           'roomy', 'language_only', 'VLLMEngine', 'first_line', 'access', 'told', 'CallFailed', 'Passing', 'Relearnt',
            'retry_after', 'backoff', 'size', 'reply_text', 'read_reply', 'cached', 'read_tokens', 'Serving',
            'Unmetered', 'ServerEngine', 'guarded', 'divided', 'serving', 'chosen', 'create', 'rank_of']
 
@@ -30,6 +30,7 @@ import typing
 import urllib.request
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -221,6 +222,109 @@ def decode(model, inputs: dict, which: list[int], u_BT, temperature: float, eos:
         out = model(input_ids=token_P[:, None], attention_mask=mask, position_ids=place_P.expand(3, -1)[..., None],
                     past_key_values=cache, use_cache=True)
 
+# %% ../nbs/07_engines.ipynb #ea3939fc
+class Replayed:
+    """What `decode` does, in buffers that stay where they are: on a GPU a step is recorded once as a CUDA graph and then replayed.
+
+    There is one set of buffers, as large as was needed so far. Called as `decode`, but for the model.
+    """
+
+    def __init__(self, model):
+        self.model, self.size, self.how, self.graph = model, (0, 0, 0), (), None
+
+    def __call__(self, inputs: dict, which: list[int], u_BT, temperature: float, eos: int):
+        """Token ids int64 and log-probabilities float32, both (B, T) with T at most that of `u_BT`; rows run on after their end token.
+
+        `inputs` are those of distinct prompts, `which` of them each of the B requests has.
+        """
+        count, new = u_BT.shape
+        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        self._fit((count, inputs["attention_mask"].shape[1] + new, new), (temperature, eos), out.past_key_values)
+        self._begin(out, inputs, which, u_BT)
+        step = self._step if self.graph is None else self.graph.replay
+        for t in range(1, new):
+            if t % 8 == 1 and self.ended.all():
+                new = t
+                break
+            step()
+        return self.said[:count, :new].cpu(), self.logprobs[:count, :new].cpu()
+
+    def _fit(self, size: tuple, how: tuple, cache) -> None:
+        "Make buffers for `size`: requests, tokens of prompt and reply, tokens of a reply; and record what is done in them."
+        import torch
+        from transformers import StaticCache
+
+        if how == self.how and all(there >= needed for there, needed in zip(self.size, size)):
+            return
+        self.graph = self.cache = None  # their memory is wanted
+        rows, length, new = self.size = tuple(max(there, -(-needed // unit) * unit) for there, needed, unit in zip(self.size, size, (16, 64, 16)))
+        self.how, device = how, self.model.device
+        self.cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=length)
+        for layer, filled in zip(self.cache.layers, cache.layers, strict=True):
+            layer.lazy_initialization(filled.keys[:1].expand(rows, -1, -1, -1), filled.values[:1].expand(rows, -1, -1, -1))
+        self.mask = torch.zeros((rows, 1, 1, length), dtype=self.cache.layers[0].dtype, device=device)  # what is added to the weights
+        self.u, self.logprobs = (torch.zeros((rows, new), dtype=dtype, device=device) for dtype in (torch.float64, torch.float32))
+        self.said = torch.zeros((rows, new), dtype=torch.long, device=device)
+        self.token, self.place = torch.zeros((2, rows), dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.at, self.end = torch.zeros((2, 1), dtype=torch.long, device=device)  # tokens said but one, and where the next one's keys go
+        if device.type == "cuda":
+            self._record()
+
+    def _record(self) -> None:
+        "Record a step. What stands in the buffers then is of no matter."
+        import torch
+
+        side, half = torch.cuda.Stream(), torch.is_autocast_enabled("cuda")
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):  # a weight's cast that was kept would outlive the weight
+            with torch.cuda.stream(side):
+                for _ in range(2):  # what is made at first use cannot be recorded
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a trainer may be at work in another thread
+                self._step()
+        self.graph = graph
+
+    def _begin(self, out, inputs: dict, which: list[int], u_BT) -> None:
+        "Lay what the prompts left behind into the buffers, and draw the first tokens; spare rows do as the first request does."
+        import torch
+
+        rows, length = len(self.mask), inputs["attention_mask"].shape[1]
+        spare = rows - len(which)
+        path_R = torch.tensor([*which, *which[:1] * spare], device=self.model.device)
+        for layer, filled in zip(self.cache.layers, out.past_key_values.layers):
+            layer.keys[:, :, :length] = filled.keys[path_R]
+            layer.values[:, :, :length] = filled.values[path_R]
+            layer.cumulative_length.fill_(length)
+        self.mask.fill_(torch.finfo(self.mask.dtype).min)
+        self.mask[:, 0, 0, :length].masked_fill_(inputs["attention_mask"][path_R].bool(), 0)
+        self.place.copy_(inputs["position_ids"][0, :, -1][path_R])
+        self.u[:, :u_BT.shape[1]] = torch.cat([u_BT, u_BT[:1].expand(spare, -1)]).to(self.u.device)
+        self.at.fill_(-1)
+        self.end.fill_(length)
+        self.ended.fill_(False)
+        self._say(out.logits[:, -1][path_R])
+
+    def _step(self) -> None:
+        self.mask.index_fill_(3, self.end, 0)
+        self.place.add_(1)
+        out = self.model(input_ids=self.token[:, None], attention_mask=self.mask, position_ids=self.place.expand(3, -1)[..., None],
+                         past_key_values=self.cache, use_cache=True)
+        self.end.add_(1)
+        self._say(out.logits[:, -1])
+
+    def _say(self, logits_RV) -> None:
+        temperature, eos = self.how
+        self.at.add_(1)
+        token_R, logp_R = draw(logits_RV, self.u.index_select(1, self.at)[:, 0], temperature)
+        self.said.index_copy_(1, self.at, token_R[:, None])
+        self.logprobs.index_copy_(1, self.at, logp_R[:, None])
+        self.ended.logical_or_(token_R == eos)
+        self.token.copy_(token_R)
+
+
 # %% ../nbs/07_engines.ipynb #fc888867
 @dataclass
 class LowRank:
@@ -295,6 +399,7 @@ class HFEngine:
         self.loaded = replace(loaded, model=None)
         self.versions, self.base, self.speaks = Versions(), {}, ""
         self.taken: dict = {}  # what `sync` took over, which is what "" means then
+        self.decode = Replayed(self.model) if self.model.device.type == "cuda" else partial(decode, self.model)
 
     def sync(self, trained) -> None:
         "Take over the weights of a model that is being trained, merged out of place: they are what \"\" means from now on."
@@ -352,7 +457,7 @@ class HFEngine:
         with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             prompts, which = distinct(samples)
             inputs = prefill_shared(self.model, self.processor, prompts)
-            tokens, logprobs = decode(self.model, inputs, which, u_BT, sampling.temperature, self.eos)
+            tokens, logprobs = self.decode(inputs, which, u_BT, sampling.temperature, self.eos)
         seconds = (time.perf_counter() - began) / len(requests)
         return [self._output(*row, seconds) for row in zip(samples, tokens.tolist(), logprobs.tolist())]
 
@@ -363,7 +468,7 @@ class HFEngine:
 
     def close(self) -> None:
         "Let go of the model."
-        self.model = None
+        self.model = self.decode = None
         self.base.clear(), self.versions.clear(), self.taken.clear()
 
 

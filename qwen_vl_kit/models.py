@@ -287,9 +287,12 @@ def _causal(query, key, value, mask, scaling: float):
 def _varlen(query, key, value, spans: Spans, scaling: float):
     "As `_blocks`, by torch's own kernel for variable lengths."
     from torch.nn.attention.varlen import varlen_attn
-    first, longest = spans.first, spans.longest
-    return varlen_attn(query, key, value, first, first, longest, longest, scale=scaling, window_size=(-1, 0),
-                       enable_gqa=query.shape[1] != key.shape[1])
+    first, longest, more = spans.first, spans.longest, {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        more = {"enable_gqa": query.shape[1] != key.shape[1]}
+    else:  # torch 2.11
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return varlen_attn(query, key, value, first, first, longest, longest, scale=scaling, window_size=(-1, 0), **more)
 
 
 def _flash(query, key, value, spans: Spans, scaling: float):

@@ -65,8 +65,10 @@ def race(ours, stock, seconds: float) -> tuple[float, float]:
             return tuple(statistics.median(cost[1:] or cost) for cost in costs)
 
 # %% ../nbs/22_perf.ipynb #ef070675
-def row(what: str, ours: float, stock: float, unit: str) -> dict:
+def row(what: str, ours: float, stock: float | None, unit: str) -> dict:
     "One row of a table. `ratio` is how many times better ours is: ours / stock for rates (units in `/s`), else stock / ours."
+    if stock is None:
+        return {"what": what, "ours": float(f"{ours:.4g}"), "unit": unit}
     better = ours / stock if unit.endswith("/s") else stock / ours
     return {"what": what, "ours": float(f"{ours:.4g}"), "stock": float(f"{stock:.4g}"), "ratio": float(f"{better:.3g}"), "unit": unit}
 
@@ -980,7 +982,7 @@ def _grpo_config(model: str, groups: int, members: int, steps: int, engine: str)
 
 
 def measure_grpo(seconds: float, model: str = "random:tiny", groups: int = 0, members: int = 0, steps: int = 20, words: int = 9,
-                 engine: str = "hf") -> list[dict]:
+                 engine: str = "hf", alone: bool = False) -> list[dict]:
     """What an environment step costs, played and trained on, beside `environment_factory`, which has transformers' own `generate`.
 
     Parameters
@@ -993,13 +995,15 @@ def measure_grpo(seconds: float, model: str = "random:tiny", groups: int = 0, me
         tokens of a reply in our own form; the demo's student says 9
     engine
         what plays on our side: hf or vllm
+    alone
+        leave the stock way out, which takes minutes where episodes are many and long
     """
     if engine not in ("hf", "vllm"):
         raise InputError(f"GRPO is not measured with engine {engine!r}", mend="give hf or vllm")
     config = _grpo_config(model, groups or (2 if "tiny" in model else 8), members or (4 if "tiny" in model else 8), steps, engine)
     more = config.model_copy(update={"iterations": 4})  # ours are short
-    runs = {"ours": lambda out: _our_grpo(more, out, 0), "own": lambda out: _our_grpo(more, out, words),
-            "stock": lambda out: _stock_grpo(config, out)}
+    runs = {"ours": lambda out: _our_grpo(more, out, 0), "own": lambda out: _our_grpo(more, out, words)}
+    runs |= {} if alone else {"stock": lambda out: _stock_grpo(config, out)}
     spent, end = {name: [] for name in runs}, time.perf_counter() + seconds
     with _tool_words():
         while not spent["ours"] or time.perf_counter() < end:
@@ -1008,30 +1012,40 @@ def measure_grpo(seconds: float, model: str = "random:tiny", groups: int = 0, me
                     gc.collect()  # a trainer and its model refer to each other
                     _most_memory()
                     spent[name].append(run(Path(place)))
-    ours, own, stock = ({part: statistics.median(one[part] for one in side) for part in side[0]} for side in spent.values())
+    sides = {name: {part: statistics.median(one[part] for one in side) for part in side[0]} for name, side in spent.items()}
+    ours, own, stock = sides["ours"], sides["own"], sides.get("stock")
+    total = config.groups * config.group_size * steps
     what = f"GRPO, {model}, {engine}, {config.groups} x {config.group_size} episodes of {steps} turns, {ours['said']:g} tokens said a turn"
-    short = f"the same with {own['said']:g} tokens said a turn by ours, {stock['said']:g} by the tool call"
-    return [*_grpo_rows(what, ours, stock), *_grpo_rows(short, own, stock)[:3]]
+    short = f"the same with {own['said']:g} tokens said a turn by ours, {ours['said']:g} by the tool call"
+    return [*_grpo_rows(what, total, ours, stock), *_grpo_rows(short, total, own, stock)[:5]]
 
 
-def _grpo_rows(what: str, ours: dict, stock: dict) -> list[dict]:
-    "The table of a comparison: an environment step, its parts, tokens, and what a GPU says of itself."
-    whole = [sum(side[part] for part in ("rollout", "update", "sync")) for side in (ours, stock)]
-    rows = [row(f"{what}: an environment step, played and trained on", *(1e3 * cost for cost in whole), "ms"),
-            *(row(f"- {part}", 1e3 * ours[part], 1e3 * stock[part], "ms") for part in ("rollout", "update", "sync")),
-            row("tokens said", *(side["said"] / cost for side, cost in zip((ours, stock), whole)), "tokens/s"),
-            row("tokens read for a step", ours["read"], stock["read"], "tokens")]
+def _grpo_rows(what: str, total: int, ours: dict, stock: dict | None) -> list[dict]:
+    "The table of a comparison: an environment step, its parts, an iteration of `total` steps, tokens, and what a GPU says of itself."
+    def both(label: str, of, unit: str) -> dict:
+        return row(label, of(ours), None if stock is None else of(stock), unit)
+
+    def whole(side: dict) -> float:
+        return side["rollout"] + side["update"] + side["sync"]
+
+    rows = [both(f"{what}: an environment step, played and trained on", lambda side: 1e3 * whole(side), "ms"),
+            *(both(f"- {part}", lambda side, part=part: 1e3 * side[part], "ms") for part in ("rollout", "update", "sync")),
+            both(f"an iteration of {total} steps", lambda side: total * whole(side), "s"),
+            both("steps played", lambda side: 1 / side["rollout"], "steps/s"),
+            both("tokens said", lambda side: side["said"] / whole(side), "tokens/s"),
+            both("tokens read for a step", lambda side: side["read"], "tokens")]
     if peak := costs.peak(sft.device_name()):
-        rows.append(row(f"MFU of updates, % of {peak / 1e12:.0f} TFLOP/s",
-                        *(100 * side["flop"] / side["update"] / peak for side in (ours, stock)), "%/s") | {"unit": "%"})
+        share = both(f"MFU of updates, % of {peak / 1e12:.0f} TFLOP/s", lambda side: 100 * side["flop"] / side["update"] / peak, "%/s")
+        rows.append(share | {"unit": "%"})
     if ours["memory"]:
-        rows.append(row("GPU memory at most", ours["memory"], stock["memory"], "GB"))
+        rows.append(both("GPU memory at most", lambda side: side["memory"], "GB"))
     return rows
 
 # %% ../nbs/22_perf.ipynb #20b3cfab
 NAMES = {"env": measure_env, "equality": measure_equality, "store": measure_store, "teachers": measure_teachers,
          "generation": measure_generation, "sft": measure_sft, "grpo": measure_grpo}
 _WITH_MODEL = ("generation", "sft", "grpo")
+_FOR = {"seeds": ("equality",), "steps": ("equality", "grpo"), **dict.fromkeys(("engine", "groups", "members", "alone"), ("grpo",))}
 
 
 def measure(name: str, seconds: float = 10.0, threads: int = 1, **options) -> list[dict]:
@@ -1044,8 +1058,8 @@ def measure(name: str, seconds: float = 10.0, threads: int = 1, **options) -> li
     threads
         CPU threads of torch, 0 for as many as it likes
     options
-        `model` for generation, sft and grpo; `seeds` and `steps` for equality; `steps` and `engine` for grpo; see the function of each
-        name for the rest
+        `model` for generation, sft and grpo; `seeds` and `steps` for equality; `steps`, `engine`, `groups`, `members` and `alone` for grpo;
+        see the function of each name for the rest
     """
     if name not in NAMES:
         raise InputError(f"nothing to measure is called {name!r}", mend=nearest(name, NAMES))
@@ -1053,7 +1067,7 @@ def measure(name: str, seconds: float = 10.0, threads: int = 1, **options) -> li
         raise InputError(f"{seconds} seconds", mend="give how long to measure, in seconds from 0 up")
     if "model" in options and name not in _WITH_MODEL:
         raise InputError(f"{name} has no model", mend=f"leave --model out; it is for {', '.join(_WITH_MODEL)}")
-    for option, names in {"seeds": ("equality",), "steps": ("equality", "grpo"), "engine": ("grpo",)}.items():
+    for option, names in _FOR.items():
         if option in options and name not in names:
             raise InputError(f"{name} has no {option} to choose", mend=f"leave --{option} out; it is for {', '.join(names)}")
     if name not in _WITH_MODEL:
@@ -1114,12 +1128,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="", help="for equality: which worlds, like 0-199")
     parser.add_argument("--steps", default=0, type=int, help="for equality: how many steps in each world; for grpo: turns of an episode")
     parser.add_argument("--engine", default="", help="for grpo: hf or vllm")
+    parser.add_argument("--groups", default=0, type=int, help="for grpo: worlds of an iteration")
+    parser.add_argument("--members", default=0, type=int, help="for grpo: episodes in each world")
+    parser.add_argument("--alone", action="store_true", help="for grpo: without the stock way")
     parser.add_argument("--json", default="", metavar="FILE", help="write the rows here")
     command, argv = ("python -m qwen_vl_kit.perf", sys.argv[1:]) if argv is None else ("qvk perf", argv)
     args = parser.parse_args(argv)
     try:
         head = header(" ".join([command, *argv]), args.threads)
-        options = {name: value for name in ("model", "seeds", "steps", "engine") if (value := getattr(args, name))}
+        options = {name: value for name in ("model", *_FOR) if (value := getattr(args, name))}
         rows = measure(args.name, args.seconds, args.threads, **options)
         if args.json:
             write_json(resolve(args.json), rows)

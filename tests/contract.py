@@ -62,7 +62,8 @@ class Reference:
         sample.labels = [0] * len(sample.input_ids)
         batch = models.pack([sample], self.processor, len(sample.input_ids))
         with torch.no_grad():
-            logits = self.model(**{k: v for k, v in batch.items() if k not in ("labels", "where")}).logits[0]
+            inputs = {k: v.to(self.model.device) for k, v in batch.items() if k not in ("labels", "where")}
+            logits = self.model(**inputs).logits[0].cpu()
         plain = torch.log_softmax(logits / temperature, -1)[n - 1:-1].gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
         return (plain - torch.tensor(output.logprobs)).abs().max().item()
 

@@ -13,6 +13,17 @@ def test_hf_keeps_the_contract(tmp_path):
     engine.close()
 
 
+def test_hf_keeps_the_contract_in_buffers_that_stay(tmp_path):
+    engine = engines.create("hf", "tiny", bf16=False)
+    asked = contract.requests()
+    grown = [engine.generate(asked[:count], contract.SAMPLING) for count in (2, 7)]
+    engine.decode = engines.Replayed(engine.model)
+    stayed = [engine.generate(asked[:count], contract.SAMPLING) for count in (2, 7)]
+    assert all(map(contract.close, stayed, grown))
+    contract.check(engine, tmp_path)
+    engine.close()
+
+
 def test_adapters_that_cannot_be_played_are_refused_in_one_line(tmp_path):
     engine = engines.HFEngine(models.load("random:tiny"))
     other = contract.adapter(tmp_path / "other", 0)
