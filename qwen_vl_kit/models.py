@@ -8,10 +8,11 @@ __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'tiny_tokenizer', 'chat_template', 'make
            'tiny_folder', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'without_weights', 'lora_config',
            'write_card', 'read_card', 'trained_weights', 'same_base', 'attach', 'cut', 'patchify', 'Encoded',
            'image_tokens', 'encode', 'frame_key', 'decode_url', 'assistant_labels', 'window', 'windows', 'positions',
-           'lay_out', 'pack', 'image_inputs', 'answers_only', 'fold_adapter', 'quicken_training', 'forward_flops',
+           'lay_out', 'pack', 'image_inputs', 'answers_only', 'quicken_adapter', 'quicken_training', 'forward_flops',
            'parameter_counts']
 
 # %% ../nbs/06_models.ipynb #3585f284
+import contextlib
 import hashlib
 import inspect
 import json
@@ -143,7 +144,9 @@ def _attend_images(self, hidden_states, cu_seqlens, position_embeddings=None, **
     from transformers.models.qwen3_vl import modeling_qwen3_vl as stock
 
     images, total = len(cu_seqlens) - 1, len(hidden_states)
-    if total % images or bool((cu_seqlens.diff() != total // images).any()):
+    if (even := getattr(cu_seqlens, "_even", None)) is None:
+        even = cu_seqlens._even = total % images == 0 and bool((cu_seqlens.diff() == total // images).all())  # all blocks are given the same tensor
+    if not even:
         return stock.Qwen3VLVisionAttention.forward(self, hidden_states, cu_seqlens, position_embeddings, **more)
     query, key, value = self.qkv(hidden_states).reshape(total, 3, self.num_heads, -1).unbind(1)
     query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
@@ -191,15 +194,15 @@ def _spans(position_ids, rows: int, length: int, device) -> Spans:
     "The spans of `rows` of `length` tokens, which begin where `position_ids` (R, L) do not go on by one."
     import torch
 
+    if position_ids is None:
+        return Spans(torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device), length)
     if (known := getattr(position_ids, "_spans", None)) is not None:
         return known
     start = torch.ones((rows, length), dtype=torch.bool, device=device)
-    start[:, 1:] = False if position_ids is None else position_ids.diff().expand(rows, -1) != 1
+    start[:, 1:] = position_ids.diff().expand(rows, -1) != 1
     first = torch.cat([start.flatten().nonzero()[:, 0], torch.tensor([rows * length], device=device)]).int()
-    spans = Spans(first, int(first.diff().max()))
-    if position_ids is not None:
-        position_ids._spans = spans  # the layers that follow are given the same tensor
-    return spans
+    position_ids._spans = Spans(first, int(first.diff().max()))  # the layers that follow are given the same tensor
+    return position_ids._spans
 
 
 def _lay_blocks(spans: Spans, total: int, device) -> tuple:
@@ -367,7 +370,7 @@ class Sight:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
         if self.limit and _frozen(model.visual):
-            told = (model.visual.dtype, torch.is_autocast_enabled(frames.device.type))
+            told = (model.visual.dtype, _cast(model.visual))
             keys = [(key, told) for key in keys.tolist()]
             known = {key: features for key in keys if (features := self.kept.get(key)) is not None}  # another thread may clear
             missing = [i for i, key in enumerate(keys) if key not in known]
@@ -389,8 +392,16 @@ class Sight:
         config = visual.config
         pixels = _patches(frames, config.patch_size, config.spatial_merge_size, config.temporal_patch_size).to(visual.dtype)
         grid = torch.tensor([[1, *(side // config.patch_size for side in frames.shape[1:3])]], device=frames.device)
-        out, self.computed = visual(pixels, grid_thw=grid.expand(len(frames), -1), return_dict=True), self.computed + len(frames)
+        with contextlib.nullcontext() if _cast(visual) else torch.autocast(frames.device.type, enabled=False):
+            out = visual(pixels, grid_thw=grid.expand(len(frames), -1), return_dict=True)
+        self.computed += len(frames)
         return torch.stack([x.unflatten(0, (len(frames), -1)) for x in (out.pooler_output, *out.deepstack_features)], 1)
+
+
+def _cast(visual) -> bool:
+    "Whether autocast has anything to do: a tower that is all in 16 bits would only have its norms cast to and fro."
+    import torch
+    return torch.is_autocast_enabled(visual.device.type) and any(p.dtype == torch.float32 for p in visual.parameters())
 
 
 def _frozen(visual) -> bool:
@@ -409,16 +420,32 @@ def _forward_with_frames(self, *args, frames=None, frame_keys=None, image_frames
 def quicken(model) -> None:
     """Make a Qwen3-VL model quick, in place; it computes the same.
 
-    The vision tower gets batched attention and a patch embedding by matrix product, the language layers attend within samples (`attend`), and
-    the model takes frames as `pack` gives them (`Sight`).
+    The vision tower gets batched attention and a patch embedding by matrix product, the language layers attend within samples (`attend`) and
+    have torch's fused norm on a GPU, and the model takes frames as `pack` gives them (`Sight`).
     """
     from types import MethodType
+
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quicken_tower(base.model.visual)
     base.config.get_text_config()._attn_implementation = register_attention()
     base.model.sight = Sight()
     base.model.forward = MethodType(_forward_with_frames, base.model)
+    for module in base.model.language_model.modules():
+        if type(module) is Qwen3VLTextRMSNorm:
+            module.forward = MethodType(_normed, module)
+
+
+def _normed(self, hidden_states):
+    "`Qwen3VLTextRMSNorm.forward`, on a GPU as one kernel in place of eight."
+    import torch
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+
+    if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+        return Qwen3VLTextRMSNorm.forward(self, hidden_states)
+    with torch.autocast("cuda", enabled=False):  # it would cast to float32 and leave it at that
+        return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 # %% ../nbs/06_models.ipynb #a303773c
 def tiny_folder() -> Path:
@@ -700,13 +727,20 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     frames: list  # uint8 (H, W, 3)
-    keys: list = field(default_factory=list)  # what tells each frame from others, where that is known: a digest of its data URL
+    keys: list = field(default_factory=list)  # `frame_key` of each frame, where that is known: of its data URL, or of its pixels
+
+    def told(self) -> list[int]:
+        "`keys`, all of them."
+        import numpy as np
+        if None in self.keys or len(self.keys) < len(self.frames):
+            keys = self.keys or [None] * len(self.frames)
+            self.keys = [frame_key(np.ascontiguousarray(frame)) if key is None else key for key, frame in zip(keys, self.frames)]
+        return self.keys
 
     @property
     def key(self) -> tuple:
-        "The same for samples that show the same frames and hold the same tokens."
-        import numpy as np
-        return tuple(self.input_ids), tuple(frame_key(np.ascontiguousarray(frame)) for frame in self.frames)
+        "The same for samples that show the same frames, given in the same way, and hold the same tokens."
+        return tuple(self.input_ids), tuple(self.told())
 
 
 def image_tokens(processor, frame) -> int:
@@ -746,7 +780,7 @@ def encode(processor, messages: list[dict]) -> Encoded:
 
 def frame_key(data: bytes) -> int:
     "63 bits that tell one frame from another: a digest of its URL or its pixels."
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
 def decode_url(url: str):
@@ -914,8 +948,7 @@ def image_inputs(samples: list[Encoded], processor, unique: bool) -> dict:
     if not unique or not _whole(processor, frames):
         pixels, grids = patchify(processor, frames)
         return {"pixel_values": pixels, "image_grid_thw": grids}
-    keys = [key for sample in samples for key in (sample.keys or [None] * len(sample.frames))]
-    keys = [frame_key(np.ascontiguousarray(frame)) if key is None else key for key, frame in zip(keys, frames)]
+    keys = [key for sample in samples for key in sample.told()]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     order = {key: i for i, key in enumerate(first)}
     return {"frames": torch.from_numpy(np.stack([frames[i] for i in first.values()])), "frame_keys": torch.tensor(list(first)),
@@ -971,8 +1004,9 @@ def _answering(fused, signature):
     return forward
 
 # %% ../nbs/06_models.ipynb #108bf456
-def fold_adapter(model) -> int:
-    """Let LoRA layers multiply by `W + s B A` where that takes no more operations, in place; returns how many do.
+def quicken_adapter(model) -> tuple[int, int]:
+    """Let LoRA layers multiply by `W + s B A` where that takes no more operations, and add the adapter's product without detours where it does,
+    in place; returns how many do the one and the other.
 
     The gradients of A and B are the same to rounding. Layers with dropout, of 4 bits, or of a kind other than plain LoRA stay as they are.
     """
@@ -981,34 +1015,80 @@ def fold_adapter(model) -> int:
     import torch
     from peft.tuners.lora import Linear
 
-    folded = 0
+    counts = {_folded: 0, _beside: 0}
     for layer in model.modules():
         if type(layer) is not Linear or type(layer.base_layer) is not torch.nn.Linear or layer.active_adapters != ["default"]:
             continue
         n, m = layer.base_layer.weight.shape
-        if 3 * layer.r["default"] * (m + n) >= m * n and not layer.lora_variant and not isinstance(layer.lora_dropout["default"], torch.nn.Dropout):
-            layer.forward, folded = MethodType(_folded, layer), folded + 1
-    return folded
+        if not layer.lora_variant and not isinstance(layer.lora_dropout["default"], torch.nn.Dropout):
+            way = _folded if 3 * layer.r["default"] * (m + n) >= m * n else _beside
+            layer.forward, counts[way] = MethodType(_quick(way), layer), counts[way] + 1
+    return counts[_folded], counts[_beside]
 
 
-def _folded(self, x, *args, **more):
-    "A LoRA layer's forward with one product; the stock one while the adapter is off, merged or not the only one."
-    import torch
-    import torch.nn.functional as F
+def _quick(way):
+    "A LoRA layer's forward by `way`; the stock one while the adapter is off, merged or not the only one, or the weight is a shard."
     from peft.tuners.lora import Linear
 
-    if self.disable_adapters or self.merged or self.active_adapters != ["default"] or args or more:
-        return Linear.forward(self, x, *args, **more)
-    a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+    def forward(self, x, *args, **more):
+        shard = hasattr(self.base_layer.weight, "ds_id") or hasattr(self.base_layer.weight, "device_mesh")
+        if self.disable_adapters or self.merged or self.active_adapters != ["default"] or args or more or shard:
+            return Linear.forward(self, x, *args, **more)
+        return way(x, self.base_layer, self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"])
+
+    return forward
+
+
+def _folded(x, base, a, b, scale: float):
+    "`x (W + s B A)^T` as one product."
+    import torch
+    import torch.nn.functional as F
+
     with torch.autocast(x.device.type, enabled=False):
-        weight = torch.addmm(self.base_layer.weight.to(b.dtype), b, a, alpha=self.scaling["default"])
-    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), self.base_layer.bias)
+        weight = torch.addmm(base.weight.to(b.dtype), b, a, alpha=scale)
+    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), base.bias)
+
+
+def _beside(x, base, a, b, scale: float):
+    "`x W^T + s (x A^T) B^T`, the second added to the first by the kernel that makes it."
+    import torch
+
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return _low_rank()(x.to(dtype), base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype), a.to(dtype), b.to(dtype), scale)
+
+
+@cache
+def _low_rank():
+    "The differentiable product of `_beside`, in one type throughout; made in a function because torch is imported late."
+    import torch
+
+    class LowRankProduct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, a, b, scale):
+            flat = x.flatten(0, -2)
+            low = flat @ a.T
+            ctx.save_for_backward(flat, weight, a, b, low)
+            ctx.scale, ctx.shape = scale, x.shape
+            return torch.nn.functional.linear(flat, weight, bias).addmm_(low, b.T, alpha=scale).view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            flat, weight, a, b, low = ctx.saved_tensors
+            grad = grad.reshape(-1, grad.shape[-1])
+            back = grad @ b
+            if ctx.needs_input_grad[0]:
+                down = (grad @ weight).addmm_(back, a, alpha=ctx.scale).view(ctx.shape)
+            else:  # of the first layer, below which nothing learns
+                down = None
+            return down, None, None, (back.T @ flat).mul_(ctx.scale), (grad.T @ low).mul_(ctx.scale), None
+
+    return LowRankProduct.apply
 
 
 def quicken_training(model) -> None:
-    "What makes a model quick in training: `answers_only` and `fold_adapter`. Call it when TRL's trainer is built, on `trainer.model`."
+    "What makes a model quick in training: `answers_only` and `quicken_adapter`. Call it when TRL's trainer is built, on `trainer.model`."
     answers_only(model)
-    fold_adapter(model)
+    quicken_adapter(model)
 
 # %% ../nbs/06_models.ipynb #4713e99a
 def forward_flops(config, lengths: list[int], answers: int, grids: list) -> tuple[float, float]:

@@ -553,10 +553,10 @@ def measure_teachers(seconds: float, at_once: int = 64, delay: float = 0.2, size
 # %% ../nbs/22_perf.ipynb #9b540393
 def as_stock(model):
     "A model that `models.load` gave, as transformers has it (`models.quicken` undone, in place), and with no token that ends a reply."
-    visual, model.generation_config.eos_token_id = model.model.visual, None
-    for module in (model.model, visual.patch_embed, *(block.attn for block in visual.blocks)):
+    for module in model.modules():
         vars(module).pop("forward", None)
-    model.config.get_text_config()._attn_implementation = visual.config._attn_implementation
+    model.generation_config.eos_token_id = None
+    model.config.get_text_config()._attn_implementation = model.model.visual.config._attn_implementation
     return model
 
 
@@ -996,14 +996,15 @@ def measure_grpo(seconds: float, model: str = "random:tiny", groups: int = 0, me
     engine
         what plays on our side: hf or vllm
     alone
-        leave the stock way out, which takes minutes where episodes are many and long
+        leave the stock way out, which takes minutes where episodes are many and long; replies are as long as a tool call
     """
     if engine not in ("hf", "vllm"):
         raise InputError(f"GRPO is not measured with engine {engine!r}", mend="give hf or vllm")
     config = _grpo_config(model, groups or (2 if "tiny" in model else 8), members or (4 if "tiny" in model else 8), steps, engine)
-    more = config.model_copy(update={"iterations": 4})  # ours are short
-    runs = {"ours": lambda out: _our_grpo(more, out, 0), "own": lambda out: _our_grpo(more, out, words)}
-    runs |= {} if alone else {"stock": lambda out: _stock_grpo(config, out)}
+    more = config.model_copy(update={"iterations": 4 if "tiny" in model else 3})  # ours are short
+    runs = {"ours": lambda out: _our_grpo(more, out, 0)}
+    if not alone:
+        runs |= {"own": lambda out: _our_grpo(more, out, words), "stock": lambda out: _stock_grpo(config, out)}
     spent, end = {name: [] for name in runs}, time.perf_counter() + seconds
     with _tool_words():
         while not spent["ours"] or time.perf_counter() < end:
@@ -1013,9 +1014,10 @@ def measure_grpo(seconds: float, model: str = "random:tiny", groups: int = 0, me
                     _most_memory()
                     spent[name].append(run(Path(place)))
     sides = {name: {part: statistics.median(one[part] for one in side) for part in side[0]} for name, side in spent.items()}
-    ours, own, stock = sides["ours"], sides["own"], sides.get("stock")
-    total = config.groups * config.group_size * steps
+    ours, own, stock, total = sides["ours"], sides.get("own"), sides.get("stock"), config.groups * config.group_size * steps
     what = f"GRPO, {model}, {engine}, {config.groups} x {config.group_size} episodes of {steps} turns, {ours['said']:g} tokens said a turn"
+    if alone:
+        return _grpo_rows(what, total, ours, None)
     short = f"the same with {own['said']:g} tokens said a turn by ours, {ours['said']:g} by the tool call"
     return [*_grpo_rows(what, total, ours, stock), *_grpo_rows(short, total, own, stock)[:5]]
 

@@ -23,7 +23,7 @@ def adapter(folder: Path, seed: int, base: str = "tiny", targets: str = "languag
     with torch.no_grad():
         for number, (name, weight) in enumerate(peft.named_parameters()):
             if "lora_B" in name:
-                weight.normal_(std=std, generator=torch.Generator().manual_seed(1000 * seed + number))
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1000 * seed + number)) * std)
     peft.save_pretrained(folder)
     models.write_card(folder, loaded, turns.prompt_hash(BRIEF))
     return folder
