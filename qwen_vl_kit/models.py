@@ -351,9 +351,10 @@ def register_attention() -> str:
 
 # %% ../nbs/06_models.ipynb #a184d23c
 class Sight:
-    "Vision features by frame. `limit`: bytes that are kept, 0 to keep none; `computed` counts the frames that went through the tower."
+    """Vision features by frame. `limit`: bytes that are kept, 0 to keep none, None for a sixteenth of a GPU's memory or a gigabyte of the CPU's;
+    `computed` counts the frames that went through the tower."""
 
-    def __init__(self, limit: int = 2**30):
+    def __init__(self, limit: int | None = None):
         self.limit, self.used, self.computed, self.kept = limit, 0, 0, {}
 
     def clear(self) -> None:
@@ -369,6 +370,8 @@ class Sight:
         import torch
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+        if self.limit is None:
+            self.limit = torch.cuda.get_device_properties(frames.device).total_memory // 16 if frames.is_cuda else 2**30
         if self.limit and _frozen(model.visual):
             told = (model.visual.dtype, _cast(model.visual))
             keys = [(key, told) for key in keys.tolist()]

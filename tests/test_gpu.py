@@ -23,7 +23,7 @@ def test_attention_of_packed_samples_agrees_with_float32():
     whole = [torch.randn(1, heads, *shape[1:], device="cuda") for heads in (16, 8, 8)]
     aim, found = torch.randn(*shape[:2], 16, 128, device="cuda"), {}
     for dtype in (torch.float32, torch.bfloat16):  # the second takes a kernel for variable lengths where there is one
-        mine = [x.to(dtype).requires_grad_() for x in whole]
+        mine = [x.to(dtype, copy=True).requires_grad_() for x in whole]
         out, _ = models.attend(None, *mine, None, scaling=128**-0.5, position_ids=places.clone())
         (out * aim.to(dtype)).sum().backward()
         found[dtype] = [out, *(x.grad for x in mine)]
