@@ -355,7 +355,7 @@ class Meter:
 # %% ../nbs/11_costs.ipynb #b6046dec
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s (NVIDIA's data sheets)
 PEAK_H200 = PEAKS["H200"]
-DECODE_STEP = 1.24e-3     # seconds for one token of 64 sequences: all weights of the 2B read once (a roofline, not a measurement)
+DECODE_STEP = 4.7e-3      # seconds for one token of 64 sequences, by engine hf on an H200 (nbs/LOG.md, 2026-11-26); reading all weights takes 1.24e-3
 FRONT_END = 200           # images a second that one vLLM front end prepares
 LANGUAGE = 1146e9 / 400   # Qwen3-VL-2B: FLOP a token of the language layers, in a sequence of 400
 HEAD = 2 * 0.311e9        # FLOP a token that needs logits: 2 for each parameter of the tied embedding
@@ -464,8 +464,8 @@ def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: 
     completion
         tokens of a reply
     mfu
-        share of the GPU's peak that prefill and training are assumed to reach. Others measured 0.3-0.4 for SFT of the 8B with packing
-        on A800s, and 0.012 for whole GRPO runs of the 2B, whose rollouts are not arithmetic
+        share of the GPU's peak that prefill and training are assumed to reach; measured on an H200: 0.27 for SFT, 0.345 for the updates of
+        GRPO (nbs/perf/results). Others have 0.012 for whole GRPO runs of the 2B, whose rollouts are not arithmetic
     """
     zero = {"stage": stage, "turns": 0, "tokens": 0, "flops": 0.0, "gpu_seconds": 0.0, "usd": 0.0, "assumed": {}}
     if stage in ("export", "report"):
