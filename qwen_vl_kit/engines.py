@@ -233,10 +233,7 @@ class Replayed:
         self.model, self.size, self.how, self.graph = model, (0, 0, 0), (), None
 
     def __call__(self, inputs: dict, which: list[int], u_BT, temperature: float, eos: int):
-        """Token ids int64 and log-probabilities float32, both (B, T) with T at most that of `u_BT`; rows run on after their end token.
-
-        `inputs` are those of distinct prompts, `which` of them each of the B requests has.
-        """
+        "As `decode`."
         count, new = u_BT.shape
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
         self._fit((count, inputs["attention_mask"].shape[1] + new, new), (temperature, eos), out.past_key_values)

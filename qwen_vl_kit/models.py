@@ -732,7 +732,7 @@ class Encoded:
     frames: list  # uint8 (H, W, 3)
     keys: list = field(default_factory=list)  # `frame_key` of each frame, where that is known: of its data URL, or of its pixels
 
-    def told(self) -> list[int]:
+    def frame_keys(self) -> list[int]:
         "`keys`, all of them."
         import numpy as np
         if None in self.keys or len(self.keys) < len(self.frames):
@@ -743,7 +743,7 @@ class Encoded:
     @property
     def key(self) -> tuple:
         "The same for samples that show the same frames, given in the same way, and hold the same tokens."
-        return tuple(self.input_ids), tuple(self.told())
+        return tuple(self.input_ids), tuple(self.frame_keys())
 
 
 def image_tokens(processor, frame) -> int:
@@ -951,7 +951,7 @@ def image_inputs(samples: list[Encoded], processor, unique: bool) -> dict:
     if not unique or not _whole(processor, frames):
         pixels, grids = patchify(processor, frames)
         return {"pixel_values": pixels, "image_grid_thw": grids}
-    keys = [key for sample in samples for key in sample.told()]
+    keys = [key for sample in samples for key in sample.frame_keys()]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     order = {key: i for i, key in enumerate(first)}
     return {"frames": torch.from_numpy(np.stack([frames[i] for i in first.values()])), "frame_keys": torch.tensor(list(first)),

@@ -1,4 +1,4 @@
-"On a GPU the engine keeps its contract, and the kernels agree. Skipped without one, as everything else runs there, too."
+"On a GPU the engine keeps its contract, and the kernels agree. Skipped without one."
 
 import contract
 import pytest
