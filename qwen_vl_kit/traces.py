@@ -27,8 +27,9 @@ from urllib.parse import quote
 
 import numpy as np
 
+import qwen_vl_kit
 from .config import Protocol
-from .core import InputError, absent, digest, dumps, remove_empty, resolve, root
+from .core import InputError, absent, digest, dumps, remove_empty, resolve
 from .env import ACHIEVEMENTS, ACTIONS, Png, decode_png, frame_hash, png
 from .episodes import Decision, Episode, Turn
 from .turns import prompt_hash, system
@@ -217,8 +218,9 @@ PACKAGES = ("qwen_vl_kit", "torch", "transformers", "trl", "peft", "accelerate",
 
 
 def _git(*words: str) -> str | None:
+    "What git says in the folder of this code."
     try:
-        out = subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, timeout=10)
+        out = subprocess.run(["git", *words], cwd=Path(qwen_vl_kit.__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() if out.returncode == 0 else None
@@ -232,8 +234,10 @@ def _version(package: str) -> str | None:
 
 
 def provenance(**more) -> dict:
-    "Commit (None outside git), whether tracked files differ from it, versions, Python, platform; plus `more`, as given."
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    """Commit of this code, wherever it is called from, and whether tracked files differ from it (None where it is not a git checkout's), versions,
+    Python, platform; plus `more`, as given."""
+    ours = _git("ls-files", "--error-unmatch", "__init__.py")  # not so when installed into a folder below somebody's checkout
+    commit, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")) if ours else (None, None)
     return {"commit": commit, "dirty": bool(changes) if commit else None, "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}", "versions": {p: v for p in PACKAGES if (v := _version(p))}, **more}
 
