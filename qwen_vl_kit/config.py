@@ -220,12 +220,12 @@ class GRPOConfig(Training, Protocol):
 
     adapter: str = ""  # default: sft/adapter of the same run
     learning_rate: float = Field(1e-5, gt=0)
-    seeds: Seeds = "10000-99999"  # drawn in order, `groups` of them an iteration
+    seeds: Seeds = "10000-99999"  # drawn in order, one for each group that does not begin midway
     iterations: int = Field(20, ge=1)
-    groups: int = Field(16, ge=1)  # seeds an iteration
+    groups: int = Field(16, ge=1)  # of an iteration
     group_size: int = Field(8, ge=2)  # episodes of one group
     midway: float = Field(0.5, ge=0, le=0.9)  # share of groups that begin in the middle of an episode which the policy has just played
-    batch_size: int = Field(256, ge=1)  # turns in one update, before accumulation
+    batch_size: int = Field(256, ge=1)  # turns in one update, before accumulation; about so, as an iteration is divided evenly
     gradient_accumulation_steps: int = Field(1, ge=1)
     epochs: int = Field(1, ge=1)  # passes over the turns of one iteration
     top_share: float = Field(0.5, gt=0, le=1)  # of an iteration's turns, those with the largest advantages are trained on
@@ -236,7 +236,7 @@ class GRPOConfig(Training, Protocol):
     gamma: float = Field(0.99, ge=0, le=1)  # discount a turn; without a critic 0.9 is better: what comes ten turns later counts a third
     gae_lambda: float = Field(0.8, ge=0, le=1)  # of the critic's credit: 0 trusts it from the next turn on, 1 trusts what was earned alone
     scale_rewards: bool = True
-    beta: float = Field(0.0, ge=0)  # KL to the SFT policy; 0 needs no reference pass
+    beta: float = Field(0.0, ge=0)  # KL to the SFT policy, of the turns that are trained on; 0 needs no reference pass
     epsilon: float = Field(0.2, gt=0)
     epsilon_high: float = Field(0.28, gt=0)
     ratio_cap: float = Field(3.0, ge=0)  # most that a sample's importance ratio counts where clipping sets no limit; 0: any
@@ -263,10 +263,17 @@ class GRPOConfig(Training, Protocol):
             raise ValueError(f'it starts a vLLM server, which leaves no choice to engine = "{info.data["engine"]}"; write engine = "auto"')
         return gpus
 
+    @field_validator("ratio_cap")
+    @classmethod
+    def _lets_a_ratio_of_one_count(cls, cap: float) -> float:
+        if 0 < cap < 1:
+            raise ValueError("below 1 it would cut off samples that the policy says as it did; give 1 or more, or 0 for no limit")
+        return cap
+
     @property
     def begun_midway(self) -> int:
-        "How many of an iteration's groups begin midway."
-        return round(self.groups * self.midway)
+        "How many of an iteration's groups begin midway: not all, since they begin in what others play, and none where there is but one turn."
+        return min(round(self.groups * self.midway), self.groups - 1) if horizon(self.horizon).turns > 1 else 0
 
     @property
     def turns(self) -> float:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRPO_NAMES', 'SMALLER', 'advantages', 'trainer_class', 'packed_logprobs', 'Sample', 'Group', 'Noting', 'Sync',
            'Player', 'seeds_of', 'merged', 'openings_of', 'arguments', 'run', 'served', 'updates_of', 'resumed',
-           'share_sight']
+           'step_of', 'one_before', 'share_sight']
 
 # %% ../nbs/16_grpo.ipynb #e188056f
 import contextlib
@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
@@ -81,24 +82,24 @@ def trainer_class():
             updates = self.args.steps_per_generation
             iteration = self.state.global_step * self.args.gradient_accumulation_steps // updates // self.num_iterations
             self.samples, weights, metrics = self.play(self.accelerator.unwrap_model(self.model), iteration)
-            metrics["logprob_gap"] = self._gap()
+            metrics["logprob_gap"] = self._gap(self.samples)
+            same = ([] if self.play.stale else [metrics["logprob_gap"]]) + [self._gap(heard) for heard in self.play.arrived()]
+            if not all(gap < (0.1 if self.args.bf16 else 1e-3) for gap in same):
+                raise TrainingStopped(f"the engine's log-probabilities are {max(same):.3f} nats from the trainer's: it plays other weights; "
+                                      "the checkpoints of before are kept")
             for name, value in metrics.items():
                 self._metrics["train"][name].append(value)
             self.began = time.perf_counter()
             return self._batch(updates, torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device))
 
-        def _gap(self, count: int = 64):
+        def _gap(self, samples, count: int = 64):
             """Mean |log-probability of the trainer - of the engine| over some samples, in nats: what a sync that failed would show.
-            Samples that were drawn one iteration before are expected to differ."""
-            chosen = self.samples[:: -(-len(self.samples) // count)]
+            Samples of weights that were trained on since are expected to differ."""
+            chosen = samples[:: -(-len(samples) // count)]
             longest = max(len(sample.token_ids) for sample in chosen)
             with torch.no_grad(), self.accelerator.autocast():
                 own = packed_logprobs(self.model, self.processing_class, chosen, self.length, longest)[0].float().cpu().numpy()
-            gap = np.abs(np.concatenate([row[: len(s.token_ids)] - np.array(s.logprobs) for row, s in zip(own, chosen)])).mean()
-            if not gap < (0.1 if self.args.bf16 else 1e-3) and not self.play.stale:
-                raise TrainingStopped(f"the engine's log-probabilities are {gap:.3f} nats from the trainer's: it plays other weights; "
-                                      "the checkpoints of before are kept")
-            return float(gap)
+            return float(np.abs(np.concatenate([row[: len(s.token_ids)] - np.array(s.logprobs) for row, s in zip(own, chosen)])).mean())
 
         def log(self, logs, *more):
             if "loss" in logs:
@@ -195,42 +196,57 @@ class Group:
 
 
 class Noting(policies.EnginePolicy):
-    "An engine's policy that takes a snapshot of the world in the situations that are asked for, by (seed, member, turn)."
+    "An engine's policy that takes a snapshot of the world in the situations that are asked for, by (seed, member, turn), until it is `given_up`."
 
-    def __init__(self, *args, places: set[tuple]):
+    def __init__(self, *args, places: set[tuple], given_up: Event):
         super().__init__(*args)
-        self.places, self.snapshots = places, {}
+        self.places, self.snapshots, self.given_up = places, {}, given_up
 
     def act(self, situations: list) -> list:
-        "One decision per situation."
+        "One decision per situation. Raises `EngineDied` once nobody waits for them."
+        if self.given_up.is_set():
+            raise engines.EngineDied("nobody waits for these episodes")
         self.snapshots |= {s.key: s.world.snapshot() for s in situations if s.key in self.places}
         return super().act(situations)
 
 
 class Sync:
     """Brings the weights that are trained to the engine: as an adapter's folder, under a new name each time. A canary, always the same questions
-    with the same random numbers, shows that they have arrived: its log-probabilities cannot stay when the weights have moved."""
+    with the same random numbers, shows that they have arrived: its log-probabilities cannot stay when the weights have moved, and what
+    the engine has `answered` is there for the trainer to compare."""
 
     def __init__(self, config: GRPOConfig, engine, loaded: models.Loaded, folder: Path):
         self.engine, self.loaded, self.folder, self.prompt_hash = engine, loaded, folder, turns.prompt_hash(config)
         self.sampling = engines.Sampling(config.temperature, min(8, config.max_new_tokens), config.seed)
         frames = [World(config.render_size).reset(seed).frame for seed in range(4)]
         self.canary = [engines.Request(turns.prompt(config, [], frame, urls=False), ("canary", i)) for i, frame in enumerate(frames)]
-        self.version, self.weights, self.said = 0, "", None
+        self.version, self.weights, self.said, self.answered = 0, "", None, []
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
 
     def __call__(self, trained) -> tuple[str, float]:
-        "The name of the adapter that plays `trained`'s weights now, and the seconds that it took. Raises `TrainingStopped` if they do not arrive."
+        """The name of the adapter that plays `trained`'s weights now (a model's, or those of an adapter's folder), and the seconds that it took.
+
+        Raises `TrainingStopped` if they do not arrive."""
         self.version += 1
         began, folder = time.perf_counter(), self.folder / f"{self.version:04d}"
-        trained.save_pretrained(folder, selected_adapters=["default"])
+        if isinstance(trained, Path):
+            folder.mkdir(parents=True)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copy(trained / name, folder)
+        else:
+            trained.save_pretrained(folder, selected_adapters=["default"])
         models.write_card(folder, self.loaded, self.prompt_hash, stage="grpo", version=self.version)
         name, weights = self.engine.set_policy(self.version, folder), models.trained_weights(folder)
-        said = [output.logprobs for output in self.engine.generate(self.canary, self.sampling, name)]
+        outputs = self.engine.generate(self.canary, self.sampling, name)
+        said = [output.logprobs for output in outputs]
         if weights != self.weights and said == self.said:
+            if len({logprob for row in said for logprob in row}) == 1:
+                raise TrainingStopped("whatever is shown and said, the policy gives every token one probability: training has diverged; "
+                                      "lower learning_rate")
             raise TrainingStopped("the engine answers as it did before its weights were changed: they do not reach it; "
                                   "the checkpoints of before are kept")
         self.weights, self.said = weights, said
+        self.answered = [Sample(self.engine.processor, request.messages, output) for request, output in zip(self.canary, outputs)]
         for old in sorted(self.folder.iterdir())[:-2]:
             shutil.rmtree(old)
         return name, time.perf_counter() - began
@@ -240,21 +256,24 @@ class Player:
     """Plays one iteration's groups with the engine, stores them, and returns samples, advantages and metrics.
 
     With `overlap`, the groups of the next iteration are played by a thread while this one's are trained on: by weights that are one iteration
-    `stale`. What they were sampled with stands in the samples, so the ratio of the loss corrects for it.
+    `stale`. What they were sampled with stands in the samples, so the ratio of the loss corrects for it. A run that goes on begins with what
+    would have been played meanwhile: by the weights of one iteration `before`, an adapter's folder.
     """
 
     def __init__(self, config: GRPOConfig, engine, store: Store, sync: Sync | None = None, sight: models.Sight | None = None,
-                 judge: RemoteJudge | None = None):
-        self.config, self.engine, self.store, self.sync, self.sight, self.judge = config, engine, store, sync, sight, judge
+                 judge: RemoteJudge | None = None, before: Path | None = None):
+        self.config, self.engine, self.store, self.sync, self.sight, self.judge, self.before = config, engine, store, sync, sight, judge, before
         self.seen = {engine.processor.image_token_id, engine.processor.video_token_id}  # in a reply they would stand for an image that is not there
         self.fresh, self.seeds = config.groups - config.begun_midway, seeds_of(config)
-        self.thread, self.ahead, self.stale, self.alike = ThreadPoolExecutor(1), None, False, 0
+        self.thread, self.given_up, self.ahead, self.stale, self.alike = ThreadPoolExecutor(1), Event(), None, False, 0
         self.critic = Critic(config.gamma) if config.credit == "critic" else None
 
     def __call__(self, trained, iteration: int) -> tuple[list[Sample], list[float], dict]:
         "Samples, their advantages, and metrics of an iteration; `trained` is the model as it stands before it."
-        began, self.stale = time.perf_counter(), self.ahead is not None
-        groups, seconds = self.ahead.result() if self.stale else self._played(iteration, self.sync(trained))
+        began, self.stale = time.perf_counter(), self.ahead is not None or self.before is not None
+        groups, seconds = self.ahead.result() if self.ahead else self._played(iteration, self.sync(self.before or trained))
+        if self.before is not None:
+            self.before, self.sync.answered = None, []  # these are not the trainer's weights
         waited = time.perf_counter() - began
         if self.config.overlap and iteration + 1 < self.config.iterations:
             self.ahead = self.thread.submit(self._played, iteration + 1, self.sync(trained))
@@ -265,6 +284,11 @@ class Player:
                 self.store.add(episode, arm=f"grpo-{iteration:04d}")
         samples, weights, metrics = self.samples(groups)
         return samples, weights, {**metrics, **seconds, "waited_seconds": waited}
+
+    def arrived(self) -> list[list[Sample]]:
+        "What the canary said by the weights that the trainer has now, if they were brought to the engine since this was last asked."
+        heard, self.sync.answered = self.sync.answered, []
+        return [heard] if heard else []
 
     def _played(self, iteration: int, synced: tuple[str, float]) -> tuple[list[Group], dict]:
         "The groups of an iteration, played by a policy that the engine has; and what that took."
@@ -281,7 +305,7 @@ class Player:
         places = {(seeds[i % self.fresh], i // self.fresh % size, int(random.integers(1, horizon(config.horizon).turns)))
                   for i in range(config.begun_midway)}
         sampling = engines.Sampling(config.temperature, config.max_new_tokens, config.seed)
-        policy = Noting(self.engine, config, sampling, f"grpo-{iteration:04d}", adapter, places=places)
+        policy = Noting(self.engine, config, sampling, f"grpo-{iteration:04d}", adapter, places=places, given_up=self.given_up)
         settings = dict(seed=config.seed, concurrency=config.groups * size, what=f"iteration {iteration + 1} of {config.iterations}")
         whole = rollout(policy, config, seeds, members=size, **settings)
         starts, openings = openings_of(sorted(policy.snapshots.items()), {(e.seed, e.member): e.turns for e in whole}, size)
@@ -320,7 +344,9 @@ class Player:
         metrics |= {f"reward_{name}": float(np.mean([sum(columns[name]) for _, columns in whole])) for name in whole[0][1]}
         if self.critic is not None:
             metrics["explained_variance"] = self.critic.explained
-        samples, weights = merged([self._sample(e, t) for e, t, _ in useful or told[:1]], [weight for *_, weight in useful or told[:1]])
+        samples, weights = [self._sample(e, t) for e, t, _ in useful or told[:1]], [weight for *_, weight in useful or told[:1]]
+        if not config.beta:
+            samples, weights = merged(samples, weights)
         kept = np.sort(np.argsort(-np.abs(weights), kind="stable")[:max(1, round(config.top_share * len(told)))])
         metrics |= {"turns_distinct": float(len(samples)), "turns_trained": float(len(kept))}
         return [samples[i] for i in kept], [weights[i] for i in kept], metrics
@@ -351,7 +377,8 @@ class Player:
         return Sample(self.engine.processor, turns.prompt(self.config, episode.turns[:t], turn.frame, turn.text, urls=False), turn.decision)
 
     def close(self) -> None:
-        "Let go of the thread; what it plays is given up."
+        "Let go of the thread; what it plays is given up at its next turn."
+        self.given_up.set()
         self.thread.shutdown(wait=True, cancel_futures=True)
 
 
@@ -371,7 +398,8 @@ def _total(columns: dict[str, list[float]]) -> list[float]:
 
 def merged(samples: list[Sample], weights: list[float]) -> tuple[list[Sample], list[float]]:
     """Samples with the same prompt and tokens as one, with the sum of their advantages; gains and losses stay apart, since the loss is linear in
-    the advantage on either side of zero. In a group that has just begun, most samples have copies. The mean over tokens stays what it was."""
+    the advantage on either side of zero; a KL term is not. In a group that has just begun, most samples have copies. The mean over tokens
+    stays what it was."""
     found: dict[tuple, list] = {}
     for sample, weight in zip(samples, weights):
         found.setdefault((sample.encoded.key, len(sample.token_ids), weight > 0), [sample, 0.0])[1] += weight
@@ -434,9 +462,9 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
         engines.access(config.judge_model)
     serving, told = served(config, adapter)
     updates = updates_of(config)
-    last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors"),
-                         "settings": digest(config.model_dump(mode="json", exclude=set(_FREE)))})
-    step, each = int(last.name.rpartition("-")[2]) if last else 0, updates * config.epochs
+    last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors"), "seeds": config.seeds,
+                         "settings": digest(config.model_dump(mode="json", exclude={"seeds", *_FREE}))})
+    step, each = step_of(last), updates * config.epochs
     if step > each * config.iterations:
         raise InputError(f"there are {step // each} iterations already, and iterations = {config.iterations}", last.parent,
                          "ask for as many or more, or remove this folder")
@@ -471,7 +499,7 @@ def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[s
     return serving, [f"gpus_for_vllm = {asked}: this machine has {found} GPU{'s' * (found != 1)}, so {plays}"] if serving < asked else []
 
 
-_FREE = ("iterations", "seeds", "adapter", "threads", "progress", "report_to", "budget_usd", "gpu_memory_utilization")  # a run may go on with others
+_FREE = ("iterations", "adapter", "threads", "report_to", "budget_usd", "gpu_memory_utilization")  # a run may go on with others
 
 
 def updates_of(config: GRPOConfig) -> int:
@@ -480,12 +508,29 @@ def updates_of(config: GRPOConfig) -> int:
 
 
 def resumed(out: Path, start: dict) -> Path | None:
-    "The checkpoint to go on from, if there is one of a run that began from the same `start` (adapter and settings); others are removed."
+    """The checkpoint to go on from, if there is one of a run that began from the same `start` (adapter, settings, and seeds, to which more may
+    have come); what there is of others is removed."""
     name = out / "checkpoints" / "start.json"
-    if not name.is_file() or read_json(name) != start:
-        shutil.rmtree(name.parent, ignore_errors=True)
+    told = read_json(name) if name.is_file() else {}
+    known, seeds = (parse_seeds(said["seeds"]) if "seeds" in said else [] for said in (told, start))
+    if told | {"seeds": ""} != start | {"seeds": ""} or any(a != b for a, b in zip(known, seeds)):
+        for folder in (name.parent, out / "adapter"):
+            shutil.rmtree(folder, ignore_errors=True)
+        (out / "metrics.jsonl").unlink(missing_ok=True)
     write_json(name, start)
     return last_checkpoint(name.parent)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    "Updates that a checkpoint has behind it; 0 without one."
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def one_before(last: Path | None, each: int, adapter: Path) -> Path | None:
+    "The weights that play ahead of the iteration after a checkpoint, `each` updates of before; the first ones are those of `adapter`."
+    step = step_of(last)
+    found = adapter if step == each else last and last.with_name(f"checkpoint-{step - each}")
+    return found if step and found.is_dir() else None
 
 
 def share_sight(trained: models.Loaded, engine) -> models.Sight:
@@ -520,7 +565,8 @@ def _fit(config, out, adapter, store, updates, last, before, meter, serving):
         if config.judge == "remote":
             meter.begin()
             judge = stack.enter_context(contextlib.closing(RemoteJudge(config.judge_model, out / "answers.jsonl", meter)))
-        player = stack.enter_context(contextlib.closing(Player(config, engine, store, sync, share_sight(loaded, engine), judge)))
+        ahead = one_before(last, updates * config.epochs, adapter) if config.overlap else None
+        player = stack.enter_context(contextlib.closing(Player(config, engine, store, sync, share_sight(loaded, engine), judge, ahead)))
         trainer = trainer_class()(
             model=loaded.model, reward_funcs=lambda completions, **_: [0.0] * len(completions),  # rewards come with the turns
             args=on_one_device(trl.GRPOConfig(**arguments(config, out, updates))), train_dataset=placeholder, processing_class=loaded.processor,

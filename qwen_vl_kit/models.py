@@ -801,20 +801,18 @@ def decode_url(url: str):
         raise InputError(f"the image is not base64 ({error})", mend="export the rows again") from None
 
 
-_texts: dict = {}
-
-
 def _encode_text(processor, plain: str) -> tuple:
-    "`(ids, labels)` of messages without their pixels; one image token stands for each image. Cached, since few texts differ."
-    key = (id(processor.tokenizer), plain)
-    if key not in _texts:
-        if len(_texts) > 100_000:
-            _texts.clear()
+    "`(ids, labels)` of messages without their pixels; one image token stands for each image. Cached with the tokenizer, since few texts differ."
+    texts = processor.tokenizer.__dict__.setdefault("qvk_texts", {})
+    found = texts.get(plain)
+    if found is None:
+        if len(texts) > 100_000:
+            texts.clear()
         messages = json.loads(plain)
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user")
         ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        _texts[key] = (ids, assistant_labels(ids, processor.tokenizer))
-    return _texts[key]
+        found = texts[plain] = (ids, assistant_labels(ids, processor.tokenizer))
+    return found
 
 
 def assistant_labels(ids: list[int], tokenizer) -> list[int]:

@@ -8,6 +8,7 @@ __all__ = ['NOISE', 'play', 'LostEpisodes', 'Losses', 'rollout']
 # %% ../nbs/10_rollout.ipynb #6881862e
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -155,6 +156,6 @@ def _begin(world: World, episode: Episode, snapshots: dict | None) -> Situation:
 
 
 def _continue(world: World, episode: Episode, snapshot: bytes, played: list[Turn]) -> Situation:
-    "An episode that takes over the turns of another one, at the observation after them."
-    episode.turns += played
+    "An episode that takes over the turns of another one, at the observation after them; what they cost stays with the one that played them."
+    episode.turns += [replace(turn, seconds=0.0, decision=replace(turn.decision, usage={})) for turn in played]
     return Situation(episode, world.restore(snapshot), world)

@@ -67,7 +67,10 @@ def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
     assert told(again.out) == told(other.out)
     grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "second")
     assert told(tmp_path / "second") == told(tmp_path / "first")
-    grpo.run(GRPOConfig(**settings | {"iterations": 1, "learning_rate": 1e-30}), tmp_path / "second")
+    metrics = tmp_path / "second" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"seconds":', '"seconds":1e9,"once":'))
+    last = grpo.run(GRPOConfig(**settings | {"iterations": 1, "learning_rate": 1e-30}), tmp_path / "second")
+    assert last.seconds < 1e6  # those of the one before are not this one's
     alike(lora(tmp_path / "second"), lora(Path(settings["adapter"]).parent))  # what the other rate had learned is gone
 
 
@@ -108,17 +111,39 @@ def test_weights_that_do_not_reach_the_engine_stop_the_run(settings, tmp_path, m
 
 def test_ahead_of_the_updates(settings, tmp_path):
     config = GRPOConfig(**settings | {"overlap": True})
-    one, two = (grpo.run(config, tmp_path / name).out for name in ("one", "two"))
+    one = grpo.run(config, tmp_path / "one").out
+    for iterations in (1, 2, 3):  # the second and third go on by weights that played while the one before was trained on
+        two = grpo.run(GRPOConfig(**settings | {"overlap": True, "iterations": iterations}), tmp_path / "two").out
     assert told(one) == told(two) and played(one) == played(two)
+    alike(lora(one), lora(two))
     rows = told(one)
     assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, False, False]  # played by the weights of one iteration before
     assert {arm for arm, *_ in played(one)} == {"grpo-0000", "grpo-0001", "grpo-0002"}
 
 
+def test_weights_that_arrive_wrongly_while_the_next_is_played_stop_the_run(settings, tmp_path, monkeypatch):
+    first, other = engines.HFEngine.set_policy, contract.adapter(tmp_path / "other", 1)
+    monkeypatch.setattr(engines.HFEngine, "set_policy", lambda self, version, folder: first(self, version, folder if version < 3 else other))
+    with pytest.raises(TrainingStopped, match="nats from the trainer's: it plays other weights"):
+        grpo.run(GRPOConfig(**settings | {"overlap": True}), tmp_path / "grpo")
+    assert len(told(tmp_path / "grpo")) == 1
+
+
+def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeypatch):
+    "A turn that several episodes share goes through the model once, and pulls as hard; KL is of every one of them."
+    whole = settings | {"iterations": 1, "group_size": 8, "batch_size": 1000, "top_share": 1.0, "temperature": 0.5}
+    [one] = told(grpo.run(GRPOConfig(**whole), tmp_path / "one").out)
+    [kept_near] = told(grpo.run(GRPOConfig(**whole | {"beta": 0.1}), tmp_path / "near").out)
+    monkeypatch.setattr(grpo, "merged", lambda samples, weights: (samples, weights))
+    [each] = told(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
+    assert one["turns_distinct"] < one["turns_used"] == each["turns_distinct"] == kept_near["turns_distinct"]
+    assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_nothing_to_learn_is_said(settings, tmp_path):
     "One turn an episode, and nothing taken for what is said: nobody earns anything."
     costless = {"invalid_cost": 0.0, "untrue_cost": 0.0}
-    config = GRPOConfig(**settings | costless | {"horizon": "s1", "iterations": 4, "midway": 0.0, "batch_size": 6, "seeds": "50-99"})
+    config = GRPOConfig(**settings | costless | {"horizon": "s1", "iterations": 4, "batch_size": 6, "seeds": "50-99"})
     with pytest.raises(TrainingStopped, match="nothing to learn; raise temperature, group_size or groups"):
         grpo.run(config, tmp_path / "grpo")
     rows = told(tmp_path / "grpo")
