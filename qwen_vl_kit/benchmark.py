@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import costs, engines, models, policies, stats, turns
-from .config import BenchmarkConfig
+from .config import BenchmarkConfig, GRPOConfig
 from .core import InputError, Result, append_jsonl, atomic, digest, parse_seeds, read_json, resolve
 from .env import ACHIEVEMENTS
 from .episodes import Episode
@@ -83,7 +83,8 @@ def unseen(seeds: list[int], run_folder: Path) -> list[int]:
         trained["export"] = [session["seed"] for session in read_json(kept)]
     if grpo.is_file():
         told = read_json(grpo)["config"]
-        trained["grpo"] = parse_seeds(told["seeds"])[: told["iterations"] * told["groups"]]
+        shape = GRPOConfig(**{name: told[name] for name in ("iterations", "groups", "midway", "horizon") if name in told})
+        trained["grpo"] = parse_seeds(told["seeds"])[: shape.iterations * (shape.groups - shape.begun_midway)]
     for who, known in trained.items():
         if shared := sorted(set(seeds) & set(known)):
             raise InputError(f"seed {shared[0]} was trained on by {who}: an arm would be tested on what it has seen", run_folder,

@@ -256,6 +256,8 @@ class GRPOConfig(Training, Protocol):
     sequence_length: int = Field(2048, ge=16)
     warmup_ratio: float = Field(0.0, ge=0, le=1)
 
+    patience: ClassVar[frozenset[str]] = frozenset({"budget_usd", "gpu_memory_utilization"})
+
     @field_validator("gpus_for_vllm")
     @classmethod
     def _starts_a_server(cls, gpus: int, info) -> int:

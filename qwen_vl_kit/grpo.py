@@ -455,7 +455,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     learn from; what stands in `out/checkpoints` is kept.
     """
     began, out = time.perf_counter(), resolve(out)
-    adapter = Path(config.adapter) if config.adapter else out.parent / "sft" / "adapter"
+    adapter = resolve(config.adapter) if config.adapter else out.parent / "sft" / "adapter"
     expected = checked_card(adapter, config)["prompt_hash"]
     seeds_of(config)  # what is missing is told before anything is loaded or written
     if config.judge == "remote":
@@ -463,7 +463,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     serving, told = served(config, adapter)
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors"), "seeds": config.seeds,
-                         "settings": digest(config.model_dump(mode="json", exclude={"seeds", *_FREE}))})
+                         "settings": digest(config.model_dump(mode="json", exclude={"seeds"} | _FREE))})
     step, each = step_of(last), updates * config.epochs
     if step > each * config.iterations:
         raise InputError(f"there are {step // each} iterations already, and iterations = {config.iterations}", last.parent,
@@ -499,7 +499,7 @@ def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[s
     return serving, [f"gpus_for_vllm = {asked}: this machine has {found} GPU{'s' * (found != 1)}, so {plays}"] if serving < asked else []
 
 
-_FREE = ("iterations", "adapter", "threads", "report_to", "budget_usd", "gpu_memory_utilization")  # a run may go on with others
+_FREE = {"iterations", "adapter", "threads", "report_to", *GRPOConfig.patience}  # a run may go on with others
 
 
 def updates_of(config: GRPOConfig) -> int:

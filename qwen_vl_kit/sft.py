@@ -287,7 +287,7 @@ def checked_card(adapter: str | Path, protocol: Protocol) -> dict:
     card, expected = models.read_card(adapter), prompt_hash(protocol)
     if card["prompt_hash"] != expected:
         raise InputError(f"the adapter was trained with prompt {card['prompt_hash'][:12]}, this config makes {expected[:12]}", adapter,
-                         "give this stage the same prompt, form, observe, history, frames, progress and render_size as collect")
+                         "give this stage the same prompt, form, observe, history, frames, progress (with it, horizon) and render_size as collect")
     return card
 
 # %% ../nbs/14_sft.ipynb #62bac059

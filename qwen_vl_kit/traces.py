@@ -10,6 +10,7 @@ __all__ = ['SCHEMA', 'SPLITS', 'LARGEST', 'PACKAGES', 'split_of', 'png_size', 'p
 import base64
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import platform
@@ -27,7 +28,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-import qwen_vl_kit
 from .config import Protocol
 from .core import InputError, absent, digest, dumps, remove_empty, resolve
 from .env import ACHIEVEMENTS, ACTIONS, Png, decode_png, frame_hash, png
@@ -220,7 +220,7 @@ PACKAGES = ("qwen_vl_kit", "torch", "transformers", "trl", "peft", "accelerate",
 def _git(*words: str) -> str | None:
     "What git says in the folder of this code."
     try:
-        out = subprocess.run(["git", *words], cwd=Path(qwen_vl_kit.__file__).parent, capture_output=True, text=True, timeout=10)
+        out = subprocess.run(["git", *words], cwd=Path(inspect.getfile(InputError)).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() if out.returncode == 0 else None

@@ -15,6 +15,7 @@ from runs import alike, lora, student, told
 from qwen_vl_kit import engines, grpo, models, traces
 from qwen_vl_kit.config import GRPOConfig
 from qwen_vl_kit.core import InputError, TrainingStopped, root
+from qwen_vl_kit.manifest import config_hash
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s10")
 
@@ -204,6 +205,7 @@ def test_a_remote_judge_without_a_key_is_told_first(settings, tmp_path, monkeypa
     with pytest.raises(InputError, match="no key for model 'gpt-4o-mini'"):
         grpo.run(GRPOConfig(**settings | {"judge": "remote"}), tmp_path / "grpo")
     assert not (tmp_path / "grpo").exists()
+    assert config_hash(GRPOConfig(budget_usd=1.0)) == config_hash(GRPOConfig(budget_usd=2.0)) != config_hash(GRPOConfig(judge="remote"))
 
 
 def test_bad_input(settings, tmp_path):
