@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from . import costs, engines, models, policies, stats, turns
-from .config import BenchmarkConfig, GRPOConfig
-from .core import InputError, Result, append_jsonl, atomic, digest, parse_seeds, read_json, resolve
+from .config import BenchmarkConfig
+from .core import InputError, Result, adapter_folder, append_jsonl, atomic, digest, parse_seeds, read_json, resolve
 from .env import ACHIEVEMENTS
 from .episodes import Episode
 from .rollout import rollout
@@ -28,7 +28,7 @@ def adapter_of(arm: str, config: BenchmarkConfig, run_folder: Path) -> Path | No
     if arm not in ("sft", "grpo"):
         return None
     named = config.sft_adapter if arm == "sft" else config.grpo_adapter
-    return Path(named) if named else run_folder / arm / "adapter"
+    return adapter_folder(named or run_folder / arm / "adapter")
 
 
 class Players:
@@ -39,6 +39,8 @@ class Players:
         self.folders = {arm: adapter_of(arm, config, run_folder) for arm in config.arms}
         self.ranks = {arm: engines.rank_of(folder) for arm, folder in self.folders.items() if folder}
         self.engine, self.whole = None, None  # the base's, and the folder of whole weights that it plays in its place
+        if asked := [arm for arm in config.arms if arm not in ("random", "expert")]:
+            self._engine(self._whole(asked[0]))  # what cannot be loaded is told before anything is played or written
 
     def policy(self, arm: str):
         "The policy that plays an arm."
@@ -47,12 +49,16 @@ class Players:
             return policies.RandomPolicy(config, config.seed)
         if arm == "expert":
             return policies.ExpertPolicy(config)
-        engine = self._engine(None if self.ranks.get(arm) else folder)
+        engine = self._engine(self._whole(arm))
         adapter = engine.set_policy(config.arms.index(arm), folder) if self.ranks.get(arm) else ""
         sampling = engines.Sampling(config.temperature, config.max_new_tokens, config.seed)
         if engine.name == "server":
             return policies.ServerPolicy(engine, config, sampling, arm, asks=0, adapter=adapter)
         return policies.EnginePolicy(engine, config, sampling, arm, adapter)
+
+    def _whole(self, arm: str) -> Path | None:
+        "The folder of whole weights that an arm plays, if it does."
+        return None if self.ranks.get(arm) else self.folders[arm]
 
     def _engine(self, whole: Path | None) -> engines.Engine:
         "The engine that plays the base, or whole weights; one is held at a time."
@@ -72,23 +78,17 @@ class Players:
             self.engine = None
 
 # %% ../nbs/18_benchmark.ipynb #39b70d1b
-def unseen(seeds: list[int], run_folder: Path) -> list[int]:
-    "`seeds`, unless one of them was trained on in this run or by the base of `tiny`; then an `InputError` that says where."
-    base, kept, grpo = models.tiny_folder() / "base.json", run_folder / "export" / "kept.json", run_folder / "grpo" / "manifest.json"
-    trained = {}
-    if base.is_file():
+def unseen(seeds: list[int], model: str, adapters: dict[str, Path]) -> list[int]:
+    "`seeds`, unless the base `tiny` or one of the arms' `adapters` was trained on one of them; then an `InputError` that says which."
+    trained, base = {}, models.tiny_folder() / "base.json"
+    if model == "tiny" and base.is_file():
         made = read_json(base)
-        trained["the base of tiny"] = range(made["first_seed"], made["first_seed"] + made["episodes"])
-    if kept.is_file():
-        trained["export"] = [session["seed"] for session in read_json(kept)]
-    if grpo.is_file():
-        told = read_json(grpo)["config"]
-        shape = GRPOConfig(**{name: told[name] for name in ("iterations", "groups", "midway", "horizon") if name in told})
-        trained["grpo"] = parse_seeds(told["seeds"])[: shape.iterations * (shape.groups - shape.begun_midway)]
-    for who, known in trained.items():
+        trained["the base of tiny"] = base, range(made["first_seed"], made["first_seed"] + made["episodes"])
+    for arm, folder in adapters.items():
+        trained[f"the adapter of arm {arm}"] = folder, models.trained_on(models.read_card(folder))
+    for who, (where, known) in trained.items():
         if shared := sorted(set(seeds) & set(known)):
-            raise InputError(f"seed {shared[0]} was trained on by {who}: an arm would be tested on what it has seen", run_folder,
-                             "benchmark on other seeds")
+            raise InputError(f"seed {shared[0]} was trained on by {who}: it would be tested on what it has seen", where, "benchmark on other seeds")
     return seeds
 
 # %% ../nbs/18_benchmark.ipynb #3fa0b876
@@ -127,19 +127,19 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     Its seconds are those of all sessions that stored episodes there; so are the metrics', which tell of each arm how long all took up to it.
     """
     began, out = time.perf_counter(), resolve(out)
-    seeds = unseen(parse_seeds(config.seeds), out.parent)
     adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, out.parent))}
     for path in adapters.values():
         checked_card(path, config)  # told before hours are spent on the other arms
+    seeds = unseen(parse_seeds(config.seeds), config.model, adapters)
+    engines.check(config.engine)
     name = "benchmark " + digest({arm: models.trained_weights(path) for arm, path in adapters.items()})[:8]
-    out.mkdir(parents=True, exist_ok=True)
     arms, episodes, took = [], [], 0.0
     meter = None
     if engines.chosen(config.engine) == "server":
         meter = costs.Meter(image=costs.image_bound(config.model, "low", config.render_size), journal=out / "calls.jsonl")
         meter.begin()
-    with (threads(config.threads), Store(out / "rollouts.db") as store, contextlib.closing(Players(config, out.parent, meter)) as players,
-          contextlib.closing(meter) if meter else contextlib.nullcontext()):
+    with (threads(config.threads), contextlib.closing(Players(config, out.parent, meter)) as players,
+          Store(out / "rollouts.db") as store, contextlib.closing(meter) if meter else contextlib.nullcontext()):
         if others := set(sessions(out / "rollouts.db").get("run", ())) - {name}:
             raise InputError(f"holds episodes of other adapters ({', '.join(others)})", out / "rollouts.db", "give --force, or another --out")
         earlier = round(store.seconds(name), 3)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import costs, engines, models, policies, turns
 from .config import CollectConfig, horizon
-from .core import InputError, OverBudget, Result, append_jsonl, atomic, dumps, parse_seeds, resolve
+from .core import InputError, OverBudget, Result, adapter_folder, append_jsonl, atomic, dumps, parse_seeds, resolve
 from .env import World
 from .episodes import Episode
 from .rollout import rollout
@@ -123,7 +123,8 @@ def run(config: CollectConfig, out: str | Path) -> Result:
     numbers = {**totals, "achievement_rate": round(totals["achievements"] / 22 / totals["episodes"], 6), "teacher": policy.name,
                "prompt_hash": turns.prompt_hash(config), **plan, **(meter.numbers() if meter else {})}
     seconds = plan.get("earlier_seconds", 0.0) + time.perf_counter() - began
-    return Result("collect", out, seconds, numbers, {"student": resolve(config.student)} if config.student else {}, meter.usage() if meter else [])
+    inputs = {"student": adapter_folder(config.student)} if config.student else {}
+    return Result("collect", out, seconds, numbers, inputs, meter.usage() if meter else [])
 
 
 def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: costs.Meter | None) -> dict:

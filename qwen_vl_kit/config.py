@@ -84,6 +84,7 @@ class Stage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
     _notices: list[str] = PrivateAttr(default_factory=list)
     patience: ClassVar[frozenset[str]] = frozenset()  # fields that say how long and how dear, not what: a stopped run may go on with others
+    goes_on: ClassVar[frozenset[str]] = frozenset()  # fields with which more is asked of a run, stopped or finished: it goes on from where it stands
 
     @property
     def notices(self) -> list[str]:
@@ -257,6 +258,7 @@ class GRPOConfig(Training, Protocol):
     warmup_ratio: float = Field(0.0, ge=0, le=1)
 
     patience: ClassVar[frozenset[str]] = frozenset({"budget_usd", "gpu_memory_utilization"})
+    goes_on: ClassVar[frozenset[str]] = frozenset({"iterations", "threads", "report_to"})
 
     @field_validator("gpus_for_vllm")
     @classmethod

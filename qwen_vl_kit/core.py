@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_SEEDS', 'InputError', 'OverBudget', 'TrainingStopped', 'misplaced', 'usable', 'nearest', 'root', 'resolve',
-           'absent', 'remove_empty', 'atomic', 'write_json', 'read_json', 'dumps', 'append_jsonl', 'read_jsonl',
-           'digest', 'parse_seeds', 'progress', 'Result']
+           'adapter_folder', 'absent', 'remove_empty', 'atomic', 'write_json', 'read_json', 'dumps', 'append_jsonl',
+           'read_jsonl', 'digest', 'parse_seeds', 'seed_spec', 'progress', 'Result']
 
 # %% ../nbs/00_core.ipynb #c272455a
 import contextlib
@@ -77,6 +77,12 @@ def resolve(path: str | Path) -> Path:
     "`path` itself if absolute, else below `root()`."
     path = Path(path).expanduser()
     return path if path.is_absolute() else root() / path
+
+
+def adapter_folder(path: str | Path) -> Path:
+    "Where an adapter lies: in the folder `path`, or, when that is the folder of the stage that trained it, in `adapter` below."
+    path = resolve(path)
+    return path / "adapter" if (path / "adapter" / "qvk.json").is_file() and not (path / "qvk.json").is_file() else path
 
 # %% ../nbs/00_core.ipynb #e5710388
 def absent(folder: str | Path) -> list[Path]:
@@ -184,6 +190,17 @@ def parse_seeds(spec: str | int | list) -> list[int]:
     if not spec or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in spec):
         raise InputError(f"cannot read seeds from {spec!r}", mend=mend)
     return list(dict.fromkeys(spec))
+
+
+def seed_spec(seeds) -> str:
+    "Seeds as `parse_seeds` reads them, each once, in order of size; an empty string for none."
+    spans: list[list[int]] = []
+    for seed in sorted(set(seeds)):
+        if spans and spans[-1][1] == seed - 1:
+            spans[-1][1] = seed
+        else:
+            spans.append([seed, seed])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
 
 # %% ../nbs/00_core.ipynb #e1524e4e
 def progress(iterable=None, total: int | None = None, what: str = "", done: int = 0):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOOK', 'IMAGE_TOKENS', 'SEED_GPUS', 'WAYS', 'PEAKS', 'PEAK_H200', 'DECODE_STEP', 'FRONT_END', 'LANGUAGE', 'HEAD',
-           'VISION', 'Price', 'prices', 'price', 'gpu_cost', 'seed_equivalent', 'Budget', 'booked', 'Ledger',
+           'VISION', 'JUDGE', 'Price', 'prices', 'price', 'gpu_cost', 'seed_equivalent', 'Budget', 'booked', 'Ledger',
            'image_bound', 'Meter', 'image_tokens', 'turn_tokens', 'training_flops', 'peak', 'gpu_item', 'rent',
            'estimate']
 
@@ -451,9 +451,24 @@ def _size(model: str) -> float:
     return 0.0 if model == "tiny" else float(sizes[-1]) / 2 if sizes else 1.0
 
 
+JUDGE = {"told": 80, "shown": 100, "said": 40}  # tokens of a judge's instructions, turns of an episode that it reads, tokens of its answer
+
+
+def _judge(stage: str, config: Stage, completion: int, book: dict) -> tuple[float, str]:
+    "US dollars of a remote judge and what they are for; a judge without a price costs 0, and the words say so."
+    if getattr(config, "judge", "") != "remote":
+        return 0.0, ""
+    episodes = config.iterations * config.groups * config.group_size if stage == "grpo" else len(parse_seeds(config.seeds))
+    prompt = JUDGE["told"] + min(horizon(config.horizon).turns, JUDGE["shown"]) * (completion + 3)
+    words, name = f"{episodes} calls of {prompt} + {JUDGE['said']} tokens to judge {config.judge_model!r}", f"{config.judge_model}/"
+    if not {name + "input", name + "output"} <= set(book):
+        return 0.0, words + ", which has no price and is not in the sum"
+    return float(book[name + "input"](episodes * prompt) + book[name + "output"](episodes * JUDGE["said"])), words
+
+
 def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: int = 18_000, completion: int = 24, mfu: float = 0.3,
              usd_per_hour: float | None = None) -> dict:
-    """What a stage will take on H200s: turns, tokens, FLOP, GPU seconds, US dollars, and what was assumed.
+    """What a stage will take on H200s: turns, tokens (a judge's are not among them), FLOP, GPU seconds, US dollars, and what was assumed.
 
     Parameters
     ----------
@@ -476,13 +491,15 @@ def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: 
     tokens, book, scale = turn_tokens(protocol, completion), prices(), _size(config.model)
     turns, flops, seconds = _work(stage, config, protocol, rows, tokens, mfu)
     total = turns * (tokens["prompt"] + completion)
+    judge, words = _judge(stage, config, completion, book)
+    judged = {"judge": words} if words else {}
     if stage == "collect" and f"{config.model}/input" in book:  # a teacher behind an API is paid by the token
         image = image_bound(config.model, config.detail, config.render_size) if config.model in IMAGE_TOKENS else image_tokens(config.render_size)
         prompt = turns * (tokens["prompt"] - tokens["image"] + image * config.frames * (config.observe != "text"))
-        usd = book[f"{config.model}/input"](prompt) + book[f"{config.model}/output"](turns * completion)
-        return zero | {"turns": turns, "tokens": prompt + turns * completion, "usd": float(usd), "assumed": {"completion": completion}}
+        usd = float(book[f"{config.model}/input"](prompt) + book[f"{config.model}/output"](turns * completion)) + judge
+        return zero | {"turns": turns, "tokens": prompt + turns * completion, "usd": usd, "assumed": {"completion": completion, **judged}}
     rate = float(price("h200", book).usd) if usd_per_hour is None else usd_per_hour
     seconds *= scale
-    assumed = {"completion": completion, "mfu": mfu, "usd_per_gpu_hour": rate, "times_the_2B": scale}
+    assumed = {"completion": completion, "mfu": mfu, "usd_per_gpu_hour": rate, "times_the_2B": scale, **judged}
     return {"stage": stage, "turns": turns, "tokens": total, "flops": flops * scale, "gpu_seconds": seconds,
-            "usd": float(gpu_cost(seconds, 1, rate)), "assumed": assumed | ({"rows": rows} if stage == "sft" else {})}
+            "usd": float(gpu_cost(seconds, 1, rate)) + judge, "assumed": assumed | ({"rows": rows} if stage == "sft" else {})}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHOWN', 'GUARD', 'Request', 'Sampling', 'Output', 'uniforms', 'Engine', 'EngineDied', 'Versions', 'prefill',
            'shared_prefix', 'prefill_shared', 'draw', 'distinct', 'decode', 'Replayed', 'LowRank', 'changes',
-           'read_adapter', 'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'stored',
-           'roomy', 'language_only', 'VLLMEngine', 'first_line', 'access', 'told', 'CallFailed', 'Passing', 'Relearnt',
-           'retry_after', 'backoff', 'size', 'reply_text', 'read_reply', 'cached', 'read_tokens', 'Serving',
+           'read_adapter', 'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'check',
+           'stored', 'roomy', 'language_only', 'VLLMEngine', 'first_line', 'access', 'told', 'CallFailed', 'Passing',
+           'Relearnt', 'retry_after', 'backoff', 'size', 'reply_text', 'read_reply', 'cached', 'read_tokens', 'Serving',
            'Unmetered', 'ServerEngine', 'guarded', 'divided', 'serving', 'chosen', 'create', 'rank_of']
 
 # %% ../nbs/07_engines.ipynb #fe9ed4f5
@@ -378,6 +378,8 @@ def checked_adapter(folder: str | Path, base: Loaded) -> Path:
         raise InputError("no adapter here", folder, "name the folder that a trainer saved one in")
     if (folder / "qvk.json").is_file():
         models.same_base(base, folder)
+    else:
+        models.check_weights(folder)
     return folder
 
 # %% ../nbs/07_engines.ipynb #65e9f0c6
@@ -490,6 +492,12 @@ def there(module: str) -> bool:
     from importlib.util import find_spec
     return find_spec(module) is not None
 
+
+def check(engine: str) -> None:
+    "Raise `InputError` for an engine that is asked for by name, and is not here."
+    if engine == "vllm" and not there("vllm"):
+        raise InputError("vLLM is not installed here", mend='make gpu installs it, for a GPU; or set engine = "hf"')
+
 # %% ../nbs/07_engines.ipynb #a98fc464
 SHOWN = {"image": {"count": 64, "width": 512, "height": 512}, "video": 0}  # the most that a prompt may show
 
@@ -539,8 +547,7 @@ class VLLMEngine:
 
     def __init__(self, model: str, revision: str = "", adapter: str | Path | None = None, bf16: bool = True, gpu_memory_utilization: float = 0.85,
                  lora_rank: int = 64, longest: int = 0, concurrency: int = 256):
-        if not there("vllm"):
-            raise InputError("vLLM is not installed here", mend='make gpu installs it, for a GPU; or set engine = "hf"')
+        check("vllm")
         import torch
 
         cuda = torch.cuda.is_available()

@@ -66,6 +66,7 @@ class Episode:
     model: str
     member: int = 0
     turns: list[Turn] = field(default_factory=list)
+    start: int = 0  # the turns before this one were taken over from another episode
 
     @property
     def reward(self) -> float:

@@ -226,7 +226,7 @@ def turn_places(kept: list, protocol: Protocol, config: ExportConfig) -> tuple[l
     places, dropped, seen = [], Counter(), set()
     for e, (_, episode) in enumerate(kept):
         near = None if config.unlock_window is None else _near_unlock(episode, config.unlock_window)
-        for t, turn in enumerate(episode.turns):
+        for t, turn in list(enumerate(episode.turns))[episode.start:]:  # those before are rows of the episode that played them
             state = (turn.frame, turn.text, turn.decision.reason, *turn.decision.actions)
             rule = _unfit(protocol, turn) or near is not None and t not in near and "unlock_window" \
                 or config.dedupe and state in seen and "dedupe"

@@ -20,7 +20,8 @@ import numpy as np
 
 from . import costs, engines, models, policies, turns
 from .config import GRPOConfig, horizon
-from .core import InputError, Result, TrainingStopped, digest, parse_seeds, read_json, read_jsonl, resolve, write_json
+from .core import (InputError, Result, TrainingStopped, adapter_folder, digest, parse_seeds, read_json, read_jsonl, resolve, seed_spec,
+                              write_json)
 from .env import ACHIEVEMENTS, World
 from .episodes import Episode, returns_to_go
 from .judge import RemoteJudge, reward_terms, rubric
@@ -339,7 +340,7 @@ class Player:
         metrics = {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "episodes": float(sum(map(len, rewards))),
                    "achievement_rate": float(np.mean([len(e.achievements) for e, _ in whole]) / len(ACHIEVEMENTS)),
                    "invalid_rate": float(np.mean([not e.turns[t].decision.valid for e, t, _ in told])),
-                   "turns": float(len(told)), "turns_used": float(len(useful)),
+                   "turns": float(len(told)), "turns_with_advantage": float(len(useful)),
                    "groups_alike": float(np.mean([len({sum(r) for r in group}) == 1 for group in rewards]))}
         metrics |= {f"reward_{name}": float(np.mean([sum(columns[name]) for _, columns in whole])) for name in whole[0][1]}
         if self.critic is not None:
@@ -383,12 +384,12 @@ class Player:
 
 
 def seeds_of(config: GRPOConfig) -> list[int]:
-    "The seeds to come, in order. Raises `InputError` if the iterations need more."
+    "The seeds to come, in order: those of all iterations. Raises `InputError` if these need more."
     seeds, fresh = parse_seeds(config.seeds), config.groups - config.begun_midway
     if len(seeds) < config.iterations * fresh:
         raise InputError(f"{config.iterations} iterations of {fresh} seeds need {config.iterations * fresh}, 'seeds' has {len(seeds)}",
                          mend="name more seeds")
-    return seeds
+    return seeds[:config.iterations * fresh]
 
 
 def _total(columns: dict[str, list[float]]) -> list[float]:
@@ -419,8 +420,8 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
 # %% ../nbs/16_grpo.ipynb #19f0ca7b
 GRPO_NAMES = {**{name: name for name in (
     "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_untrue", "reward_health", "reward_shaping", "reward_judge",
-    "achievement_rate", "invalid_rate", "episodes", "turns", "turns_used", "turns_distinct", "turns_trained", "groups_alike", "explained_variance",
-    "entropy", "kl", "grad_norm", "logprob_gap", "sync_seconds", "rollout_seconds", "waited_seconds", "update_seconds")},
+    "achievement_rate", "invalid_rate", "episodes", "turns", "turns_with_advantage", "turns_distinct", "turns_trained", "groups_alike",
+    "explained_variance", "entropy", "kl", "grad_norm", "logprob_gap", "sync_seconds", "rollout_seconds", "waited_seconds", "update_seconds")},
     "clip_ratio/region_mean": "clip_fraction", "ratio/mean": "ratio_mean", "ratio/max": "ratio_max", "ratio/effective_share": "effective_share"}
 
 
@@ -455,12 +456,14 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     learn from; what stands in `out/checkpoints` is kept.
     """
     began, out = time.perf_counter(), resolve(out)
-    adapter = resolve(config.adapter) if config.adapter else out.parent / "sft" / "adapter"
-    expected = checked_card(adapter, config)["prompt_hash"]
-    seeds_of(config)  # what is missing is told before anything is loaded or written
+    adapter = adapter_folder(config.adapter or out.parent / "sft" / "adapter")
+    card, seeds = checked_card(adapter, config), seeds_of(config)  # what is wrong is told before anything is written
+    engines.check(config.engine)
     if config.judge == "remote":
         engines.access(config.judge_model)
     serving, told = served(config, adapter)
+    with threads(config.threads):
+        loaded = models.load(config.model, config.revision, adapter, bf16=config.bf16, trainable=True)
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors"), "seeds": config.seeds,
                          "settings": digest(config.model_dump(mode="json", exclude={"seeds"} | _FREE))})
@@ -474,9 +477,10 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
           contextlib.closing(meter)):
         store.begin("grpo", config, {"model": config.model, "adapter": str(adapter), "seeds": config.seeds})
         store.forget("grpo", f"grpo-{step // each:04d}")
-        loaded, metrics = _fit(config, out, adapter, store, updates, last, before, meter, serving)
-    models.write_card(out / "adapter", loaded, expected, stage="grpo", iterations=config.iterations)
-    numbers = {"model": loaded.name, "iterations": config.iterations, "prompt_hash": expected, "return_first": metrics[0]["return_mean"],
+        metrics = _fit(config, out, adapter, loaded, store, updates, last, before, meter, serving)
+    models.write_card(out / "adapter", loaded, card["prompt_hash"], stage="grpo", iterations=config.iterations,
+                      seeds=seed_spec([*models.trained_on(card), *seeds]))
+    numbers = {"model": loaded.name, "iterations": config.iterations, "prompt_hash": card["prompt_hash"], "return_first": metrics[0]["return_mean"],
                "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics)}
     seconds = before + time.perf_counter() - began
     numbers |= (meter.numbers() if meter.calls else {}) | ({"not_applied": told} if told else {})
@@ -499,7 +503,7 @@ def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[s
     return serving, [f"gpus_for_vllm = {asked}: this machine has {found} GPU{'s' * (found != 1)}, so {plays}"] if serving < asked else []
 
 
-_FREE = {"iterations", "adapter", "threads", "report_to", *GRPOConfig.patience}  # a run may go on with others
+_FREE = {"adapter", *GRPOConfig.goes_on, *GRPOConfig.patience}  # a run may go on with others
 
 
 def updates_of(config: GRPOConfig) -> int:
@@ -551,13 +555,11 @@ def _playing(config, out, adapter, serving, stack):
     return stack.enter_context(contextlib.closing(engine))
 
 
-def _fit(config, out, adapter, store, updates, last, before, meter, serving):
-    "Run the trainer from a checkpoint or the beginning; returns the loaded policy and the rows that were logged."
-    models.quiet()
+def _fit(config, out, adapter, loaded, store, updates, last, before, meter, serving):
+    "Train the loaded policy from a checkpoint or the beginning; returns the rows that were logged."
     import datasets
     import trl
 
-    loaded = models.load(config.model, config.revision, adapter, bf16=config.bf16, trainable=True)
     placeholder = datasets.Dataset.from_dict({"prompt": ["play"] * 2 * updates * config.gradient_accumulation_steps})
     with contextlib.ExitStack() as stack:
         engine = _playing(config, out, adapter, serving, stack)
@@ -577,4 +579,4 @@ def _fit(config, out, adapter, store, updates, last, before, meter, serving):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.model.save_pretrained(out / "adapter", selected_adapters=["default"])
     shutil.rmtree(out / "policies", ignore_errors=True)  # none, where the last checkpoint was all that had to be gone on from
-    return loaded, [row for row in read_jsonl(out / "metrics.jsonl") if "return_mean" in row]
+    return [row for row in read_jsonl(out / "metrics.jsonl") if "return_mean" in row]

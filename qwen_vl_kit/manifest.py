@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'MARKER', 'ASIDE', 'PASSING', 'made_files', 'outputs', 'folder_hash', 'content_hash', 'machine', 'config_hash',
-           'priced', 'bill', 'write', 'changes', 'owner', 'verify']
+           'differing', 'priced', 'bill', 'write', 'changes', 'owner', 'verify']
 
 # %% ../nbs/20_manifest.ipynb #9aaa4a44
 import os
@@ -76,6 +76,12 @@ def _short(path: Path, run: Path) -> str:
 def config_hash(config: Stage) -> str:
     "sha256 over every resolved value of a stage's settings, but for those that say only how long it may take and what it may cost."
     return digest([type(config).__name__, config.model_dump(mode="json", exclude=set(config.patience))])
+
+
+def differing(config: Stage, told: dict) -> list[str]:
+    "Names of the settings that are others than the config that a manifest or marker `told`, but for those of `patience`."
+    now = config.model_dump(mode="json", exclude=set(config.patience))
+    return sorted(name for name in now.keys() | told.keys() - config.patience if name not in now or name not in told or now[name] != told[name])
 
 
 def priced(result: Result) -> tuple[list[dict], list[dict]]:

@@ -6,10 +6,10 @@
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'tiny_tokenizer', 'chat_template', 'make_processor', 'tiny_config', 'make_tiny',
            'quicken_tower', 'attention_kernel', 'Spans', 'attend', 'register_attention', 'Sight', 'quicken',
            'tiny_folder', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'without_weights', 'lora_config',
-           'write_card', 'read_card', 'trained_weights', 'same_base', 'attach', 'cut', 'patchify', 'Encoded',
-           'image_tokens', 'encode', 'frame_key', 'decode_url', 'assistant_labels', 'window', 'windows', 'positions',
-           'lay_out', 'pack', 'image_inputs', 'answers_only', 'quicken_adapter', 'quicken_training', 'forward_flops',
-           'parameter_counts']
+           'write_card', 'read_card', 'check_weights', 'trained_on', 'trained_weights', 'same_base', 'attach', 'cut',
+           'patchify', 'Encoded', 'image_tokens', 'encode', 'frame_key', 'decode_url', 'assistant_labels', 'window',
+           'windows', 'positions', 'lay_out', 'pack', 'image_inputs', 'answers_only', 'quicken_adapter',
+           'quicken_training', 'forward_flops', 'parameter_counts']
 
 # %% ../nbs/06_models.ipynb #3585f284
 import contextlib
@@ -22,7 +22,7 @@ from importlib import import_module
 from logging import getLogger
 from pathlib import Path
 
-from .core import InputError, digest, nearest, read_json, resolve, write_json
+from .core import InputError, adapter_folder, digest, nearest, parse_seeds, read_json, resolve, write_json
 from .env import ACHIEVEMENTS, ACTIONS
 from .expert import GOALS
 
@@ -555,6 +555,13 @@ def _processor(source, revision: str | None = None):
     return make_processor(tokenizer, template=tokenizer.chat_template)
 
 
+def _no_path(name: str) -> str:
+    "A model's name, which no folder bears. Raises `InputError` when it is meant for one."
+    if name.startswith(("/", "./", "../", "~")):
+        raise InputError("no such folder", name, "name a model's folder, tiny, or a hub name such as Qwen/Qwen3-VL-2B-Instruct")
+    return name
+
+
 def _from_hub(name: str, revision: str, **how):
     "`(model, processor, weights)` from the hub or its offline cache."
     from transformers import Qwen3VLForConditionalGeneration
@@ -597,7 +604,7 @@ def load(name: str | Path, revision: str = "", adapter: str | Path | None = None
         model, processor, weights = _from_folder(tiny_folder(), **how)
     elif resolve(name).is_dir():
         model, processor, weights = _from_folder(resolve(name), **how)
-    elif "/" in name:
+    elif "/" in _no_path(name):
         model, processor, weights = _from_hub(name, revision, **how)
     else:
         raise InputError(f"unknown model {name!r}", mend=nearest(name, ["tiny", "random:tiny", "random:2b", "Qwen/Qwen3-VL-2B-Instruct"]))
@@ -616,7 +623,7 @@ def without_weights(name: str, revision: str = "") -> tuple[Loaded, str]:
     folder = tiny_folder() if name == "tiny" else resolve(name)
     if folder.is_dir():
         return Loaded(None, _processor(folder), name, _weights(folder)), str(folder)
-    if "/" not in name:
+    if "/" not in _no_path(name):
         raise InputError(f"no weights are stored for {name!r}", mend="name tiny, a folder, or a hub name such as Qwen/Qwen3-VL-2B-Instruct")
     from transformers import AutoConfig
 
@@ -637,16 +644,42 @@ def lora_config(rank: int, alpha: int, dropout: float = 0.0, targets: str = "lan
 
 
 def write_card(folder: str | Path, loaded: Loaded, prompt_hash: str, **more) -> Path:
-    "Write `qvk.json` beside an adapter."
+    "Write `qvk.json` beside an adapter. Of `more`, `seeds` are those of the worlds that it was trained on, see `trained_on`."
     return write_json(Path(folder) / "qvk.json", {"base": loaded.name, "base_weights": loaded.weights, "prompt_hash": prompt_hash, **more})
 
 
 def read_card(folder: str | Path) -> dict:
-    "The card of an adapter folder. Raises `InputError` when the folder is no adapter of this kit."
-    folder = resolve(folder)
+    "The card of an adapter, in its folder or that of its stage. Raises `InputError` when it is none of this kit, or damaged."
+    folder = adapter_folder(folder)
     if not any((folder / name).is_file() for name in ("adapter_config.json", "qvk.json")):
         raise InputError("no adapter here", folder, "run the stage that trains it, or name its folder")
-    return read_json(folder / "qvk.json")
+    card = read_json(folder / "qvk.json")
+    if not isinstance(card, dict) or not {"base", "base_weights", "prompt_hash"} <= set(card):
+        raise InputError("is no card of an adapter", folder / "qvk.json", "copy the adapter's whole folder again")
+    check_weights(folder, whole=card.get("variety") == "full")
+    return card
+
+
+def check_weights(folder: Path, whole: bool = False) -> None:
+    "Raise `InputError` unless an adapter's folder (or one of `whole` weights) has all its files, and none was cut short."
+    from safetensors import SafetensorError, safe_open
+
+    settings, mend = folder / ("config.json" if whole else "adapter_config.json"), "copy the folder again, or train it again"
+    files = sorted(folder.glob("model*.safetensors" if whole else "adapter_model.safetensors"))
+    if not settings.is_file() or not files:
+        raise InputError(f"an adapter's folder without {settings.name if files else 'its weights (safetensors)'}", folder, mend)
+    read_json(settings)
+    for file in files:
+        try:
+            with safe_open(file, "numpy"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"damaged or cut short ({error})", file, mend) from None
+
+
+def trained_on(card: dict) -> list[int]:
+    "Seeds of the worlds that an adapter was trained on, or chosen by; none where its card does not tell."
+    return parse_seeds(card["seeds"]) if card.get("seeds") else []
 
 
 def trained_weights(adapter: str | Path) -> str:
@@ -667,14 +700,14 @@ def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Load
     "Put an adapter (or whole weights that were trained) on a loaded base, in place. Raises `InputError` when it was made for another base."
     from peft import PeftModel
 
-    card = same_base(loaded, adapter)
+    card, folder = same_base(loaded, adapter), adapter_folder(adapter)
     if card.get("variety") == "full":
         if trainable:
-            raise InputError("these are whole weights, and what trains on is an adapter", resolve(adapter), 'train sft with variety = "lora"')
-        loaded.model = type(loaded.model).from_pretrained(resolve(adapter), dtype=loaded.model.dtype, local_files_only=True)
+            raise InputError("these are whole weights, and what trains on is an adapter", folder, 'train sft with variety = "lora"')
+        loaded.model = type(loaded.model).from_pretrained(folder, dtype=loaded.model.dtype, local_files_only=True)
         quicken(loaded.model)
     else:
-        loaded.model = PeftModel.from_pretrained(loaded.model, resolve(adapter), is_trainable=trainable)
+        loaded.model = PeftModel.from_pretrained(loaded.model, folder, is_trainable=trainable)
     loaded.card = card
     return loaded
 

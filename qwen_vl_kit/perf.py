@@ -943,7 +943,7 @@ def _our_grpo(config, out: Path, words: int) -> dict:
         grpo.run(config, out / "grpo")
     told = [line for line in read_jsonl(out / "grpo" / "metrics.jsonl") if "return_mean" in line]
     steps = config.groups * config.group_size * horizon(config.horizon).turns
-    if any(line["turns_used"] < 0.9 * steps for line in told):  # somebody may have died; what vLLM draws may be an image token now and then
+    if any(line["turns_with_advantage"] < 0.9 * steps for line in told):  # somebody may have died; what vLLM draws may be an image token now and then
         raise RuntimeError(f"not all of {steps} turns were played and trained on ({told[-1]}): there is nothing to compare")
     spent = [{part: line[f"{part}_seconds"] / line["turns"] for part in ("rollout", "update", "sync")}
              | {"all": (line["seconds"] - before["seconds"]) / line["turns"]} for before, line in itertools.pairwise(told)]

@@ -157,5 +157,6 @@ def _begin(world: World, episode: Episode, snapshots: dict | None) -> Situation:
 
 def _continue(world: World, episode: Episode, snapshot: bytes, played: list[Turn]) -> Situation:
     "An episode that takes over the turns of another one, at the observation after them; what they cost stays with the one that played them."
+    episode.start = len(played)
     episode.turns += [replace(turn, seconds=0.0, decision=replace(turn.decision, usage={})) for turn in played]
     return Situation(episode, world.restore(snapshot), world)

@@ -27,7 +27,7 @@ from pathlib import Path
 from . import costs, models
 from .config import BenchmarkConfig, Protocol, SFTConfig
 from .core import (InputError, Result, TrainingStopped, append_jsonl, atomic, digest, dumps, parse_seeds, progress, read_json,
-                              resolve, write_json)
+                              resolve, seed_spec, write_json)
 from .export import read_rows
 from .turns import prompt_hash
 
@@ -52,6 +52,11 @@ class Rows:
         spare = -len(self.rows) % multiple
         told = [dumps(row["messages"]) for row in [*self.rows, *self.rows[:1] * spare]]
         return datasets.Dataset.from_dict({"messages": told, "images": [[]] * len(told), "spare": [False] * len(self.rows) + [True] * spare})
+
+    def seeds(self) -> set[int]:
+        "The worlds that the rows are from, as far as they tell."
+        told = {row["metadata"].get("seed") for row in self.rows}
+        return {seed for seed in told if type(seed) is int and seed >= 0}
 
     def join(self, processor, length: int, most: int) -> "Rows":
         "Turns that followed each other become conversations of `most` turns (0: as many as fit `length` tokens), in place; a gap ends one."
@@ -519,6 +524,7 @@ def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | No
 
     world, (train, val) = int(os.environ.get("WORLD_SIZE", 1)), rows or rows_of(config, out)
     loaded, count = models.load(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora"), len(train.rows)
+    seeds = seed_spec(train.seeds() | val.seeds() | set(parse_seeds(config.dev_seeds) if config.best_by == "dev.achievement_rate" else ()))
     if config.window != 1:
         train, val = (rows.join(loaded.processor, config.sequence_length, config.window) for rows in (train, val))
     per_step = config.batch_size * config.gradient_accumulation_steps * world
@@ -545,7 +551,7 @@ def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | No
     elif trainer.is_world_process_zero():
         trainer.model.save_pretrained(out / "adapter")
     if trainer.is_world_process_zero():
-        models.write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=count, updates=steps)
+        models.write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=count, updates=steps, seeds=seeds)
     return numbers
 
 

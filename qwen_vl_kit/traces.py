@@ -35,7 +35,7 @@ from .episodes import Decision, Episode, Turn
 from .turns import prompt_hash, system
 
 # %% ../nbs/09_traces.ipynb #ac23cb9d
-SCHEMA = 3  # goes up when a table changes, with a step in _MIGRATIONS; a store with a higher number is refused, never guessed at
+SCHEMA = 4  # goes up when a table changes, with a step in _MIGRATIONS; a store with a higher number is refused, never guessed at
 
 _TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -46,6 +46,7 @@ CREATE TABLE sessions (                                                         
     id INTEGER PRIMARY KEY, run TEXT NOT NULL, arm TEXT NOT NULL, seed INTEGER NOT NULL, member INTEGER NOT NULL,
     horizon TEXT NOT NULL, model TEXT NOT NULL, prompt TEXT NOT NULL REFERENCES prompts, created REAL NOT NULL,
     split TEXT NOT NULL, source INTEGER REFERENCES sources, wall REAL,                   -- wall: seconds since the one stored before
+    start INTEGER NOT NULL DEFAULT 0,                                                    -- turns before it were taken over from another episode
     UNIQUE (run, arm, seed, member));
 CREATE TABLE turns (
     session INTEGER NOT NULL REFERENCES sessions, turn INTEGER NOT NULL, step INTEGER NOT NULL, frame TEXT REFERENCES frames,
@@ -65,7 +66,7 @@ CREATE VIEW episodes AS SELECT s.id AS session, s.run, s.arm, s.seed, s.member, 
     sum(t.prompt_tokens) AS prompt_tokens, sum(t.image_tokens) AS image_tokens, sum(t.completion_tokens) AS completion_tokens,
     sum(t.cached_tokens) AS cached_tokens, sum(t.seconds) AS seconds, s.wall,
     CASE WHEN count(t.usd) OR NOT count(coalesce(t.prompt_tokens, t.latency)) THEN total(t.usd) END AS usd,  -- NULL: a model without a price
-    datetime(s.created, 'unixepoch') AS created
+    datetime(s.created, 'unixepoch') AS created, s.start
 FROM sessions s JOIN turns t ON t.session = s.id GROUP BY s.id ORDER BY s.id;
 """
 
@@ -96,8 +97,10 @@ UPDATE turns SET usd = printf('%d.%06d', micro_usd / 1000000, micro_usd % 100000
 ALTER TABLE turns DROP COLUMN micro_usd;
 CREATE TABLE scores (session INTEGER NOT NULL REFERENCES sessions, judge TEXT NOT NULL, score REAL NOT NULL, PRIMARY KEY (session, judge));
 """, 2: """
-DROP VIEW IF EXISTS episodes;
 ALTER TABLE turns ADD COLUMN cached_tokens INTEGER;
+""", 3: """
+DROP VIEW IF EXISTS episodes;
+ALTER TABLE sessions ADD COLUMN start INTEGER NOT NULL DEFAULT 0;
 """ + _VIEW}
 
 
@@ -296,7 +299,7 @@ def _stored(execute, key: tuple) -> int | None:
 
 
 def _insert(execute, key: tuple, episode: Episode, *more) -> int:
-    "Insert an episode under its key (run, arm, seed, member), with its prompt, time, split, source and seconds; its id."
+    "Insert an episode under its key (run, arm, seed, member), with its prompt, time, split, source, seconds and start; its id."
     if _stored(execute, key):
         raise InputError("run {!r}, arm {!r}, seed {}, member {} is stored already".format(*key), mend="skip what done() returns")
     session = _add_row(execute, "sessions", (None, *key, episode.horizon, episode.model, *more))
@@ -416,7 +419,7 @@ class Store(_Runs):
         key, now = (self.run, arm, int(episode.seed), int(episode.member)), time.monotonic()
         with self.transaction() as execute:
             more = time.time(), split or split_of(key[2]), self.source, now - self._mark
-            session = _insert(execute, key, episode, self.prompt, *more)
+            session = _insert(execute, key, episode, self.prompt, *more, episode.start)
             for judge, score in (scores or {}).items():
                 _add_row(execute, "scores", (session, judge, float(score)))
         self._mark = now
@@ -503,7 +506,7 @@ def _turn(row: sqlite3.Row, picture) -> Turn:
 def _session(row: sqlite3.Row) -> dict:
     "A session's columns. Raises ValueError for what no writer has put there."
     session = dict(row)
-    words, numbers = ("run", "arm", "horizon", "model", "prompt", "split"), ("id", "seed", "member")
+    words, numbers = ("run", "arm", "horizon", "model", "prompt", "split"), ("id", "seed", "member", "start")
     if not all(isinstance(session[name], str) for name in words) or not all(isinstance(session[name], int) for name in numbers):
         raise ValueError(f"session {session['id']!r}")
     return session
@@ -512,7 +515,7 @@ def _session(row: sqlite3.Row) -> dict:
 def read(db: str | Path, run: str | None = None, arm: str | None = None, frames: bool | str = True) -> Iterator[tuple[dict, Episode]]:
     """Iterate over (session, Episode) in the order of storing.
 
-    A session has id, run, arm, seed, member, horizon, model, prompt (hash), created (seconds since 1970), split, wall and scores (by judge).
+    A session has id, run, arm, seed, member, horizon, model, prompt (hash), created (seconds since 1970), split, wall, start and scores (by judge).
 
     Parameters
     ----------
@@ -532,7 +535,7 @@ def read(db: str | Path, run: str | None = None, arm: str | None = None, frames:
             for row in connection.execute("SELECT * FROM turns WHERE session = ? ORDER BY turn", (session["id"],)):
                 picture = row["frame"] if frames and row["frame"] else None
                 turns.append(_turn(row, picture if picture is None or frames == "hash" else _frame(connection, path, picture, frames)))
-            yield session, Episode(session["seed"], session["horizon"], session["model"], session["member"], turns)
+            yield session, Episode(session["seed"], session["horizon"], session["model"], session["member"], turns, session["start"])
 
 # %% ../nbs/09_traces.ipynb #ecf7ec44
 def load(db: str | Path, run: str | None = None, arm: str | None = None, frames: bool | str = True) -> Iterator[Episode]:
@@ -568,7 +571,8 @@ def _unpriced(connection: sqlite3.Connection) -> list[int]:
 def episodes(db: str | Path):
     """One row an episode, as a DataFrame: run, arm, seed, member, horizon, model, prompt_hash, split, reward, achievements (how many),
     steps, turns, died, invalid (turns), tokens, seconds (of its turns), wall (its share of the run's time), usd (NaN when a model was asked
-    that has no price), created (UTC), unlocked (their names, in order)."""
+    that has no price), created (UTC), start (turns before it were taken over from another episode; rewards, turns and all else count them, too),
+    unlocked (their names, in order)."""
     with _reading(db) as connection, _sound(resolve(db)):
         connection.execute("BEGIN")  # all that is asked is of one moment, whatever is written meanwhile
         table = _table(connection.execute("SELECT * FROM episodes"))

@@ -60,6 +60,20 @@ def test_a_finished_stage_is_passed_over_and_another_config_refused(collected):
     assert (collected / "collect" / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("sets", [['teacher="model"', 'model="tinyy"'], ['student="outputs/none"', 'teacher="expert"'], ['judge_model="x"']])
+def test_force_deletes_nothing_while_the_input_is_bad(collected, sets):
+    before = {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()}
+    code, _, error = qvk("collect", *SMALL, "--force", *(word for one in sets for word in ("--set", one)), "--out", collected)
+    assert code == 2 and one_line(error)
+    assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing_in_the_way(tmp_path):
+    sets = ["--set", 'teacher="model"', "--set", 'model="tinyy"']
+    code, _, error = qvk("collect", *SMALL, *sets, "--out", tmp_path / "run")
+    assert code == 2 and "did you mean 'tiny'?" in one_line(error) and not (tmp_path / "run").exists()
+
+
 def test_a_truncated_store_is_bad_input_and_leaves_nothing(collected, tmp_path):
     torn = tmp_path / "rollouts.db"
     torn.write_bytes((collected / "collect" / "rollouts.db").read_bytes()[:5000])
@@ -112,6 +126,8 @@ def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
     (["show", "outputs/none"], "no such folder"),
     (["verify", "outputs/none"], "no such folder"),
     (["benchmrk"], "see qvk --help"),
+    (["sft", "--env-file", "keys", "--config", "configs/demo"], "unrecognized arguments: --env-file keys; see qvk --help"),
+    (["train", "--type", "rl", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml", "--dataset", "x"], "--dataset: GRPO plays the game itself"),
     (["sft"], "required: --config"),
     (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--env-file", "/path/to/.env"], "/path/to/.env: cannot be read"),
     (["train", "--type", "rl", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"], "is for sft, not for grpo"),

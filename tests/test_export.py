@@ -129,6 +129,14 @@ def test_dedupe_keeps_the_first_of_what_is_the_same(tmp_path):
     assert read_json(result.out / "stats.json")["dropped_by"] == {"dedupe": 2}
 
 
+def test_turns_that_were_taken_over_are_rows_of_the_episode_that_played_them(tmp_path):
+    first, later = episode(0), episode(0, member=1)
+    later.start = 4
+    result = exported(stored(tmp_path / "rollouts.db", first, later), val_fraction=0.0)
+    told = [(row["metadata"]["member"], row["metadata"]["turn"]) for row in rows(result)]
+    assert sorted(told) == [(0, turn) for turn in range(6)] + [(1, 4), (1, 5)]
+
+
 def test_what_nobody_said_is_never_a_target(tmp_path):
     two = episode(2, ["do"] * 3)
     two.turns[0].decision.actions = ["do", "do"]  # more than this protocol's turn may carry

@@ -12,9 +12,9 @@ import contract
 import pytest
 from runs import alike, lora, student, told
 
-from qwen_vl_kit import engines, grpo, models, traces
-from qwen_vl_kit.config import GRPOConfig
-from qwen_vl_kit.core import InputError, TrainingStopped, root
+from qwen_vl_kit import benchmark, engines, grpo, models, run, traces
+from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
+from qwen_vl_kit.core import InputError, TrainingStopped, read_json, root, write_json
 from qwen_vl_kit.manifest import config_hash
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s10")
@@ -137,7 +137,7 @@ def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeyp
     [kept_near] = told(grpo.run(GRPOConfig(**whole | {"beta": 0.1}), tmp_path / "near").out)
     monkeypatch.setattr(grpo, "merged", lambda samples, weights: (samples, weights))
     [each] = told(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
-    assert one["turns_distinct"] < one["turns_used"] == each["turns_distinct"] == kept_near["turns_distinct"]
+    assert one["turns_distinct"] < one["turns_with_advantage"] == each["turns_distinct"] == kept_near["turns_distinct"]
     assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_nothing_to_learn_is_said(settings, tmp_path):
     with pytest.raises(TrainingStopped, match="nothing to learn; raise temperature, group_size or groups"):
         grpo.run(config, tmp_path / "grpo")
     rows = told(tmp_path / "grpo")
-    assert [row["turns_used"] for row in rows] == [0, 0] and [row["groups_alike"] for row in rows] == [1, 1]
+    assert [row["turns_with_advantage"] for row in rows] == [0, 0] and [row["groups_alike"] for row in rows] == [1, 1]
 
 
 def test_an_engine_that_dies_costs_its_iteration_only(settings, tmp_path, monkeypatch):
@@ -217,6 +217,53 @@ def test_bad_input(settings, tmp_path):
     fails("was trained with prompt", history=0)
     fails("made for tiny", model="random:tiny")
     fails("name more seeds", seeds="5-6")
+
+
+def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
+    def go(name, iterations):
+        run.run_stage("grpo", GRPOConfig(**settings | {"iterations": iterations}), tmp_path / name)
+
+    for name, iterations in (("parts", 1), ("parts", 2), ("whole", 2)):
+        go(name, iterations)
+    alike(lora(tmp_path / "parts"), lora(tmp_path / "whole"))
+    assert told(tmp_path / "parts") == told(tmp_path / "whole") and played(tmp_path / "parts") == played(tmp_path / "whole")
+    with pytest.raises(InputError, match="there are 2 iterations already"):
+        go("parts", 1)
+    assert run.state("grpo", GRPOConfig(**settings | {"iterations": 2}), tmp_path / "parts") == "done"
+
+
+def test_the_benchmark_refuses_what_any_training_before_has_seen(settings, tmp_path):
+    one = grpo.run(GRPOConfig(**settings | {"iterations": 1, "seeds": "60-99"}), tmp_path / "grpo").out
+    two = grpo.run(GRPOConfig(**settings | {"iterations": 1, "seeds": "70-99", "adapter": str(one)}), tmp_path / "elsewhere" / "grpo").out
+    shown = {name: settings[name] for name in ("prompt", "render_size", "horizon", "model") if name in settings}
+    for seed in (0, 60, 70):  # of the teacher's traces, of the first GRPO, of the second
+        config = BenchmarkConfig(**shown, arms=["grpo"], grpo_adapter=str(two), seeds=str(seed))
+        with pytest.raises(InputError, match=f"seed {seed} was trained on by the adapter of arm grpo"):
+            benchmark.run(config, tmp_path / "benchmark")
+    assert not (tmp_path / "benchmark").exists()
+
+
+def test_damaged_adapters_are_told_before_anything_is_written(settings, tmp_path):
+    def fails(match, change):
+        folder = tmp_path / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(settings["adapter"], folder)
+        change(folder)
+        with pytest.raises(InputError, match=match):
+            grpo.run(GRPOConfig(**settings | {"adapter": str(folder)}), tmp_path / "grpo")
+        assert not (tmp_path / "grpo").exists()
+
+    def whole(folder):
+        write_json(folder / "qvk.json", read_json(folder / "qvk.json") | {"variety": "full"})
+        (folder / "adapter_config.json").rename(folder / "config.json")
+        (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
+
+    weights = "adapter_model.safetensors"
+    fails("without its weights", lambda folder: (folder / weights).unlink())
+    fails("without adapter_config.json", lambda folder: (folder / "adapter_config.json").unlink())
+    fails("damaged or cut short", lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-9]))
+    fails("qvk.json: no such file", lambda folder: (folder / "qvk.json").unlink())
+    fails("these are whole weights", whole)
 
 
 def test_trl_is_as_it_was_when_this_was_written():

@@ -373,7 +373,9 @@ def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("DROP VIEW episodes")
         connection.execute("ALTER TABLE turns DROP COLUMN cached_tokens")
-        connection.executescript(traces._VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "") + "PRAGMA user_version = 2")
+        connection.execute("ALTER TABLE sessions DROP COLUMN start")
+        view = traces._VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "").replace(", s.start", "")
+        connection.executescript(view + "PRAGMA user_version = 2")
     kept, fingerprint = db.read_bytes(), traces.fingerprint(db)
     assert len(list(traces.load(db))) == 3 and traces.episodes(db)["cached_tokens"].isna().all() and db.read_bytes() == kept
     free.turns[0].decision.usage["cached_tokens"] = 4
@@ -384,6 +386,21 @@ def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
     assert columns(db) == before
     assert traces.episodes(db)["cached_tokens"].tolist()[-1] == 4 == list(traces.load(db))[-1].usage("cached_tokens")
     assert "cached_tokens" not in list(traces.load(db))[0].turns[0].decision.usage
+
+
+def test_a_store_of_schema_3_knows_no_taken_over_turns_until_it_is_written_to(db):
+    before, late = columns(db), played(9)
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DROP VIEW episodes")
+        connection.execute("ALTER TABLE sessions DROP COLUMN start")
+        connection.executescript(traces._VIEW.replace(", s.start", "") + "PRAGMA user_version = 3")
+    assert [episode.start for episode in traces.load(db)] == [0, 0, 0]
+    late.start = 2
+    with traces.Store(db) as store:
+        store.begin("demo", PROTOCOL)
+        store.add(late)
+    assert columns(db) == before
+    assert traces.episodes(db)["start"].tolist() == [0, 0, 0, 2] == [episode.start for episode in traces.load(db)]
 
 
 def test_a_migration_that_fails_changes_nothing(old, monkeypatch):

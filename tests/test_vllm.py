@@ -154,7 +154,7 @@ def test_grpo_plays_by_vllm(engine, access, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(read_jsonl(tmp_path / "grpo" / "metrics.jsonl"))
-    assert len(rows) == 3 and all(row["turns_used"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert len(rows) == 3 and all(row["turns_with_advantage"] > 0 and row["grad_norm"] > 0 for row in rows)
     assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, engine != "server", engine != "server"]  # a server is one iteration behind
     assert (tmp_path / "grpo" / "adapter" / "adapter_model.safetensors").is_file()
 
