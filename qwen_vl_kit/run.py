@@ -478,9 +478,12 @@ def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, k
     "Run a stage's notebook in a folder that is ours; what is there already goes, but for the names in `keep`."
     import shutil
 
-    with usable(out):
-        set_aside(out, keep)
+    with usable(out):  # killed in between, a folder that is gone on with has its marker, and one that is begun anew has none over old files
+        if not keep:
+            set_aside(out)
         write_json(out / MARKER, {"config": settings.model_dump(mode="json"), "pid": os.getpid()})
+        if keep:
+            set_aside(out, (*keep, MARKER))
     _say(f"{stage:<10} …")
     began = time.perf_counter()
     try:
@@ -489,6 +492,10 @@ def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, k
         if (out / "manifest.json").is_file():
             raise RunFailed(f"{stage} is done, but its page is not: {error}; see {_told(out / 'run.ipynb')}") from None
         bring_back(stage, out, bool(keep))
+        raise
+    except KeyboardInterrupt:
+        if not (out / "manifest.json").is_file() and not holds(stage, out):
+            bring_back(stage, out, bool(keep))
         raise
     finally:
         shutil.rmtree(out / BEFORE, ignore_errors=True)

@@ -68,6 +68,19 @@ def test_force_deletes_nothing_while_the_input_is_bad(collected, sets):
     assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
 
 
+def test_force_that_is_interrupted_at_once_deletes_nothing(collected, small, monkeypatch):
+    def interrupted(notebook, values, out, threads):
+        assert {path.name for path in out.iterdir()} == {run.BEFORE, run.MARKER}
+        (out / "run.ipynb").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "execute", interrupted)
+    before = {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()}
+    with pytest.raises(KeyboardInterrupt):
+        run.run_stage("collect", small, collected / "collect", force=True)
+    assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
+
+
 def test_a_model_that_cannot_be_loaded_leaves_nothing_in_the_way(tmp_path):
     sets = ["--set", 'teacher="model"', "--set", 'model="tinyy"']
     code, _, error = qvk("collect", *SMALL, *sets, "--out", tmp_path / "run")
