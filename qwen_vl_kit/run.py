@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'SITE', 'LAUNCH', 'TOLD', 'MARKER', 'OUTPUTS', 'STORE', 'RESUMED', 'BEFORE', 'SOURCES', 'HEADLINES',
            'ENV_FILE', 'parameters', 'folder', 'site', 'RunFailed', 'execute', 'page', 'clear', 'holds', 'set_aside',
-           'bring_back', 'state', 'check_sources', 'check_access', 'check_devices', 'finish', 'notebook_of',
-           'run_stage', 'load_all', 'notices', 'run_folder', 'selected', 'run_all', 'shown', 'planned', 'typed',
-           'typed_new', 'environment', 'adapter_name', 'seed_out', 'parser', 'main']
+           'move_back', 'bring_back', 'state', 'check_sources', 'check_access', 'check_devices', 'finish',
+           'notebook_of', 'run_stage', 'load_all', 'notices', 'run_folder', 'selected', 'run_all', 'shown', 'planned',
+           'typed', 'typed_new', 'environment', 'adapter_name', 'seed_out', 'parser', 'main']
 
 # %% ../nbs/21_run.ipynb #786324d8
 import argparse
@@ -234,6 +234,13 @@ def set_aside(out: Path, keep: tuple = ()) -> None:
             (out / name).rename(out / BEFORE / name)
 
 
+def move_back(out: Path) -> None:
+    "What was set aside, where nothing of its name stands now."
+    for path in (out / BEFORE).glob("*"):
+        if path.name == MARKER or not os.path.lexists(out / path.name):
+            path.replace(out / path.name)
+
+
 def bring_back(stage: str, out: Path, more: bool) -> None:
     """After bad input: what was set aside stands in `out` again, and of what has been written since nothing, unless something was played,
     trained or paid for; then that stays, to go on with. `more` says that some of it was there before, too."""
@@ -242,9 +249,7 @@ def bring_back(stage: str, out: Path, more: bool) -> None:
     kept = tuple(name for name in RESUMED.get(stage, ()) if (out / name).exists()) if holds(stage, out) else ()
     clear(out, (*kept, BEFORE, MARKER) if kept else (BEFORE,))
     if more or not kept:
-        for path in sorted((out / BEFORE).iterdir()):
-            if not os.path.lexists(out / path.name):
-                path.rename(out / path.name)
+        move_back(out)
     made = out / manifest.NAME
     if made.is_file():
         changed = kept and any(line.endswith("has changed") for line in manifest.changes(out, read_json(made)))
@@ -281,17 +286,22 @@ def _finished(settings: configs.Stage, out: Path, mend: str) -> str:
     others = manifest.differing(settings, made["config"]) if made["config_hash"] != manifest.config_hash(settings) else []
     more = others and set(others) <= settings.goes_on
     if others and not more:
-        raise InputError(f"an output folder of another run, whose config differs ({', '.join(others)})", _told(out), mend)
+        raise InputError(f"an output folder of another run, whose config differs ({_named(others)})", _told(out), mend)
     changes = manifest.changes(out, made)
     if changed := [line for line in changes if line.endswith("has changed")]:
         raise InputError(f"{changed[0]} since it was written", _told(out), mend)
     if more and not any((out / "checkpoints").glob("checkpoint-*")):
-        raise InputError(f"its config differs ({', '.join(others)}), and the checkpoints to go on from are gone", _told(out), mend)
+        raise InputError(f"its config differs ({_named(others)}), and the checkpoints to go on from are gone", _told(out), mend)
     if any(line.endswith("is missing") for line in changes):
         return "torn"
     paths = [(out.parent / given["path"], given["sha256"]) for given in made["inputs"].values()]
     same = all(path.exists() and manifest.content_hash(path) == was for path, was in paths)
     return "stale" if not same else "torn" if more else "done"
+
+
+def _named(names: list[str], most: int = 4) -> str:
+    "The first of some names, and how many more there are."
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def state(stage: str, settings: configs.Stage, out: Path, option: str = "--out") -> str:
@@ -313,7 +323,7 @@ def state(stage: str, settings: configs.Stage, out: Path, option: str = "--out")
         if not set(others) - settings.goes_on:
             return "torn"
         if holds(stage, out):
-            raise InputError(f"holds an unfinished run with another config ({', '.join(others)})", _told(out), mend)
+            raise InputError(f"holds an unfinished run with another config ({_named(others)})", _told(out), mend)
         return "new"
     found = [name for name in OUTPUTS if (out / name).exists()]
     if found:
@@ -478,23 +488,24 @@ def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, k
     "Run a stage's notebook in a folder that is ours; what is there already goes, but for the names in `keep`."
     import shutil
 
-    with usable(out):  # killed in between, a folder that is gone on with has its marker, and one that is begun anew has none over old files
-        if not keep:
-            set_aside(out)
-        write_json(out / MARKER, {"config": settings.model_dump(mode="json"), "pid": os.getpid()})
-        if keep:
-            set_aside(out, (*keep, MARKER))
-    _say(f"{stage:<10} …")
-    began = time.perf_counter()
+    began = None
     try:
+        with usable(out):  # killed in between, a folder that is gone on with has its marker, and one that is begun anew has none over old files
+            if not keep:
+                set_aside(out)
+            write_json(out / MARKER, {"config": settings.model_dump(mode="json"), "pid": os.getpid()})
+            if keep:
+                set_aside(out, (*keep, MARKER))
+        _say(f"{stage:<10} …")
+        began = time.perf_counter()
         execute(notebook, {"out": _told(out), **settings.model_dump()}, out, getattr(settings, "threads", 0))
-    except InputError as error:
-        if (out / "manifest.json").is_file():
-            raise RunFailed(f"{stage} is done, but its page is not: {error}; see {_told(out / 'run.ipynb')}") from None
-        bring_back(stage, out, bool(keep))
-        raise
-    except KeyboardInterrupt:
-        if not (out / "manifest.json").is_file() and not holds(stage, out):
+    except (InputError, KeyboardInterrupt) as error:
+        if began is None:
+            move_back(out)
+        elif (out / "manifest.json").is_file():
+            if isinstance(error, InputError):
+                raise RunFailed(f"{stage} is done, but its page is not: {error}; see {_told(out / 'run.ipynb')}") from None
+        elif isinstance(error, InputError) or not holds(stage, out):
             bring_back(stage, out, bool(keep))
         raise
     finally:

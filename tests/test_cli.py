@@ -81,6 +81,22 @@ def test_force_that_is_interrupted_at_once_deletes_nothing(collected, small, mon
     assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("step", ["set_aside", "write_json"])
+def test_force_onto_a_full_disk_deletes_nothing(collected, small, monkeypatch, step):
+    first = getattr(run, step)
+
+    def full(*args):
+        if step == "set_aside":  # part of it is moved
+            first(*args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, step, full)
+    before = {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()}
+    with pytest.raises(run.InputError, match="no space left on device"):
+        run.run_stage("collect", small, collected / "collect", force=True)
+    assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
+
+
 def test_a_model_that_cannot_be_loaded_leaves_nothing_in_the_way(tmp_path):
     sets = ["--set", 'teacher="model"', "--set", 'model="tinyy"']
     code, _, error = qvk("collect", *SMALL, *sets, "--out", tmp_path / "run")
