@@ -668,7 +668,9 @@ def check_weights(folder: Path, whole: bool = False) -> None:
     files = sorted(folder.glob("model*.safetensors" if whole else "adapter_model.safetensors"))
     if not settings.is_file() or not files:
         raise InputError(f"an adapter's folder without {settings.name if files else 'its weights (safetensors)'}", folder, mend)
-    read_json(settings)
+    told = read_json(settings)
+    if not isinstance(told, dict) or not whole and (told.get("peft_type") != "LORA" or type(told.get("r")) is not int):
+        raise InputError("does not describe a LoRA" if not whole else "does not describe a model", settings, mend)
     for file in files:
         try:
             with safe_open(file, "numpy"):
