@@ -40,7 +40,9 @@ class Players:
         self.ranks = {arm: engines.rank_of(folder) for arm, folder in self.folders.items() if folder}
         self.engine, self.whole = None, None  # the base's, and the folder of whole weights that it plays in its place
         if asked := [arm for arm in config.arms if arm not in ("random", "expert")]:
-            self._engine(self._whole(asked[0]))  # what cannot be loaded is told before anything is played or written
+            engine = self._engine(self._whole(asked[0]))  # what cannot be loaded is told before anything is played or written
+            for folder in filter(None, self.folders.values() if engine.name != "server" else ()):
+                models.same_base(engine.loaded, folder)
 
     def policy(self, arm: str):
         "The policy that plays an arm."

@@ -235,7 +235,7 @@ def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
 def test_the_benchmark_refuses_what_any_training_before_has_seen(settings, tmp_path):
     one = grpo.run(GRPOConfig(**settings | {"iterations": 1, "seeds": "60-99"}), tmp_path / "grpo").out
     two = grpo.run(GRPOConfig(**settings | {"iterations": 1, "seeds": "70-99", "adapter": str(one)}), tmp_path / "elsewhere" / "grpo").out
-    shown = {name: settings[name] for name in ("prompt", "render_size", "horizon", "model") if name in settings}
+    shown = {name: settings[name] for name in (*PLAY, "model")}
     for seed in (0, 60, 70):  # of the teacher's traces, of the first GRPO, of the second
         config = BenchmarkConfig(**shown, arms=["grpo"], grpo_adapter=str(two), seeds=str(seed))
         with pytest.raises(InputError, match=f"seed {seed} was trained on by the adapter of arm grpo"):
@@ -264,6 +264,11 @@ def test_damaged_adapters_are_told_before_anything_is_written(settings, tmp_path
     fails("damaged or cut short", lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-9]))
     fails("qvk.json: no such file", lambda folder: (folder / "qvk.json").unlink())
     fails("these are whole weights", whole)
+    shown = {name: settings[name] for name in PLAY}
+    for arms, more, match in ((["random", "sft"], {"model": "random:tiny"}, "made for tiny"), (["random", "base"], {"model": "tinyy"}, "unknown model")):
+        with pytest.raises(InputError, match=match):
+            benchmark.run(BenchmarkConfig(**shown, **more, arms=arms, sft_adapter=settings["adapter"]), tmp_path / "benchmark")
+        assert not (tmp_path / "benchmark").exists()
 
 
 def test_trl_is_as_it_was_when_this_was_written():
