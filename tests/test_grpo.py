@@ -265,9 +265,10 @@ def test_damaged_adapters_are_told_before_anything_is_written(settings, tmp_path
     fails("qvk.json: no such file", lambda folder: (folder / "qvk.json").unlink())
     fails("these are whole weights", whole)
     shown = {name: settings[name] for name in PLAY}
-    for arms, more, match in ((["random", "sft"], {"model": "random:tiny"}, "made for tiny"), (["random", "base"], {"model": "tinyy"}, "unknown model")):
+    for arm, model, match in (("sft", "random:tiny", "made for tiny"), ("base", "tinyy", "unknown model")):
+        config = BenchmarkConfig(**shown, model=model, arms=["random", arm], sft_adapter=settings["adapter"])
         with pytest.raises(InputError, match=match):
-            benchmark.run(BenchmarkConfig(**shown, **more, arms=arms, sft_adapter=settings["adapter"]), tmp_path / "benchmark")
+            benchmark.run(config, tmp_path / "benchmark")
         assert not (tmp_path / "benchmark").exists()
 
 
