@@ -462,7 +462,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     if config.judge == "remote":
         engines.access(config.judge_model)
     serving, told = served(config, adapter)
-    with threads(config.threads):
+    with threads(config.threads), shortage_told(out, SMALLER):
         loaded = models.load(config.model, config.revision, adapter, bf16=config.bf16, trainable=True)
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors"), "seeds": config.seeds,
