@@ -258,7 +258,7 @@ class GRPOConfig(Training, Protocol):
     warmup_ratio: float = Field(0.0, ge=0, le=1)
 
     patience: ClassVar[frozenset[str]] = frozenset({"budget_usd", "gpu_memory_utilization"})
-    goes_on: ClassVar[frozenset[str]] = frozenset({"iterations", "threads", "report_to"})
+    goes_on: ClassVar[frozenset[str]] = frozenset({"iterations", "seeds", "threads", "report_to"})
 
     @field_validator("gpus_for_vllm")
     @classmethod

@@ -466,11 +466,11 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
         loaded = models.load(config.model, config.revision, adapter, bf16=config.bf16, trainable=True)
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors"), "seeds": config.seeds,
-                         "settings": digest(config.model_dump(mode="json", exclude={"seeds"} | _FREE))})
+                         "settings": digest(config.model_dump(mode="json", exclude=_FREE))})
     step, each = step_of(last), updates * config.epochs
     if step > each * config.iterations:
         raise InputError(f"there are {step // each} iterations already, and iterations = {config.iterations}", last.parent,
-                         "ask for as many or more, or remove this folder")
+                         "ask for as many or more, or begin anew in another folder")
     before = rewind(out / "metrics.jsonl", step)["seconds"]
     meter = costs.Meter(config.budget_usd, journal=out / "calls.jsonl")
     with (threads(config.threads), tracked(config.report_to, out), Store(out / "rollouts.db") as store, shortage_told(out, SMALLER),

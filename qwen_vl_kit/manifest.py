@@ -22,7 +22,7 @@ from .traces import provenance
 # %% ../nbs/20_manifest.ipynb #2f2baca4
 NAME = "manifest.json"
 MARKER = ".running.json"  # stands in the folder of a stage for as long as it runs
-ASIDE = {NAME, "run.ipynb", "run.html"}
+ASIDE = {NAME, "run.ipynb", "run.html", "failed.ipynb"}
 PASSING = "checkpoints"  # to go on from while a stage runs; who needs the space may delete them afterwards
 
 

@@ -68,17 +68,104 @@ def test_force_deletes_nothing_while_the_input_is_bad(collected, sets):
     assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
 
 
-def test_force_that_is_interrupted_at_once_deletes_nothing(collected, small, monkeypatch):
-    def interrupted(notebook, values, out, threads):
-        assert {path.name for path in out.iterdir()} == {run.BEFORE, run.MARKER}
-        (out / "run.ipynb").write_text("{}")
-        raise KeyboardInterrupt
+def contents(folder: Path) -> dict:
+    "Every file below a folder, hidden ones too."
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    monkeypatch.setattr(run, "execute", interrupted)
-    before = {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()}
-    with pytest.raises(KeyboardInterrupt):
-        run.run_stage("collect", small, collected / "collect", force=True)
-    assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(), RuntimeError("a bug"),
+                                   run.InputError("no rows"), run.RunFailed("RuntimeError: broken; see run.ipynb")])
+def test_force_deletes_nothing_when_the_run_does_not_end(collected, small, monkeypatch, error):
+    def broken(notebook, values, out, threads):
+        assert {path.name for path in out.iterdir()} == {run.BEFORE, run.MARKER}
+        (out / "run.ipynb").write_text("its notebook")
+        (out / "calls.jsonl").write_text('{"call":1,"model":"m","worst":[9,9],"key":[],"again":0}\n{"call":1,"billed":false,"answered":false}\n')
+        raise error
+
+    monkeypatch.setattr(run, "execute", broken)
+    out, before = collected / "collect", contents(collected)
+    with pytest.raises(type(error)) as caught:
+        run.run_stage("collect", small, out, force=True)
+    if isinstance(error, run.RunFailed):
+        assert "failed.ipynb" in str(caught.value) and (out / "failed.ipynb").read_text() == "its notebook"
+        assert run.state("collect", small, out) == "done"
+        (out / "failed.ipynb").unlink()
+    assert contents(collected) == before
+
+
+def test_force_that_was_killed_is_undone_by_the_next_command(collected, small, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    def moved(path, target, first=Path.rename):
+        return killed() if path.name == "rollouts.db" else first(path, target)
+
+    out, before = collected / "collect", contents(collected)
+    for place, name, stop in ((run, "execute", killed), (run, "write_json", killed), (Path, "rename", moved)):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "bring_back", killed)  # nothing is tidied up
+            patch.setattr(place, name, stop)
+            with pytest.raises(Killed):
+                run.run_stage("collect", small, out, force=True)
+        assert contents(collected) != before
+        with pytest.raises(run.InputError, match="another run, whose config differs"):
+            run.run_stage("collect", small.model_copy(update={"seed": 5}), out)
+        assert contents(collected) == before
+
+
+def test_what_stands_in_a_folder_without_a_manifest_comes_back(tmp_path, small, monkeypatch):
+    def refused(*_):
+        raise run.InputError("no rows")
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("copied here")
+    monkeypatch.setattr(run, "execute", refused)
+    before = contents(tmp_path)
+    with pytest.raises(run.InputError, match="no rows"):
+        run.run_stage("collect", small, tmp_path, force=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_that_goes_on_and_does_not_end_is_finished_still(tmp_path, monkeypatch):
+    from qwen_vl_kit import manifest
+    from qwen_vl_kit.config import GRPOConfig
+
+    (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
+    for name in ("adapter/weights", "rollouts.db", "metrics.jsonl", "run.ipynb", "run.html", "checkpoints/checkpoint-9/weights"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    config = GRPOConfig(model="tiny", iterations=1)
+    manifest.write(tmp_path, run.Result("grpo", tmp_path, 1.0), config)
+    before = contents(tmp_path)
+
+    def stopped(error, played):
+        def execute(notebook, values, out, threads):
+            (out / "run.ipynb").write_text("its notebook")
+            if played:
+                (out / "metrics.jsonl").write_text("one more")
+            raise error
+        monkeypatch.setattr(run, "execute", execute)
+        with pytest.raises(type(error)):
+            run.run_stage("grpo", config.model_copy(update={"iterations": 2}), tmp_path)
+
+    for error in (KeyboardInterrupt(), run.InputError("the judge refuses"), OSError(errno.ENOSPC, "full")):
+        stopped(error, played=False)
+        assert contents(tmp_path) == before
+    stopped(KeyboardInterrupt(), played=True)
+    assert (tmp_path / "adapter" / "weights").is_file() and not (tmp_path / "manifest.json").exists()
+    assert run.state("grpo", config, tmp_path) == "torn"
+
+
+def test_the_run_of_all_stages_does_a_stale_one_again(tmp_path, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(run, "run_stage", lambda stage, *args, **_: bool(ran.append((stage, args[3]))) or stage == "benchmark")
+    monkeypatch.setattr(run, "state", lambda stage, *_: "stale" if stage == "benchmark" else "done")
+    run.run_all("configs/demo", str(tmp_path))
+    assert ran == [(stage, stage in ("benchmark", "report")) for stage in run.STAGES]
+    assert "note: benchmark was made from other inputs than there are now, and is done again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("step", ["set_aside", "write_json"])
