@@ -39,8 +39,11 @@ class Players:
         self.folders = {arm: adapter_of(arm, config, run_folder) for arm in config.arms}
         self.ranks = {arm: engines.rank_of(folder) for arm, folder in self.folders.items() if folder}
         self.engine, self.whole = None, None  # the base's, and the folder of whole weights that it plays in its place
-        if asked := [arm for arm in config.arms if arm not in ("random", "expert")]:
-            engine = self._engine(self._whole(asked[0]))  # what cannot be loaded is told before anything is played or written
+
+    def ready(self) -> None:
+        "Load what the first arm with a model plays. Raises `InputError` when that cannot be, or an adapter is for another base."
+        if asked := [arm for arm in self.config.arms if arm not in ("random", "expert")]:
+            engine = self._engine(self._whole(asked[0]))
             for folder in filter(None, self.folders.values() if engine.name != "server" else ()):
                 models.same_base(engine.loaded, folder)
 
@@ -83,7 +86,7 @@ class Players:
 def unseen(seeds: list[int], model: str, adapters: dict[str, Path]) -> list[int]:
     "`seeds`, unless the base `tiny` or one of the arms' `adapters` was trained on one of them; then an `InputError` that says which."
     trained, base = {}, models.tiny_folder() / "base.json"
-    if model == "tiny" and base.is_file():
+    if (model == "tiny" or resolve(model) == base.parent) and base.is_file():
         made = read_json(base)
         trained["the base of tiny"] = base, range(made["first_seed"], made["first_seed"] + made["episodes"])
     for arm, folder in adapters.items():
@@ -133,15 +136,19 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     for path in adapters.values():
         checked_card(path, config)  # told before hours are spent on the other arms
     seeds = unseen(parse_seeds(config.seeds), config.model, adapters)
+    untold = [arm for arm, path in adapters.items() if not models.read_card(path).get("seeds")]  # nobody can say whether these have seen them
     engines.check(config.engine)
     name = "benchmark " + digest({arm: models.trained_weights(path) for arm, path in adapters.items()})[:8]
     arms, episodes, took = [], [], 0.0
     meter = None
     if engines.chosen(config.engine) == "server":
         meter = costs.Meter(image=costs.image_bound(config.model, "low", config.render_size), journal=out / "calls.jsonl")
-        meter.begin()
-    with (threads(config.threads), contextlib.closing(Players(config, out.parent, meter)) as players,
-          Store(out / "rollouts.db") as store, contextlib.closing(meter) if meter else contextlib.nullcontext()):
+    with (threads(config.threads), contextlib.closing(Players(config, out.parent, meter)) as players, contextlib.ExitStack() as stack):
+        players.ready()
+        if meter:
+            stack.callback(meter.close)
+            meter.begin()
+        store = stack.enter_context(Store(out / "rollouts.db"))
         if others := set(sessions(out / "rollouts.db").get("run", ())) - {name}:
             raise InputError(f"holds episodes of other adapters ({', '.join(others)})", out / "rollouts.db", "give --force, or another --out")
         earlier = round(store.seconds(name), 3)
@@ -160,6 +167,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     write_csv(out / "arms.csv", arms)
     write_csv(out / "episodes.csv", episodes)
     numbers = {"model": config.model, "prompt_hash": turns.prompt_hash(config), "seeds": config.seeds,
-               **{arm["arm"]: arm["achievement_rate"] for arm in arms}, **({"earlier_seconds": earlier} if earlier else {}),
+               **{arm["arm"]: arm["achievement_rate"] for arm in arms}, **({"seeds_not_told": untold} if untold else {}),
+               **({"earlier_seconds": earlier} if earlier else {}),
                **(meter.numbers() if meter else {})}
     return Result("benchmark", out, earlier + time.perf_counter() - began, numbers, adapters, meter.usage() if meter else [])

@@ -179,7 +179,7 @@ def parse_seeds(spec: str | int | list) -> list[int]:
         out = []
         for part in spec.split(","):
             low, dash, high = part.strip().partition("-")
-            if not low.isdecimal() or (dash and not high.isdecimal()) or max(len(low), len(high)) > 18:  # SQLite's integers end there
+            if not low.isdecimal() or (dash and not high.isdecimal()) or max(int(low[:20]), int(high[:20] or 0)) >= 2**63:  # as in SQLite
                 raise InputError(f"cannot read seeds from {spec[:80]!r}", mend=mend)
             if dash and int(high) < int(low):
                 raise InputError(f"seeds {part.strip()!r} run backwards", mend=mend)

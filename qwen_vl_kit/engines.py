@@ -35,7 +35,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import models, turns
-from .core import InputError, digest, read_json, resolve
+from .core import InputError, adapter_folder, digest, read_json, resolve
 from .models import Loaded, encode, positions
 
 # %% ../nbs/07_engines.ipynb #e2a857fa
@@ -357,7 +357,7 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
     "The `LowRank` of each weight that a PEFT adapter changes. Raises `InputError` for what is no plain LoRA."
     from safetensors.torch import load_file
 
-    folder = resolve(folder)
+    folder = adapter_folder(folder)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise InputError("no adapter here", folder, "name the folder that a trainer saved one in")
@@ -373,7 +373,7 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
 
 def checked_adapter(folder: str | Path, base: Loaded) -> Path:
     "An adapter's folder. Raises `InputError` when there is none, or when its card, if it has one, names another base."
-    folder = resolve(folder)
+    folder = adapter_folder(folder)
     if not (folder / "adapter_config.json").is_file():
         raise InputError("no adapter here", folder, "name the folder that a trainer saved one in")
     if (folder / "qvk.json").is_file():
@@ -874,7 +874,7 @@ class ServerEngine:
         The server reads the folder itself, under the same path, and it has to stay as it is. The name tells its weights, too: a server lives
         longer than a run, and must not take one run's version for another's. Raises `InputError` when the server does not take it.
         """
-        folder = resolve(folder)
+        folder = adapter_folder(folder)
         language_only(folder)
         name = self.versions.named(version, "-" + models.trained_weights(folder)[:8])
         for old in self.versions.oldest():
@@ -1154,5 +1154,5 @@ def create(engine: str, model: str, revision: str = "", adapter: str | Path | No
 
 def rank_of(folder: str | Path) -> int:
     "The rank of a PEFT adapter, which vLLM wants to know when it starts; 0 for whole weights."
-    settings = resolve(folder) / "adapter_config.json"
+    settings = adapter_folder(folder) / "adapter_config.json"
     return int(read_json(settings)["r"]) if settings.is_file() else 0

@@ -223,10 +223,14 @@ def _near_unlock(episode: Episode, window: int) -> set[int]:
 
 def turn_places(kept: list, protocol: Protocol, config: ExportConfig) -> tuple[list[tuple[int, int]], Counter]:
     "The (episode, turn) places of the rows, in order, and how many turns each rule dropped."
-    places, dropped, seen = [], Counter(), set()
-    for e, (_, episode) in enumerate(kept):
+    places, dropped, seen, played = [], Counter(), set(), set()
+    for e, (session, episode) in enumerate(kept):
         near = None if config.unlock_window is None else _near_unlock(episode, config.unlock_window)
-        for t, turn in list(enumerate(episode.turns))[episode.start:]:  # those before are rows of the episode that played them
+        for t, turn in enumerate(episode.turns):
+            same = (session["run"], session["arm"], session["seed"], t, turn.frame, turn.decision.text)
+            if t < episode.start and same in played:  # taken over: it is a row of the episode that played it, if that one is kept
+                continue
+            played.add(same)
             state = (turn.frame, turn.text, turn.decision.reason, *turn.decision.actions)
             rule = _unfit(protocol, turn) or near is not None and t not in near and "unlock_window" \
                 or config.dedupe and state in seen and "dedupe"

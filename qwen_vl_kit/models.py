@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from importlib import import_module
@@ -656,27 +657,41 @@ def read_card(folder: str | Path) -> dict:
     card = read_json(folder / "qvk.json")
     if not isinstance(card, dict) or not {"base", "base_weights", "prompt_hash"} <= set(card):
         raise InputError("is no card of an adapter", folder / "qvk.json", "copy the adapter's whole folder again")
+    try:
+        trained_on(card)
+    except InputError as error:
+        raise InputError(error.what, folder / "qvk.json", "copy the adapter's whole folder again") from None
     check_weights(folder, whole=card.get("variety") == "full")
     return card
 
 
 def check_weights(folder: Path, whole: bool = False) -> None:
-    "Raise `InputError` unless an adapter's folder (or one of `whole` weights) has all its files, and none was cut short."
+    "Raise `InputError` unless an adapter's folder (or one of `whole` weights) has all its files, none cut short, of the shapes that it describes."
     from safetensors import SafetensorError, safe_open
 
     settings, mend = folder / ("config.json" if whole else "adapter_config.json"), "copy the folder again, or train it again"
-    files = sorted(folder.glob("model*.safetensors" if whole else "adapter_model.safetensors"))
+    files = [file for file in sorted(folder.glob("model*.safetensors" if whole else "adapter_model.safetensors")) if file.is_file()]
     if not settings.is_file() or not files:
         raise InputError(f"an adapter's folder without {settings.name if files else 'its weights (safetensors)'}", folder, mend)
     told = read_json(settings)
     if not isinstance(told, dict) or not whole and (told.get("peft_type") != "LORA" or type(told.get("r")) is not int):
         raise InputError("does not describe a LoRA" if not whole else "does not describe a model", settings, mend)
+    index = folder / "model.safetensors.index.json"
+    if whole and index.is_file() and (missing := set(read_json(index)["weight_map"].values()) - {file.name for file in files}):
+        raise InputError(f"{min(missing)} is missing", folder, mend)
+    ranks, sides = set(), Counter()
     for file in files:
         try:
-            with safe_open(file, "numpy"):
-                pass
+            with safe_open(file, "numpy") as stored:
+                for name in stored.keys() if not whole else ():
+                    layer, side, _ = name.rpartition(".lora_A" if ".lora_A" in name else ".lora_B")
+                    if side:
+                        ranks.add(stored.get_slice(name).get_shape()[side == ".lora_B"])
+                        sides[layer] += 1
         except SafetensorError as error:
             raise InputError(f"damaged or cut short ({error})", file, mend) from None
+    if not told.get("rank_pattern") and (ranks - {told.get("r")} or set(sides.values()) - {2}):
+        raise InputError("its tensors are not those of the LoRA that adapter_config.json describes", folder, mend)
 
 
 def trained_on(card: dict) -> list[int]:
@@ -686,7 +701,7 @@ def trained_on(card: dict) -> list[int]:
 
 def trained_weights(adapter: str | Path) -> str:
     "sha256 of the weights in an adapter's folder."
-    return digest([digest(file) for file in sorted(resolve(adapter).glob("*model*.safetensors"))])
+    return digest([digest(file) for file in sorted(adapter_folder(adapter).glob("*model*.safetensors"))])
 
 
 def same_base(loaded: Loaded, adapter: str | Path) -> dict:
@@ -696,6 +711,17 @@ def same_base(loaded: Loaded, adapter: str | Path) -> dict:
         raise InputError(f"the adapter was made for {card['base']} ({card['base_weights'][:12]}), not for {loaded.name} "
                          f"({loaded.weights[:12]})", resolve(adapter), "name the base it was trained on, or train it again")
     return card
+
+
+def _check_taken(loaded: Loaded, folder: Path) -> None:
+    "Raise `InputError` when an adapter has not a weight for each layer that it adapts; PEFT leaves those as they were made, in silence."
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "numpy") as stored:
+        missing = set(get_peft_model_state_dict(loaded.model, save_embedding_layers=False)) - set(stored.keys())
+    if missing:
+        raise InputError(f"{len(missing)} of its tensors are missing ({min(missing)})", folder, "copy the folder again, or train it again")
 
 
 def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Loaded:
@@ -710,6 +736,7 @@ def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Load
         quicken(loaded.model)
     else:
         loaded.model = PeftModel.from_pretrained(loaded.model, folder, is_trainable=trainable)
+        _check_taken(loaded, folder)
     loaded.card = card
     return loaded
 

@@ -264,6 +264,19 @@ def test_damaged_adapters_are_told_before_anything_is_written(settings, tmp_path
     fails("damaged or cut short", lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-9]))
     fails("qvk.json: no such file", lambda folder: (folder / "qvk.json").unlink())
     fails("these are whole weights", whole)
+
+    def less(folder):
+        from safetensors.numpy import load_file, save_file
+        tensors = load_file(folder / weights)
+        layer = min(tensors).partition(".lora_")[0]
+        save_file({name: tensor for name, tensor in tensors.items() if not name.startswith(layer + ".")}, folder / weights)
+
+    def said(name, **more):
+        return lambda folder: write_json(folder / name, read_json(folder / name) | more)
+
+    fails("2 of its tensors are missing", less)
+    fails("cannot read seeds from 'zz'", said("qvk.json", seeds="zz"))
+    fails("its tensors are not those of the LoRA", said("adapter_config.json", r=5))
     shown = {name: settings[name] for name in PLAY}
     for arm, model, match in (("sft", "random:tiny", "made for tiny"), ("base", "tinyy", "unknown model")):
         config = BenchmarkConfig(**shown, model=model, arms=["random", arm], sft_adapter=settings["adapter"])
