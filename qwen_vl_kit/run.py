@@ -238,10 +238,14 @@ def set_aside(out: Path, names: tuple) -> None:
 def bring_back(stage: str, out: Path) -> None:
     """Undo what a run has begun in `out`, which was stopped, or killed while it moved things: what it had set aside stands there again. What one
     that began anew has played, trained or paid for stays in its place, to go on with."""
+    import shutil
+
     from qwen_vl_kit import manifest
 
     marker, made = read_json(out / MARKER) if (out / MARKER).is_file() else {}, out / manifest.NAME
     anew = marker.get("anew", False)
+    if marker and made.is_file():  # the new one: it has ended, and was killed before it had tidied up
+        return shutil.rmtree(out / BEFORE, ignore_errors=True)
     if anew and holds(stage, out):
         return clear(out, (*RESUMED.get(stage, ()), MARKER))
     if anew:

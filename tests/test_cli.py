@@ -116,6 +116,20 @@ def test_force_that_was_killed_is_undone_by_the_next_command(collected, small, m
         assert contents(collected) == before
 
 
+def test_a_run_that_was_killed_after_its_end_has_ended(tmp_path, small):
+    from qwen_vl_kit import manifest
+
+    for name in ("rollouts.db", "run.ipynb", "run.html"):
+        (tmp_path / name).write_text("old")
+    run.set_aside(tmp_path, run.OUTPUTS)
+    run.write_json(tmp_path / run.MARKER, {"anew": True, "pid": 2**22 + 1, "config": {}})
+    for name in ("rollouts.db", "run.ipynb", "run.html"):
+        (tmp_path / name).write_text("new")
+    manifest.write(tmp_path, run.Result("collect", tmp_path, 1.0), small)
+    assert run.run_stage("collect", small, tmp_path) is False
+    assert (tmp_path / "rollouts.db").read_text() == "new" and {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+
+
 def test_what_stands_in_a_folder_without_a_manifest_comes_back(tmp_path, small, monkeypatch):
     def refused(*_):
         raise run.InputError("no rows")
