@@ -223,7 +223,7 @@ def holds(stage: str, out: Path) -> bool:
         if "checkpoints" in RESUMED.get(stage, ()):  # what GRPO has played without one is forgotten
             return any((out / "checkpoints").glob("checkpoint-*"))
         return (out / "rollouts.db").is_file() and any(True for _ in traces.load(out / "rollouts.db", frames=False))
-    except InputError:
+    except (InputError, LookupError):
         return True
 
 
@@ -250,7 +250,7 @@ def bring_back(stage: str, out: Path) -> None:
         return clear(out, (*RESUMED.get(stage, ()), MARKER))
     if anew:
         clear(out, (BEFORE, FAILED))
-    elif marker and not made.is_file():
+    elif marker:
         clear(out, tuple(name for name in (*OUTPUTS, BEFORE) if name not in PAGES))
     for path in sorted((out / BEFORE).glob("*"), key=lambda path: path.name == MARKER):  # the marker last: until then this is done again
         path.replace(out / path.name)
