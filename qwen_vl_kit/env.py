@@ -8,6 +8,7 @@ __all__ = ['ACTIONS', 'ACHIEVEMENTS', 'ITEMS', 'DIRECTIONS', 'GRAIN', 'rules', '
            'Painter', 'painter', 'Observation', 'Step', 'View', 'Game', 'World', 'gym_world']
 
 # %% ../nbs/02_env.ipynb #a0c1431b
+import copy
 import functools
 import hashlib
 import io
@@ -120,6 +121,9 @@ class Png(bytes):
         self = super().__new__(cls, png(frame))
         self.name = frame_hash(frame)
         return self
+
+    def __getnewargs__(self):
+        return (decode_png(self),)
 
 # %% ../nbs/02_env.ipynb #25c0f093
 @functools.cache
@@ -798,6 +802,9 @@ class Game:
     def __init__(self):
         self.seed = self.map = None
 
+    def __reduce__(self):
+        return _rebuilt, (b"" if self.seed is None else _pack(self),)
+
     def clear(self, area: tuple, number: int = 0) -> Map:
         "An empty map of an area, its chance begun with a number."
         if not self.map or self.map.area != area:
@@ -928,6 +935,14 @@ def _rebuild(game: Game, snapshot: bytes) -> None:
             creature.player = game.player
     game.set_light()
 
+
+def _rebuilt(snapshot: bytes) -> Game:
+    "A game in the state of a snapshot; one that was never begun for an empty one. `copy` and `pickle` make their copies by it."
+    game = Game()
+    if snapshot:
+        _rebuild(game, snapshot)
+    return game
+
 # %% ../nbs/02_env.ipynb #d7db3202
 def _size(size) -> tuple:
     "(width, height) from an int or a pair; crafter cannot draw below 18 pixels."
@@ -1006,6 +1021,8 @@ class _Screen:
     def __init__(self, size=288, length: int = 10_000, area: tuple = (64, 64)):
         self.size, self.length, self.area, self._game = _size(size), _whole(length, "length"), _area(area), Game()
 
+    __copy__ = copy.deepcopy  # a shallow copy would play the very same game
+
     @property
     def _playing(self) -> Game:
         if self._game.seed is None:
@@ -1083,6 +1100,9 @@ class World(_Screen):
         return _observe(self._game, self.size)
 
 # %% ../nbs/02_env.ipynb #05bce858
+_RENDERING = {"render_modes": ["rgb_array"], "render_fps": 5}
+
+
 @functools.cache
 def _gym_class() -> type:
     "`World` as a `gymnasium.Env`."
@@ -1093,36 +1113,52 @@ def _gym_class() -> type:
 
     class GymWorld(gymnasium.Env):
         "Observations are frames, uint8 (H, W, 3); death terminates an episode, its length truncates it."
-        metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+        metadata = _RENDERING
 
-        def __init__(self, world: World):
-            self.world, self.seen, self.render_mode, (width, height) = world, None, "rgb_array", world.size
+        def __init__(self, world: World, render_mode: str | None):
+            self.world, self.seen, self.render_mode, (width, height) = world, None, render_mode, world.size
             self.observation_space = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
             self.action_space = gymnasium.spaces.Discrete(len(ACTIONS))
+
+        def __reduce__(self):
+            return _blank_gym_world, (), vars(self)
+
+        __copy__ = copy.deepcopy
 
         def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
             super().reset(seed=seed)
             self.seen = self.world.reset(int(self.np_random.integers(2 ** 31 - 1)) if seed is None else seed)
-            return self.render(), {"seed": self.world.seed, "inventory": self.seen.inventory}
+            return self.seen.frame.copy(), {"seed": self.world.seed, "inventory": self.seen.inventory}
 
         def step(self, action) -> tuple:
             step = self.world.step(action)
             self.seen = step.observation
             info = step.info | {"inventory": self.seen.inventory, "unlocked": step.unlocked}
-            return self.render(), step.reward, step.dead, step.done and not step.dead, info
+            return self.seen.frame.copy(), step.reward, step.dead, step.done and not step.dead, info
 
-        def render(self) -> np.ndarray:
+        def render(self) -> np.ndarray | None:
             if self.seen is None:
                 raise InputError("no episode yet", mend="call reset(seed=0) first")
-            return self.seen.frame.copy()
+            return self.seen.frame.copy() if self.render_mode else None
 
     return GymWorld
 
+# %% ../nbs/02_env.ipynb #038c0ce3
+def _blank_gym_world():
+    "A `GymWorld` whose attributes are to be set by `copy` or `pickle`: its class is made on demand, so they cannot find it by name."
+    return object.__new__(_gym_class())
 
-def gym_world(size=288, length: int = 10_000, area: tuple = (64, 64)):
-    """A `gymnasium.Env` that plays a `World` of these settings.
+
+def gym_world(size=288, length: int = 10_000, area: tuple = (64, 64), render_mode: str | None = "rgb_array"):
+    """A `gymnasium.Env` that plays a `World` of these settings; `gymnasium.register` takes it as an entry point.
 
     `reset(seed=n)` begins the episode of seed n; `reset()` draws the next seed from the environment's own generator, so that one seed
-    gives a series of different episodes, again and again. Raises `InputError` when gymnasium is not installed.
+    gives a series of different episodes, again and again. With `render_mode=None`, `render()` gives None. Raises `InputError` for
+    another mode, and when gymnasium is not installed.
     """
-    return _gym_class()(World(size, length, area))
+    if render_mode not in (None, *_RENDERING["render_modes"]):
+        raise InputError(f"unknown render_mode {render_mode!r}", mend="write 'rgb_array', or None where nothing is rendered")
+    return _gym_class()(World(size, length, area), render_mode)
+
+
+gym_world.metadata = _RENDERING  # where gymnasium.make looks for the modes

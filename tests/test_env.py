@@ -1,6 +1,8 @@
 "The world: the same in every process, and byte for byte the game that crafter plays."
+import copy
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -276,6 +278,71 @@ def test_the_gymnasium_world_keeps_its_contract():
     assert truncated != terminated and np.array_equal(game.render(), frame)
     frames, _ = SyncVectorEnv([lambda: gym_world(18)] * 2).reset(seed=[1, 2])
     assert np.array_equal(frames[1], World(18).reset(2).frame)
+
+
+def moments():
+    "Worlds as they are begun, at night, before the end, after it, on a small map, and before the first reset."
+    for seed, area, steps in ((3, (64, 64), 5), (1, (64, 64), 190), (9, (9, 40), 30), (2, (64, 64), 0)):
+        world = World(36, length=250, area=area)
+        world.reset(seed)
+        for _, action in zip(range(steps), tour(seed)):
+            if not world.done:
+                world._game.player.health = 9
+                world.step(action)
+        yield world
+    ended = World(36, length=1)
+    ended.reset(4)
+    ended.step(0)
+    yield from (ended, World((45, 36), length=7, area=(20, 30)))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda world: pickle.loads(pickle.dumps(world))])
+def test_a_copy_of_a_world_plays_the_same_game_by_itself(duplicate):
+    def play(world):
+        if world.seed is None:
+            world.reset(6)
+        frames = []
+        for action in np.random.RandomState(0).randint(0, 17, 60).tolist():
+            if not world.done:
+                step = world.step(action)
+                frames.append((step.observation.frame.tobytes(), step.reward, step.unlocked, step.done, str(step.info)))
+        return frames, world.snapshot()
+    for world in moments():
+        other = duplicate(world)
+        assert (other.seed, other.size, other.length, other.area) == (world.seed, world.size, world.length, world.area)
+        before = world.snapshot() if world.seed is not None else None
+        played = play(other)
+        assert before is None or world.snapshot() == before  # it has not moved
+        assert play(world) == played
+
+
+def test_gymnasium_makes_copies_and_spreads_it():
+    gymnasium = pytest.importorskip("gymnasium")
+    if "Test-v0" not in gymnasium.registry:
+        gymnasium.register("Test-v0", "qwen_vl_kit.env:gym_world", kwargs={"size": 36})
+    made = gymnasium.make("Test-v0", render_mode="rgb_array")
+    made.reset(seed=8)
+    for action in (1, 2, 5, 5, 3):
+        made.step(action)
+    assert made.render().shape == (36, 36, 3)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        twin = copy.deepcopy(made)
+        for _ in range(2):  # the episode at hand, and the next one of the series
+            for action in np.random.RandomState(1).randint(0, 17, 30).tolist():
+                theirs, ours = (env.step(action) for env in (other, twin))
+                assert np.array_equal(theirs[0], ours[0]) and theirs[1:] == ours[1:]
+            assert other.reset()[1] == twin.reset()[1]
+    assert gymnasium.make("Test-v0").unwrapped.render_mode == "rgb_array"
+    silent = gymnasium.make("Test-v0", render_mode=None)
+    assert silent.reset(seed=8)[0].shape == (36, 36, 3) and silent.render() is None
+    assert len(gymnasium.make_vec("Test-v0", 2, render_mode="rgb_array").reset(seed=1)[0]) == 2
+    spread = gymnasium.vector.AsyncVectorEnv([lambda: made.unwrapped] * 2, context="spawn")  # cloudpickle carries it to both
+    try:
+        assert all(np.array_equal(frame, made.render()) for frame in spread.call("render"))
+    finally:
+        spread.close()
+    with pytest.raises(InputError, match="unknown render_mode 'ansi'"), pytest.warns(UserWarning, match="ansi"):
+        gymnasium.make("Test-v0", render_mode="ansi")
 
 
 def test_death_terminates_and_does_not_truncate():
