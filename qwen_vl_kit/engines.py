@@ -7,8 +7,8 @@ __all__ = ['SHOWN', 'GUARD', 'Request', 'Sampling', 'Output', 'uniforms', 'Engin
            'shared_prefix', 'prefill_shared', 'draw', 'distinct', 'decode', 'Replayed', 'LowRank', 'changes',
            'read_adapter', 'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'check',
            'stored', 'roomy', 'language_only', 'VLLMEngine', 'first_line', 'access', 'told', 'CallFailed', 'Passing',
-           'Relearnt', 'retry_after', 'backoff', 'size', 'reply_text', 'read_reply', 'cached', 'read_tokens', 'Serving',
-           'Unmetered', 'ServerEngine', 'guarded', 'divided', 'serving', 'chosen', 'create', 'rank_of']
+           'Relearnt', 'retry_after', 'backoff', 'read_usage', 'size', 'reply_text', 'read_reply', 'read_tokens',
+           'Serving', 'Unmetered', 'ServerEngine', 'guarded', 'divided', 'serving', 'chosen', 'create', 'rank_of']
 
 # %% ../nbs/07_engines.ipynb #fe9ed4f5
 import asyncio
@@ -724,12 +724,30 @@ def backoff(attempt: int) -> float:
     "Seconds to wait after failure number `attempt` (from 0): doubling from 0.5 to 60, and between half and all of it at random."
     return min(60.0, 0.5 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
 
+# %% ../nbs/07_engines.ipynb #b7022da1
+def _is_count(value, least: int = 0, most: int = 10**9) -> bool:
+    "Whether a value from JSON can be a number of tokens; booleans, floats and numbers beyond any context cannot."
+    return type(value) is int and least <= value <= most
+
+
+def read_usage(usage) -> dict:
+    """`prompt_tokens`, `completion_tokens` and, if some of the prompt came from a cache, `cached_tokens` of a completion's `usage`.
+
+    {} unless both counts are there and can be believed: then nobody knows what the call cost.
+    """
+    if not isinstance(usage, dict) or not _is_count(usage.get("prompt_tokens"), 1) or not _is_count(usage.get("completion_tokens")):
+        return {}
+    counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return counts | ({"cached_tokens": cached} if _is_count(cached, 1, counts["prompt_tokens"]) else {})
+
 # %% ../nbs/07_engines.ipynb #f9a6badb
-def size(messages: list[dict]) -> tuple[int, int]:
-    "How many images and how many characters of text messages hold."
+def size(messages: list[dict], tools: list[dict] | None = None) -> tuple[int, int]:
+    "How many images and how many characters of text a request holds, its tools' descriptions among them."
     parts = [part for m in messages for part in ([{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"])]
     texts = [part["text"] for part in parts if part["type"] == "text"]
-    return len(parts) - len(texts), sum(map(len, texts))
+    return len(parts) - len(texts), sum(map(len, texts)) + (len(json.dumps(tools)) if tools else 0)
 
 
 def reply_text(choice: dict) -> str:
@@ -745,17 +763,7 @@ def read_reply(reply) -> tuple[str, str, dict]:
     if not isinstance(reply, dict) or not isinstance(reply.get("choices", []), list):
         raise Passing("its reply is no chat completion", billed=True)
     choice = (reply.get("choices") or [{}])[0]
-    usage = reply.get("usage") or {}
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    metered = all(isinstance(count, int) and count >= 0 for count in counts.values())
-    return reply_text(choice), choice.get("finish_reason") or "empty", counts | cached(usage, counts["prompt_tokens"]) if metered else {}
-
-
-def cached(usage: dict, prompt: int) -> dict:
-    "{'cached_tokens': how many of `prompt` tokens the endpoint had in a cache}; {} when it had none, or more than there are."
-    details = usage.get("prompt_tokens_details")
-    count = details.get("cached_tokens") if isinstance(details, dict) else None
-    return {"cached_tokens": count} if isinstance(count, int) and 0 < count <= prompt else {}
+    return reply_text(choice), choice.get("finish_reason") or "empty", read_usage(reply.get("usage"))
 
 # %% ../nbs/07_engines.ipynb #737979a8
 def read_tokens(reply: dict) -> tuple[list[int], list[int], list[float]]:
@@ -928,7 +936,7 @@ class ServerEngine:
         "Send one request, metered. Raises `Passing`, `CallFailed`, `InputError`, or what the meter raises."
         while (pause := self._pause - time.monotonic()) > 0:
             await asyncio.sleep(pause + random.uniform(0, min(pause, 1.0) / 4))
-        expected = self.model, *size(request.messages), sampling.max_new_tokens
+        expected = self.model, *size(request.messages, request.tools), sampling.max_new_tokens
         while self.meter.flying and not self.meter.fits(*expected):  # what is in flight may cost less than its worst case
             self._settled.clear()
             await self._settled.wait()
@@ -943,8 +951,8 @@ class ServerEngine:
             billed = getattr(failure, "billed", False)
             raise
         finally:
+            self._settled.set()  # those that wait for it run when this has been settled, or when the meter has raised
             usd = self.meter.settle(call, counts, billed)
-            self._settled.set()
         usage = counts | {"calls": 1, "seconds": time.perf_counter() - began} | ({} if usd is None else {"usd": usd})
         return Output(text, *(read_tokens(reply) if self.processor else (None, None, None)), finish, usage)
 
