@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_SEEDS', 'InputError', 'OverBudget', 'TrainingStopped', 'misplaced', 'usable', 'nearest', 'root', 'resolve',
-           'adapter_folder', 'absent', 'remove_empty', 'atomic', 'write_json', 'read_json', 'dumps', 'append_jsonl',
-           'read_jsonl', 'digest', 'parse_seeds', 'seed_spec', 'progress', 'Result']
+           'adapter_folder', 'absent', 'remove_empty', 'atomic', 'write_json', 'read_json', 'clean_text', 'dumps',
+           'append_jsonl', 'read_jsonl', 'digest', 'parse_seeds', 'seed_spec', 'progress', 'notify', 'Result']
 
 # %% ../nbs/00_core.ipynb #c272455a
 import contextlib
@@ -128,6 +128,12 @@ def read_json(path: str | Path):
     except ValueError as error:
         raise InputError(f"not JSON ({error})", path, "run the stage that writes it again") from None
 
+# %% ../nbs/00_core.ipynb #48393cea
+def clean_text(text: str, controls: bool = False) -> str:
+    "`text` with U+FFFD in place of lone surrogates and NULs, and of every control character but tabs and line ends if `controls`."
+    import re
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]" if controls else r"[\x00\ud800-\udfff]", "\ufffd", text)
+
 # %% ../nbs/00_core.ipynb #7d76063e
 def dumps(row) -> str:
     "One compact JSON line, without the newline; keys keep their order."
@@ -211,6 +217,14 @@ def progress(iterable=None, total: int | None = None, what: str = "", done: int 
     quiet = not target and ("IN_TEST" in os.environ or not sys.stderr.isatty() and "ipykernel" not in sys.modules)
     return tqdm(iterable, total=total, initial=done, desc=what, file=file, delay=2, mininterval=1, dynamic_ncols=not target,
                 ncols=100 if target else None, leave=False, disable=quiet)
+
+# %% ../nbs/00_core.ipynb #613d04a5
+def notify(line: str) -> None:
+    "Print `note: line` on standard error, and, where a stage runs in a kernel, on the terminal of the `qvk` command that started it."
+    print(f"note: {line}", file=sys.stderr, flush=True)
+    if target := os.environ.get("QVK_PROGRESS"):
+        with open(target, "a", encoding="utf-8") as file:
+            file.write(f"\r\x1b[Knote: {line}\n")
 
 # %% ../nbs/00_core.ipynb #a8398147
 @dataclasses.dataclass

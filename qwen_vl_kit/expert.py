@@ -38,7 +38,7 @@ def heading(dx: int, dy: int) -> str:
     return " ".join([*sideways, *upright]) or "here"
 
 
-_OFFSET = re.compile(r"([a-z]+)(?: (\d+) (left|right))?(?: (\d+) (up|down))?;")
+_OFFSET = re.compile(r"([a-z]+)(?: (\d{1,4}) (left|right))?(?: (\d{1,4}) (up|down))?;")
 
 
 def named(reason: str) -> tuple[str, int, int] | None:

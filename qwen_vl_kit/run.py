@@ -94,15 +94,22 @@ def _kernel(progress: Path, threads: int = 0):
                     os.environ[name] = value
 
 # %% ../nbs/21_run.ipynb #e817bebd
-def _copy(path: Path, done: threading.Event) -> None:
-    "Copy what is appended to `path` to standard error until `done` is set."
+def _notes(text: str) -> str:
+    "The whole lines of what `core.notify` has written among bars."
+    lines = [line.rpartition("\x1b[K")[2] for line in text.split("\n")[:-1]]
+    return "".join(f"{line}\n" for line in lines if line.startswith("note: "))
+
+
+def _copy(path: Path, done: threading.Event, bars: bool) -> None:
+    "Copy what is appended to `path`, or of it only the notes, to standard error until `done` is set."
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        drawn = False
+        drawn, rest = False, ""
         while True:
             last = done.wait(0.2)
             if text := file.read():
-                drawn = True
-                sys.stderr.write(text)
+                drawn, text = bars, rest + text
+                rest = "" if bars else text[text.rfind("\n") + 1:]
+                sys.stderr.write(text if bars else _notes(text))
                 sys.stderr.flush()
             if last:
                 sys.stderr.write("\r\x1b[K" if drawn else "")
@@ -111,19 +118,17 @@ def _copy(path: Path, done: threading.Event) -> None:
 
 @contextlib.contextmanager
 def _bars():
-    "A file for progress bars that is copied to the terminal while the block runs."
+    "A file for progress bars and notes: while the block runs, both are copied to a terminal, notes alone to what is none."
     with tempfile.TemporaryDirectory() as place:
         path, done = Path(place) / "bars", threading.Event()
         path.touch()
-        copier = threading.Thread(target=_copy, args=(path, done), daemon=True)
-        if sys.stderr.isatty():
-            copier.start()
+        copier = threading.Thread(target=_copy, args=(path, done, sys.stderr.isatty()), daemon=True)
+        copier.start()
         try:
             yield path
         finally:
             done.set()
-            if copier.is_alive():
-                copier.join()
+            copier.join()
 
 # %% ../nbs/21_run.ipynb #de422548
 class RunFailed(RuntimeError):

@@ -29,7 +29,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .config import Protocol
-from .core import InputError, absent, digest, dumps, remove_empty, resolve
+from .core import InputError, absent, clean_text, digest, dumps, remove_empty, resolve
 from .env import ACHIEVEMENTS, ACTIONS, Png, decode_png, frame_hash, png
 from .episodes import Decision, Episode, Turn
 from .turns import prompt_hash, system
@@ -266,8 +266,9 @@ def _row(session: int, turn: Turn, frame: str | None) -> tuple:
     rewards = [float(reward) for reward in turn.rewards]
     if not all(map(math.isfinite, rewards)):
         raise InputError(f"turn {turn.turn} has a reward that is not a number")
-    return (session, turn.turn, turn.step, frame, turn.text, decision.text, decision.reason, dumps(list(decision.actions)),
-            dumps(list(turn.executed)), dumps(rewards), dumps(list(turn.unlocked)), bool(decision.valid), bool(turn.done),
+    words = [clean_text(text) for text in (turn.text, decision.text, decision.reason)]
+    actions = [clean_text(dumps(list(names))) for names in (decision.actions, turn.executed)]
+    return (session, turn.turn, turn.step, frame, *words, *actions, dumps(rewards), dumps(list(turn.unlocked)), bool(decision.valid), bool(turn.done),
             bool(turn.dead), usage.get("prompt_tokens"), usage.get("image_tokens"), usage.get("completion_tokens"), usage.get("seconds"),
             float(turn.seconds), _blob(decision.token_ids, "<i4"), _blob(decision.logprobs, "<f4"), _usd(usage.get("usd")),
             usage.get("cached_tokens"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOOL', 'ALIASES', 'system', 'user_text', 'data_url', 'messages', 'with_urls', 'prompt', 'checked_images', 'tools',
-           'call_text', 'prompt_hash', 'Reply', 'answer', 'parse']
+           'call_text', 'prompt_hash', 'Reply', 'answer', 'without_thinking', 'parse']
 
 # %% ../nbs/03_turns.ipynb #04d28064
 import base64
@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from .config import Protocol, horizon
-from .core import digest
+from .core import clean_text, digest
 from .env import ACTIONS, png, rules
 
 # %% ../nbs/03_turns.ipynb #d1122610
@@ -76,14 +76,19 @@ def messages(protocol: Protocol, frames: list, past: list[str], text: str = "", 
 
 # %% ../nbs/03_turns.ipynb #286198f5
 def with_urls(messages: list[dict], detail: str | None = None) -> list[dict]:
-    "Messages whose images are data URLs, with their detail level if one is given, so that it is chosen and not left to the endpoint."
+    """Messages as an endpoint takes them: images are data URLs, with their `detail` level if one is given, so that it is chosen and not left to the
+    endpoint; content without an image is one string, since servers of text models know no other."""
     extra = {"detail": detail} if detail else {}
 
     def part(p):
         url = p["image_url"]["url"] if p["type"] == "image_url" else data_url(p["image"]) if p["type"] == "image" else None
         return p if url is None else {"type": "image_url", "image_url": {"url": url, **extra}}
 
-    return [m if isinstance(m["content"], str) else {**m, "content": [part(p) for p in m["content"]]} for m in messages]
+    def content(parts):
+        words_only = all(p["type"] == "text" for p in parts)
+        return "\n".join(p["text"] for p in parts) if words_only else [part(p) for p in parts]
+
+    return [m if isinstance(m["content"], str) else {**m, "content": content(m["content"])} for m in messages]
 
 # %% ../nbs/03_turns.ipynb #e17020c2
 def prompt(protocol: Protocol, turns: list, frame, text: str = "", urls: bool = True) -> list[dict]:
@@ -117,9 +122,10 @@ def tools(protocol: Protocol) -> list[dict] | None:
     return [{"type": "function", "function": {"name": TOOL, "description": "Act in the game.", "parameters": schema}}]
 
 
-def call_text(name: str, arguments: str) -> str:
-    "A tool call of an endpoint in the words that Qwen's chat template has for it; `arguments` stay as they were said, whole or not."
-    return f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
+def call_text(name: str | None, arguments: str) -> str:
+    """A tool call of an endpoint in the words that Qwen's chat template has for it; `arguments` stay as they were said, whole or not. A call without
+    a name is taken for one of the only tool that there is."""
+    return f'<tool_call>\n{{"name": {json.dumps(name or TOOL)}, "arguments": {arguments}}}\n</tool_call>'
 
 # %% ../nbs/03_turns.ipynb #1c31765d
 def prompt_hash(protocol: Protocol) -> str:
@@ -148,35 +154,59 @@ def answer(protocol: Protocol, actions: list[str], reason: str = "") -> str:
         return call_text(TOOL, json.dumps(({"reason": reason} if reason else {}) | {"actions": actions}))
     return f"{reason} -> {said}" if protocol.form == "reason" else said
 
+# %% ../nbs/03_turns.ipynb #27f2a3b6
+_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)", re.DOTALL | re.IGNORECASE)
+_END_OF_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
+
+
+def without_thinking(text: str) -> str:
+    "What a reply says after and besides its thinking."
+    return _END_OF_THOUGHT.split(_THOUGHT.sub("", text))[-1].strip()
+
+# %% ../nbs/03_turns.ipynb #e50a0282
+def _call_of(block: str) -> tuple[str, list[str]]:
+    "Reason and action names of one tool call. Raises `ValueError`, `TypeError`, `KeyError` or `RecursionError` when it is none of ours."
+    call = json.loads(block, strict=False)
+    arguments = call["arguments"]
+    while isinstance(arguments, str):  # JSON in a string, as endpoints say it; some put it into a string twice
+        arguments = json.loads(arguments, strict=False)
+    if (call.get("name") or TOOL) != TOOL:
+        raise KeyError(TOOL)
+    names, reason = arguments["actions"], arguments.get("reason")
+    return reason.strip() if isinstance(reason, str) else "", names.split(",") if isinstance(names, str) else [str(name) for name in names]
+
 
 def _called(text: str) -> tuple[str, list[str]]:
     "Reason and action names of the tool calls in a reply; no names when a call is cut short, of another tool, or has other arguments."
-    before, names = text.partition("<tool_call>")[0].strip(), []
-    for block in re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", text, re.DOTALL):
+    before, *blocks = text.split("<tool_call>")
+    before, names = before.strip(), []
+    for block in blocks:
         try:
-            call = json.loads(block)
-            arguments = call["arguments"] if isinstance(call["arguments"], dict) else json.loads(call["arguments"])
-            said = arguments["actions"]
-            names += said.split(",") if isinstance(said, str) else [str(name) for name in said]
-        except (ValueError, TypeError, KeyError):
+            reason, more = _call_of(block.partition("</tool_call>")[0])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return before, []
-        if call["name"] != TOOL:
-            return before, []
-        before = before or str(arguments.get("reason") or "").strip()
+        before, names = before or reason, names + more
     return before, names
+
+
+def _named_in_words(text: str) -> list[str]:
+    "Action names of a call that is written as text, from its list of `actions`."
+    start = text.partition('"actions"')[2].lstrip().removeprefix(":").lstrip()
+    names, end, _ = start.removeprefix("[").partition("]")
+    return names.split(",") if start.startswith("[") and end else []
 
 
 def parse(protocol: Protocol, text: str) -> Reply:
     "Read a reply. At most the protocol's number of actions is taken; an unusable reply is `Reply(['noop'], reason, False)`."
+    text = without_thinking(text)
     if "<tool_call>" in text:
         reason, names = _called(text)
     elif TOOL in text:  # a call in words
-        found = re.search(r'"actions"\s*:\s*\[([^\]]*)\]', text)
-        reason, names = "", found[1].split(",") if found else []
+        reason, names = "", _named_in_words(text)
     else:
-        reason, arrow, said = text.rpartition("->")
-        reason, names = reason.strip() if arrow else "", re.split(r"[,;\n]", said)
+        reason, arrow, actions = text.rpartition("->")
+        reason, names = reason.strip() if arrow else "", re.split(r"[,;\n]", actions)
     names = [re.sub(r"[^a-z]+", "_", word.lower()).strip("_") for word in names if word.strip()]
     names = [ALIASES.get(name, name) for name in names]
     usable = 0 < len(names) <= horizon(protocol.horizon).actions and all(name in ACTIONS for name in names)
-    return Reply(names if usable else ["noop"], reason, usable)
+    return Reply(names if usable else ["noop"], clean_text(reason), usable)
