@@ -27,7 +27,8 @@ from .core import (InputError, Result, append_jsonl, atomic, digest, dumps, near
 from .costs import image_tokens
 from .env import ACHIEVEMENTS
 from .episodes import Episode, Turn
-from .models import SPECIAL, chat_template, decode_url
+from .checkpoint import chat_template
+from .models import SPECIAL, decode_url
 from .turns import answer, parse, prompt, prompt_hash
 
 # %% ../nbs/13_export.ipynb #2626b282

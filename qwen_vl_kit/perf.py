@@ -36,7 +36,7 @@ import crafter
 import numpy as np
 from crafter import constants, engine, objects
 
-from . import collect, costs, engines, env, export, grpo, manifest, models, policies, sft, show, traces, turns
+from . import checkpoint, collect, costs, engines, env, export, grpo, manifest, models, policies, sft, show, traces, turns
 from .config import CollectConfig, ExportConfig, GRPOConfig, Protocol, SFTConfig, horizon
 from .core import InputError, nearest, parse_seeds, progress, read_jsonl, resolve, write_json
 from .env import ACHIEVEMENTS, ACTIONS, GRAIN, View, World, compiled, decode_png, night_noise, png
@@ -692,7 +692,7 @@ def _sft_race(config: SFTConfig, out: Path, seconds: float) -> tuple[tuple, list
         trainer.add_callback(clock)
 
         def train() -> float:  # a row's seconds; the first update is not among them, it starts everything
-            trainer.model.get_base_model().model.sight = models.Sight()  # nothing has been seen yet
+            trainer.model.get_base_model().model.sight = models.Sight(trainer.processing_class.image_processor)  # nothing has been seen yet
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             trainer.train()
@@ -844,7 +844,7 @@ def _tool_words():
     kept, tokenizer = list(models.WORDS), models.tiny_tokenizer()
     call = {"type": "function", "function": {"name": "act", "arguments": {"action": "do"}}}
     told = [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": ""}]
-    text = tokenizer.apply_chat_template(told, tools=[StockGame().act], chat_template=models.chat_template(), tokenize=False)
+    text = tokenizer.apply_chat_template(told, tools=[StockGame().act], chat_template=checkpoint.chat_template(), tokenize=False)
     models.WORDS += sorted(set(re.findall(r"[A-Za-z_]+|[^\sA-Za-z_\d]+", re.sub(r"<\|.*?\|>", " ", text))))
     try:
         yield
