@@ -6,9 +6,9 @@
 __all__ = ['COLOURS', 'LINES', 'DPI', 'SFT_PANELS', 'SPEED_PANELS', 'GRPO_PANELS', 'GRPO_TIMES', 'OTHERS', 'STAGES', 'Html',
            'text_table', 'html_table', 'read_table', 'read_arms', 'arms_table', 'Plot', 'Panel', 'read_metrics',
            'smooth', 'curves', 'Other', 'others_table', 'arms_plot', 'achievement_rates', 'achievement_plot',
-           'differences', 'differences_table', 'film', 'episode_viewer', 'typical_seed', 'episode_of', 'Several',
-           'films', 'best_viewer', 'manifests', 'cost_table', 'count_weights', 'trained', 'about', 'shown_path',
-           'stage_commands', 'repeat_table', 'shown', 'heading', 'run']
+           'differences', 'differences_table', 'film', 'script_json', 'episode_viewer', 'typical_seed', 'episode_of',
+           'Several', 'films', 'best_viewer', 'manifests', 'cost_table', 'count_weights', 'trained', 'about',
+           'shown_path', 'stage_commands', 'repeat_table', 'shown', 'heading', 'run']
 
 # %% ../nbs/19_show.ipynb #1b8c83ed
 import base64
@@ -456,13 +456,14 @@ def film(episode, n: int = 8, title: str = "") -> Plot:
         ax.set_title(f"turn {turn.turn}" + "".join(f"\n+ {name}" for name in turn.unlocked), fontsize=9, loc="left",
                      color="#00734f" if turn.unlocked else "#333333", fontweight="bold" if turn.unlocked else "normal")
         words = textwrap.wrap(turn.decision.reason, 34)[:3]
-        ax.set_xlabel("\n".join([*words, *textwrap.wrap("→ " + _did(turn), 34)]), fontsize=8.5, loc="left")
+        ax.set_xlabel("\n".join([*words, *textwrap.wrap("→ " + _did(turn), 34)]), fontsize=8.5, loc="left", parse_math=False)
     for ax in figure.axes:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    said = title or f"{episode.model}, seed {episode.seed}, horizon {episode.horizon}"
-    figure.suptitle(f"{said}: {len(episode.achievements)} achievements in {len(episode.turns)} turns", x=0.01, ha="left", fontsize=11)
-    return _plot(figure, alt=f"film strip of {said}")
+    title = title or f"{episode.model}, seed {episode.seed}, horizon {episode.horizon}"
+    said = f"{title}: {len(episode.achievements)} achievements in {len(episode.turns)} turns"
+    figure.suptitle(said, x=0.01, ha="left", fontsize=11, parse_math=False)
+    return _plot(figure, alt=f"film strip of {title}")
 
 # %% ../nbs/19_show.ipynb #d230d081
 _VIEWER = """<div id="ID" style="font: 14px sans-serif; max-width: 780px">
@@ -502,6 +503,11 @@ _VIEWER = """<div id="ID" style="font: 14px sans-serif; max-width: 780px">
 })();</script>"""
 
 
+def script_json(value) -> str:
+    "JSON that may stand in a page's script, whatever a model said: `<!--<script>` there would swallow the rest of the page."
+    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value))  # ASCII, so U+2028 is escaped as well
+
+
 def episode_viewer(episode, title: str = "", megabytes: float = 3.0) -> Html:
     "A page block that plays an episode; beyond `megabytes` of frames it is thinned. Raises `InputError` without frames."
     _need_frames(episode)
@@ -516,7 +522,7 @@ def episode_viewer(episode, title: str = "", megabytes: float = 3.0) -> Html:
                          "unlocked": turn.unlocked, "reward": f"{reward:.1f}", "frame": turns.data_url(turn.frame)})
     title = title or f"{episode.model}, seed {episode.seed}, horizon {episode.horizon}"
     title += f": {len(made)} achievements in {len(episode.turns)} turns" + (f" (one in {every} is shown)" if every > 1 else "")
-    data = json.dumps(rows, ensure_ascii=False).replace("</", "<\\/")  # a reply may say </script>
+    data = script_json(rows)
     parts = {"ID": "episode-" + digest(data)[:12], "TITLE": html.escape(title), "FIRST": rows[0]["frame"], "DATA": data}
     return Html(re.sub("ID|TITLE|FIRST|DATA", lambda match: parts[match[0]], _VIEWER))
 
