@@ -29,7 +29,7 @@ from . import costs, models, traces, turns
 from .config import ReportConfig
 from .core import InputError, Result, digest, read_json, read_jsonl, resolve, root, write_json
 from .env import ACHIEVEMENTS
-from .stats import Interval, crafter_score_interval, mean_interval, paired_interval, wilson
+from .stats import Interval, crafter_score_interval, mean_interval, paired_interval, probability_of_improvement, wilson
 
 # %% ../nbs/19_show.ipynb #7c93e5d1
 class Html(str):
@@ -397,7 +397,8 @@ def achievement_plot(path: str | Path, horizon: str | None = None) -> Plot:
 
 # %% ../nbs/19_show.ipynb #1c2351f4
 def differences(path: str | Path, pairs: tuple = (("base", "sft"), ("sft", "grpo"))):
-    "Paired differences of the achievement rate from episodes.csv: a row a pair and horizon; `difference` is an `Interval` in fractions."
+    """Paired differences of the achievement rate from episodes.csv: a row a pair and horizon. `difference`, and `improvement`, the probability of
+    doing better in a world, are `Interval`s in fractions."""
     import pandas as pd
 
     played, rows = read_table(path, ("arm", "horizon", "seed", "achievements")), []
@@ -406,8 +407,9 @@ def differences(path: str | Path, pairs: tuple = (("base", "sft"), ("sft", "grpo
         for before, after in pairs:
             if before in by_arm and after in by_arm:
                 both = by_arm[[before, after]].dropna()
-                rows.append((before, after, horizon, len(both), paired_interval(both[before], both[after])))
-    return pd.DataFrame(rows, columns=["before", "after", "horizon", "seeds", "difference"])
+                rows.append((before, after, horizon, len(both), paired_interval(both[before], both[after]),
+                             probability_of_improvement(both[before], both[after])))
+    return pd.DataFrame(rows, columns=["before", "after", "horizon", "seeds", "difference", "improvement"])
 
 
 def differences_table(path: str | Path, pairs: tuple = (("base", "sft"), ("sft", "grpo"))):
@@ -418,6 +420,7 @@ def differences_table(path: str | Path, pairs: tuple = (("base", "sft"), ("sft",
     says = lambda d: "better" if d.low > 0 else "worse" if d.high < 0 else "no difference that can be told from noise"
     return pd.DataFrame({"difference": [f"{a} - {b}" for a, b in zip(frame.after, frame.before)], "horizon": frame.horizon,
                          "seeds": frame.seeds, "points of achievements [95 %]": [d.percent(sign=True) for d in frame.difference],
+                         "better in % of worlds [95 %]": [p.percent(0) for p in frame.improvement],
                          "verdict": [says(d) for d in frame.difference]})
 
 # %% ../nbs/19_show.ipynb #babc478e
@@ -694,8 +697,8 @@ def run(config: ReportConfig, out: str | Path) -> Result:
     folder = out.parent
     arms, episodes = folder / "benchmark/arms.csv", folder / "benchmark/episodes.csv"
     table = json.loads(read_arms(arms).to_json(orient="records"))
-    gaps = [{"before": d.before, "after": d.after, "horizon": d.horizon, "seeds": d.seeds, **d.difference._asdict()}
-            for d in differences(episodes).itertuples()]
+    gaps = [{"before": d.before, "after": d.after, "horizon": d.horizon, "seeds": d.seeds, **d.difference._asdict(),
+             "improvement": d.improvement._asdict()} for d in differences(episodes).itertuples()]
     numbers = {"title": config.title, "run": folder.name, "arms": table, "differences": gaps}
     if (folder / "sft/adapter").is_dir():
         numbers.update(trained(folder))
