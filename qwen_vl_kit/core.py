@@ -82,7 +82,8 @@ def resolve(path: str | Path) -> Path:
 def adapter_folder(path: str | Path) -> Path:
     "Where an adapter lies: in the folder `path`, or, when that is the folder of the stage that trained it, in `adapter` below."
     path = resolve(path)
-    return path / "adapter" if (path / "adapter" / "qvk.json").is_file() and not (path / "qvk.json").is_file() else path
+    here, below = (any((folder / name).is_file() for name in ("qvk.json", "adapter_config.json")) for folder in (path, path / "adapter"))
+    return path / "adapter" if below and not here else path
 
 # %% ../nbs/00_core.ipynb #e5710388
 def absent(folder: str | Path) -> list[Path]:
