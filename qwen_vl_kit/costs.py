@@ -9,7 +9,6 @@ __all__ = ['BOOK', 'IMAGE_TOKENS', 'SEED_GPUS', 'WAYS', 'PEAKS', 'PEAK_H200', 'D
            'estimate']
 
 # %% ../nbs/11_costs.ipynb #7e3cd2b1
-import configparser
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from .config import CollectConfig, GRPOConfig, Protocol, Stage, horizon
-from .core import InputError, OverBudget, dumps, nearest, parse_seeds, read_json, read_jsonl, resolve, root, write_json
+from .core import InputError, OverBudget, dumps, nearest, parse_seeds, read_json, read_jsonl, read_text, resolve, site, write_json
 from .turns import system
 
 # %% ../nbs/11_costs.ipynb #199766e9
@@ -59,24 +58,18 @@ BOOK = _book("""
 IMAGE_TOKENS = {"gpt-4o-mini": {"low": 2833, "tile": 5667}}  # what an image is billed as: at detail low, and more per tile at high
 
 # %% ../nbs/11_costs.ipynb #98859f1a
-def _site_book() -> str:
-    site = configparser.ConfigParser()
-    site.read(root() / "settings.ini")
-    return site.get("qvk", "prices", fallback="").strip()
-
-
 def prices(path: str | Path | None = None) -> dict[str, Price]:
     """The price book, with the prices of a TOML or JSON file on top: `path`, or what settings.ini names as `prices`.
 
     The file holds one table an item: `[h200]`, `usd = 2.90`, `source = "our contract"`, `date = "2026-11-01"`, and for new items also
     `per = 1`, `unit = "GPU-hour"`.
     """
-    path = path or _site_book()
+    path = path or site("prices")
     if not path:
         return dict(BOOK)
     path, book = resolve(path), dict(BOOK)
     try:
-        rows = read_json(path) if path.suffix == ".json" else tomllib.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path) if path.suffix == ".json" else tomllib.loads(read_text(path))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read prices ({error})", path, "give a TOML or JSON file with a table for each item") from None
     for item, row in rows.items():

@@ -506,7 +506,7 @@ def shortage_told(out: Path, mend: str = SMALLER):
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     "Training and validation rows of a config. Raises `InputError` when they were not made with one prompt, or cannot be played where asked."
     train = Rows(config.train or out.parent / "export" / "train.jsonl")
-    val = Rows(config.val or out.parent / "export" / "val.jsonl", config.eval_rows)
+    val = Rows(config.val or train.path.with_name("val.jsonl"), config.eval_rows)
     if train.prompt_hash != val.prompt_hash:
         raise InputError("training and validation rows have different prompts", val.path, "export both in one run")
     if config.best_by == "dev.achievement_rate":
