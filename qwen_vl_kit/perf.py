@@ -585,7 +585,7 @@ def stock_replies(model, processor, prompts: list, new_tokens: int) -> list[str]
 def _engine(model: str):
     "Our engine on a model, which never stops early."
     engine = engines.HFEngine(models.load(model, bf16=_bf16()), bf16=_bf16())
-    engine.eos = -1
+    engine.end_ids = (-1,)
     return engine
 
 
