@@ -749,6 +749,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models._frozen': ('models.html#_frozen', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models._grid': ('models.html#_grid', 'qwen_vl_kit/models.py'),
+                                    'qwen_vl_kit.models._in_one_piece': ('models.html#_in_one_piece', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models._kernels': ('models.html#_kernels', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models._laid_out': ('models.html#_laid_out', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models._last_layer': ('models.html#_last_layer', 'qwen_vl_kit/models.py'),

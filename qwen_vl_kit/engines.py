@@ -196,8 +196,8 @@ def distinct(samples: list) -> tuple[list, list[int]]:
     return [sample for _, sample in found.values()], which
 
 
-def decode(model, inputs: dict, which: list[int], u_BT, temperature: float, eos: int):
-    """Token ids int64 and log-probabilities float32, both (B, T) with T at most that of `u_BT`; rows run on after their end token.
+def decode(model, inputs: dict, which: list[int], u_BT, temperature: float, ends: tuple[int, ...]):
+    """Token ids int64 and log-probabilities float32, both (B, T) with T at most that of `u_BT`; rows run on after one of the `ends`.
 
     `inputs` are those of distinct prompts, `which` of them each of the B requests has.
     """
@@ -206,6 +206,7 @@ def decode(model, inputs: dict, which: list[int], u_BT, temperature: float, eos:
     mask, place_P, u_BT = inputs["attention_mask"], inputs["position_ids"][0, :, -1], u_BT.to(model.device)
     path_B = torch.tensor(which, device=model.device)  # the row of the model's batch that a request is on
     ended = torch.zeros(len(which), dtype=torch.bool, device=model.device)
+    end_ids = torch.tensor(ends, dtype=torch.long, device=model.device)
     tokens, logprobs = [], []
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     while True:
@@ -213,7 +214,7 @@ def decode(model, inputs: dict, which: list[int], u_BT, temperature: float, eos:
         token_B, logp_B = draw(logits_PV[path_B], u_BT[:, len(tokens)], temperature)
         tokens.append(token_B)
         logprobs.append(logp_B)
-        ended |= token_B == eos
+        ended |= torch.isin(token_B, end_ids)
         if ended.all() or len(tokens) == u_BT.shape[1]:
             return torch.stack(tokens, 1).cpu(), torch.stack(logprobs, 1).cpu()
         next_P, path_B = torch.unique(path_B * logits_PV.shape[1] + token_B, return_inverse=True)
@@ -235,11 +236,11 @@ class Replayed:
     def __init__(self, model):
         self.model, self.size, self.how, self.graph = model, (0, 0, 0), (), None
 
-    def __call__(self, inputs: dict, which: list[int], u_BT, temperature: float, eos: int):
+    def __call__(self, inputs: dict, which: list[int], u_BT, temperature: float, ends: tuple[int, ...]):
         "As `decode`."
         count, new = u_BT.shape
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        self._fit((count, inputs["attention_mask"].shape[1] + new, new), (temperature, eos), out.past_key_values)
+        self._fit((count, inputs["attention_mask"].shape[1] + new, new), (temperature, tuple(ends)), out.past_key_values)
         self._begin(out, inputs, which, u_BT)
         step = self._step if self.graph is None else self.graph.replay
         for t in range(1, new):
@@ -267,6 +268,7 @@ class Replayed:
         self.said = torch.zeros((rows, new), dtype=torch.long, device=device)
         self.token, self.place = torch.zeros((2, rows), dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.end_ids = torch.tensor(how[1], dtype=torch.long, device=device)
         self.at, self.end = torch.zeros((2, 1), dtype=torch.long, device=device)  # tokens said but one, and where the next one's keys go
         if device.type == "cuda":
             self._record()
@@ -316,14 +318,12 @@ class Replayed:
         self._say(out.logits[:, -1])
 
     def _say(self, logits_RV) -> None:
-        temperature, eos = self.how
         self.at.add_(1)
-        token_R, logp_R = draw(logits_RV, self.u.index_select(1, self.at)[:, 0], temperature)
+        token_R, logp_R = draw(logits_RV, self.u.index_select(1, self.at)[:, 0], self.how[0])
         self.said.index_copy_(1, self.at, token_R[:, None])
         self.logprobs.index_copy_(1, self.at, logp_R[:, None])
-        self.ended.logical_or_(token_R == eos)
+        self.ended.logical_or_((token_R[:, None] == self.end_ids).any(1))
         self.token.copy_(token_R)
-
 
 # %% ../nbs/07_engines.ipynb #fc888867
 @dataclass
@@ -443,7 +443,7 @@ class HFEngine:
             raise InputError("a base in 4 bits cannot take an adapter for good", mend="give it to set_policy")
         self.model = models.merge(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
         self.model.eval()
-        self.eos = self.processor.tokenizer.eos_token_id
+        self.end_ids = loaded.end_ids
         self.loaded = replace(loaded, model=None)
         self.versions, self.base, self.speaks = Versions(), {}, ""
         self.taken: dict = {}  # what `sync` took over, which is what "" means then
@@ -549,14 +549,15 @@ class HFEngine:
         with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
             prompts, which = distinct(samples)
             inputs = prefill_shared(self.model, self.processor, prompts)
-            tokens, logprobs = self.decode(inputs, which, u_BT, sampling.temperature, self.eos)
+            tokens, logprobs = self.decode(inputs, which, u_BT, sampling.temperature, self.end_ids)
         seconds = (time.perf_counter() - began) / len(requests)
         return [self._output(*row, seconds) for row in zip(samples, tokens.tolist(), logprobs.tolist())]
 
     def _output(self, sample, ids, logprobs, seconds):
-        n = ids.index(self.eos) + 1 if self.eos in ids else len(ids)
-        return Output(self.processor.tokenizer.decode(ids[:n], skip_special_tokens=True), sample.input_ids, ids[:n], logprobs[:n],
-                      "stop" if self.eos in ids else "length", usage_of(sample, n, self.processor, seconds))
+        n = next((i for i, token in enumerate(ids, 1) if token in self.end_ids), None)
+        finish, ids, logprobs = ("length", ids, logprobs) if n is None else ("stop", ids[:n], logprobs[:n])
+        return Output(self.processor.tokenizer.decode(ids, skip_special_tokens=True), sample.input_ids, ids, logprobs, finish,
+                      usage_of(sample, len(ids), self.processor, seconds))
 
     def close(self) -> None:
         "Let go of the model."
@@ -659,7 +660,7 @@ class VLLMEngine:
         self.loaded, source = stored(Path(self._scratch.name), model, revision, adapter, bf16)
         self.processor, self.versions, self._count = self.loaded.processor, Versions(), 0
         self.lora_rank = roomy(lora_rank)
-        self.llm = LLM(source, revision=revision or None, dtype="bfloat16" if bf16 else "float32", seed=0, max_model_len=longest or -1,
+        self.llm = LLM(source, dtype="bfloat16" if bf16 else "float32", seed=0, max_model_len=longest or -1,
                        gpu_memory_utilization=gpu_memory_utilization, max_num_seqs=concurrency, enforce_eager=not cuda,
                        enable_lora=True, max_lora_rank=self.lora_rank, max_loras=self.versions.keep + 1, max_cpu_loras=self.versions.keep + 1,
                        limit_mm_per_prompt=SHOWN,
@@ -713,7 +714,8 @@ class VLLMEngine:
     def _drawn(self, sampling: Sampling, request: Request):
         "How one request is drawn: by a seed of its own."
         from vllm import SamplingParams
-        return SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, logprobs=0, seed=seed_of(sampling, request.key))
+        return SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, logprobs=0, seed=seed_of(sampling, request.key),
+                              stop_token_ids=list(self.loaded.end_ids))
 
     def _output(self, sample, answer, seconds: float) -> Output:
         if answer.prompt_token_ids != sample.input_ids:
@@ -1188,7 +1190,6 @@ def serving(model: str, revision: str = "", gpus: int = 1, *, log: Path, bf16: b
             "dtype": "bfloat16" if bf16 else "float32", "max-model-len": longest or -1, "max-num-seqs": math.ceil(concurrency / max(1, gpus)),
             "gpu-memory-utilization": gpu_memory_utilization, "max-lora-rank": roomy(lora_rank), "max-loras": 3, "max-cpu-loras": 3, "seed": 0,
             "limit-mm-per-prompt": json.dumps(SHOWN), "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
-            **({"revision": revision} if revision else {}),
             **({"data-parallel-size": gpus, "api-server-count": 1} if gpus > 1 else {})}  # one front, since it is what knows the adapters
         line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", *([] if gpus else ["--enforce-eager"]),
                 *(f"--{name}={value}" for name, value in settings.items())]

@@ -19,7 +19,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
 IDS = {token: WORDS + place for place, token in enumerate(SPECIAL)}
 
 CONFIG = {
-    "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": True, "transformers_version": "4.57.0.dev0",
+    "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
     "image_token_id": 151_655, "video_token_id": 151_656, "vision_start_token_id": 151_652, "vision_end_token_id": 151_653,
     "text_config": {
         "model_type": "qwen3_vl_text", "vocab_size": 151_936, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -98,7 +99,8 @@ def files(config: dict = CONFIG, images: dict = IMAGES, generation: dict = GENER
                 "unk_token": None}
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
              "weight_map": {name: shard for shard, held in shards.items() for name in held}}
-    plain = {"config.json": config, "generation_config.json": generation, "preprocessor_config.json": images, "video_preprocessor_config.json": VIDEOS,
+    plain = {"config.json": config, "generation_config.json": generation, "preprocessor_config.json": images,
+             "video_preprocessor_config.json": VIDEOS,
              "tokenizer_config.json": settings, "chat_template.json": {"chat_template": chat}, "model.safetensors.index.json": index,
              "vocab.json": state["model"]["vocab"]}
     return {**{name: json.dumps(value, ensure_ascii=False).encode() for name, value in plain.items()}, "tokenizer.json": made.to_str().encode(),
