@@ -42,7 +42,8 @@ def teacher(config: CollectConfig, meter: costs.Meter | None = None):
         return policies.RandomPolicy(config, config.seed)
     sampling = engines.Sampling(config.temperature, config.max_new_tokens, config.seed)
     if config.engine == "server":
-        engine = engines.ServerEngine(config.model, config.concurrency, config.detail, config.retries, config.call_seconds, meter)
+        engine = engines.ServerEngine(config.model, config.concurrency, config.detail, config.retries, config.call_seconds, meter,
+                                      longest_wait=min(600.0, config.episode_seconds))
         return policies.ServerPolicy(engine, config, sampling, config.model, config.asks, config.episode_seconds)
     return policies.EnginePolicy(engines.create(config.engine, config.model, concurrency=config.concurrency), config, sampling, config.model)
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from . import turns
 from .config import Protocol, horizon
-from .core import InputError, OverBudget
-from .engines import CallFailed, EngineDied, Request, Sampling
+from .core import InputError, OverBudget, notify
+from .engines import CallFailed, EngineDied, QuotaExceeded, Request, Sampling
 from .env import ACTIONS, Observation, Png, World
 from .episodes import Decision, Episode
 from .expert import Expert
@@ -40,8 +40,8 @@ class Situation:
 
 # %% ../nbs/08_policies.ipynb #1b68b3a7
 def concerns_all(error: Exception) -> bool:
-    "Whether an error would meet every other episode, too: bad input, no money or no memory left, an engine that is dead."
-    return isinstance(error, (InputError, OverBudget, MemoryError, EngineDied)) or type(error).__name__ == "OutOfMemoryError"
+    "Whether an error would meet every other episode, too: bad input, no money, quota or memory left, an engine that is dead."
+    return isinstance(error, (InputError, OverBudget, QuotaExceeded, MemoryError, EngineDied)) or type(error).__name__ == "OutOfMemoryError"
 
 
 class Batched:
@@ -188,6 +188,7 @@ class ServerPolicy:
         self.begun: dict[int, tuple[Episode, float]] = {}  # by identity: an episode, and when it began on the monotonic clock
         self.lengths, self.stop = [], None  # turns of those that ended; what concerns all of them
         self.turns, self.calls, self.usd = 0, 0, Decimal(0)  # what a turn has cost so far
+        self.decided, self.unusable = 0, 0  # turns, and those whose replies held no usable action
 
     def submit(self, situations: list[Situation]) -> None:
         "Call the endpoint for each situation; beginnings wait until they can be paid."
@@ -232,8 +233,12 @@ class ServerPolicy:
         return output.usage
 
     def close(self) -> None:
-        "Give up what is in flight."
+        "Give up what is in flight, and report replies that were of no use."
         self.engine.close()
+        if self.engine.cut_off:
+            notify(f"{self.engine.cut_off} of {self.engine.replies} replies were cut off; raise max_new_tokens")
+        if self.unusable:
+            notify(f"{self.unusable} of {self.decided} turns: no usable action in the reply, so noop was played")
 
     def _count(self, usage: dict) -> None:
         self.turns, self.calls, self.usd = self.turns + 1, self.calls + usage["calls"], self.usd + usage.get("usd", 0)
@@ -275,7 +280,8 @@ class ServerPolicy:
             async with asyncio.timeout(seconds):
                 decision = await self._answer(asked)
         except TimeoutError:
-            decision = CallFailed(f"its episode took longer than {self.episode_seconds:g} s")
+            latest = f" (the latest call failed with {asked.failure})" if asked.failure else ""
+            decision = CallFailed(f"its episode took longer than {self.episode_seconds:g} s{latest}")
         except Exception as error:
             decision = error
         self.answered.put((situation, decision))
@@ -289,4 +295,6 @@ class ServerPolicy:
             reply = turns.parse(self.protocol, output.text)
             if reply.valid:
                 break
-        return Decision(reply.actions, reply.reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs, used)
+        self.decided, self.unusable = self.decided + 1, self.unusable + (not reply.valid)
+        reason = self.engine.endpoint.clean(reply.reason)  # once more: JSON in the text may have had a secret in another spelling
+        return Decision(reply.actions, reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs, used)

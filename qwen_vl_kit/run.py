@@ -122,7 +122,8 @@ class RunFailed(RuntimeError):
     "A stage that broke: which, why, and the executed notebook to open. The command line exits with 1 on it."
 
 
-TOLD = ("OverBudget", "LostEpisodes", "CallFailed", "TrainingStopped")  # the kit's own, whose words say it all; others are told with their class
+# The kit's own errors, whose words say it all; others are told with their class.
+TOLD = ("OverBudget", "LostEpisodes", "CallFailed", "QuotaExceeded", "TrainingStopped")
 
 
 def _broken(name: str, words: str, executed: Path) -> Exception:

@@ -314,7 +314,7 @@ def test_a_call_that_found_no_server_is_not_in_doubt(at):
     meter = costs.Meter(image=2833)
     at("http://127.0.0.1:1/v1")
     engine = engines.ServerEngine("gpt-4o-mini", 1, retries=0, meter=meter)
-    engine.reached = True  # the server has answered before, and is gone
+    engine.endpoint.reached = True  # the server has answered before, and is gone
     with pytest.raises(engines.CallFailed, match="the connection broke"):
         engine.generate([engines.Request([{"role": "user", "content": "x"}])], engines.Sampling())
     engine.close()
