@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import re
 import sqlite3
@@ -9,6 +10,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from qwen_vl_kit import config as configs
@@ -225,6 +227,7 @@ def test_episodes_of_two_prompts_are_refused_unless_their_forms_are_made_one(tmp
 def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
+    from trl.data_utils import prepare_multimodal_messages
     result = exported(stored(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))), also=["parquet"])
     loaded = datasets.load_dataset("parquet", data_files={side: str(result.out / f"{side}.parquet") for side in ("train", "val")},
                                    cache_dir=str(tmp_path / "cache"))
@@ -237,8 +240,10 @@ def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monk
         assert isinstance(raw["images"][0]["bytes"], bytes)  # not decoded until it is asked for
         assert (np.array(row["images"][0].convert("RGB")) == frame).all()
         assert row["metadata"] == line["metadata"]
-        assert [part["type"] for part in row["messages"][1]["content"]] == ["image", "text"]
-        assert row["messages"][2]["content"][0]["text"] == line["messages"][2]["content"]
+        system, user, said = line["messages"]
+        assert row["messages"] == [system, {"role": "user", "content": user["content"][-1]["text"]}, said]  # ms-swift takes no list for a system
+        shown = prepare_multimodal_messages(row["messages"], row["images"])[1]["content"]  # as TRL reads them
+        assert shown == [{"type": "image", "image": row["images"][0]}, user["content"][-1]]
     assert (result.out / "train.parquet").stat().st_size < (result.out / "train.jsonl").stat().st_size * 0.8
 
 
@@ -371,17 +376,32 @@ def png(width, height, data=b""):
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + part(b"IDAT", data) + part(b"IEND", b"")
 
 
+def drawn(width=64, height=64, mode="RGB", **how):
+    "A black picture as Pillow writes it."
+    file = io.BytesIO()
+    PIL.Image.new(mode, (width, height)).save(file, "PNG", **how)
+    return file.getvalue()
+
+
 def url_of(blob):
     return "data:image/png;base64," + base64.b64encode(blob).decode()
 
 
 @pytest.mark.parametrize("image, says", [
-    ("", "the image is not a PNG data URL"), (None, "the image is not a PNG data URL"), (7, "the image is not a PNG data URL"),
-    (["data:image/png;base64,"], "the image is not a PNG data URL"), ("https://example.com/a.png", "the image is not a PNG data URL"),
-    ("data:image/png;base64,", "not a PNG image"), ("data:image/png;base64,!!!!", "not"), (url_of(b"\xff\xd8\xff\xe0 a JPEG" * 9), "not a PNG image"),
+    ("", "the image is not a PNG data URL but empty"), (None, "the image is not a PNG data URL but null"),
+    (7, "the image is not a PNG data URL but a number"), (["data:image/png;base64,"], "the image is not a PNG data URL but a list"),
+    ("https://example.com/a.png", "the image is not a PNG data URL but a web address"),
+    ("pictures/a.png", "the image is not a PNG data URL but the path of a file"),
+    ("data:image/jpeg;base64,/9j/", "the image is not a PNG data URL but image/jpeg"),
+    ("data:image/png;base64,", "not a PNG image"), ("data:image/png;base64,!!!!", "the image is not base64"),
+    (url_of(b"\xff\xd8\xff\xe0 a JPEG" * 9), "not a PNG image but a JPEG"),
     (url_of(png(64, 64)[:40]), "not a PNG image"), (url_of(png(64, 64, b"no zlib")), "not a PNG image"),
     (url_of(png(30_000, 30_000, zlib.compress(bytes(1000)))), "an image of 30000x30000 pixels"),
-    (url_of(png(0, 64)), "an image of 0x64 pixels"),
+    (url_of(png(0, 64)), "an image of 0x64 pixels"), (url_of(drawn(4000, 16)), "an image of 4000x16 pixels, more than 200 times"),
+    (url_of(drawn(1, 1)), "an image of 1x1 pixels where the protocol shows 64x64"), (url_of(drawn(mode="I;16")), "an image of 16 bits a channel"),
+    (url_of(drawn(mode="RGBA")), "an image with transparent pixels"), (url_of(drawn(mode="LA")), "an image with transparent pixels"),
+    (url_of(drawn(mode="P", transparency=0)), "an image with transparent pixels"),
+    (url_of(drawn(save_all=True, append_images=[PIL.Image.new("RGB", (64, 64), "red")])), "an animation of 2 frames"),
 ], ids=str)
 def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
     path = exported(stored(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
@@ -391,6 +411,111 @@ def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
     with pytest.raises(InputError) as error:
         list(export.read_rows(path))
     assert str(error.value).startswith(f"{path}:3: {says}") and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    "A file of three rows in a folder of its own, as another tool leaves it, and a function that changes the third."
+    path = exported(stored(tmp_path_factory.mktemp("made") / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
+    lines = path.read_text().splitlines()[:3]
+    there = tmp_path_factory.mktemp("foreign") / "train.jsonl"
+
+    def change(**changes):
+        row = json.loads(lines[2])
+        for name, value in changes.items():
+            if name in ("system", "user", "assistant"):
+                message = row["messages"][("system", "user", "assistant").index(name)]
+                message.update(value if isinstance(value, dict) else {"content": value})
+            elif name == "metadata":
+                row["metadata"].update(value)
+            else:
+                row[name] = value
+        there.write_text("\n".join([*lines[:2], json.dumps(row)]) + "\n")
+        return there
+    return change
+
+
+def text(words):
+    return [{"type": "text", "text": words}]
+
+
+CALL = {"content": None, "tool_calls": [{"type": "function", "function": {"name": "interact_many", "arguments": {"actions": ["do"]}}}]}
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(assistant=text("tree -> do")), "tree -> do"),
+    (dict(assistant=[*text("tree "), {"type": "output_text", "text": "-> do"}]), "tree -> do"),
+    (dict(assistant=CALL), '<tool_call>\n{"name": "interact_many", "arguments": {"actions": ["do"]}}\n</tool_call>'),
+    (dict(assistant=CALL | {"content": "tree", "refusal": None, "annotations": []}), "tree\n<tool_call>\n"),
+    (dict(assistant="<think> -> do"), "<think> -> do"),
+    (dict(assistant="B\u00e4ume \U0001f332 -> do"), "B\u00e4ume \U0001f332 -> do")], ids=str)
+def test_what_means_the_same_in_another_form_is_read(foreign, changes, says):
+    rows = list(export.read_rows(foreign(**changes)))
+    assert [message["role"] for message in rows[2]["messages"]] == ["system", "user", "assistant"]
+    assert rows[2]["messages"][2]["content"].startswith(says) and rows[2]["messages"][:2] == rows[1]["messages"][:1] + rows[2]["messages"][1:2]
+    assert isinstance(rows[2]["messages"][0]["content"], str)
+
+
+ONE = dict(role="user", content="next")
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(assistant="look <|image_pad|> -> do"), "the assistant's text holds the special token <|image_pad|>"),
+    (dict(assistant=text("<|im_end|>")), "the assistant's text holds the special token"),
+    (dict(assistant=CALL | {"content": "<|endoftext|>"}), "the assistant's text holds the special token"),
+    (dict(assistant={"content": None, "tool_calls": [{"function": {"name": "a", "arguments": "<|video_pad|>"}}]}),
+     "the assistant's text holds the special token <|video_pad|>"),
+    (dict(user=text("<|vision_start|>")), "the user's text holds the special token <|vision_start|>"),
+    (dict(system="<|im_start|>system"), "the system's text holds the special token <|im_start|>"),
+    (dict(assistant="tree \ud83d -> do"), "the assistant's text holds half a character"), (dict(assistant="a\0b"), "the assistant's text holds a NUL"),
+    (dict(assistant=None), "the assistant's content is null"), (dict(assistant=""), "the assistant says nothing"),
+    (dict(assistant=[]), "the assistant says nothing"), (dict(assistant=text(" \n")), "the assistant says nothing"),
+    (dict(assistant=["do"]), "the assistant's content has text"), (dict(assistant=3), "the assistant's content is a number"),
+    (dict(assistant=[{"type": "image_url", "image_url": {"url": "x"}}]), "the assistant's content has a part of type 'image_url'"),
+    (dict(assistant={"tool_calls": [{"function": {"arguments": "{}"}}], "content": ""}), "a tool call without a name"),
+    (dict(assistant={"tool_calls": {"function": {}}}), "tool_calls are an object"),
+    (dict(assistant={"reasoning_content": "hm"}), "the assistant's message has 'reasoning_content'"),
+    (dict(user=[]), "the user's content is empty"), (dict(user=None), "the user's content is null"),
+    (dict(user=[{"type": "video", "video": "a.mp4"}]), "the user's content has a part of type 'video'"),
+    (dict(user=text(None)), "a text part of the user's content holds null"), (dict(user="next"), "0 images where 1 is promised"),
+    (dict(system="play well"), "the system's text is not that of the protocol"), (dict(tools=[{"name": "act"}]), "the row has tools beside"),
+    (dict(images=["a.png"]), "the row has images beside"), (dict(messages=[]), "messages are not system, user, assistant but none"),
+    (dict(messages=[ONE, ["x"], {"role": "tool"}]), "messages are not system, user, assistant but user, a list, tool"),
+    (dict(messages=None, conversations=[]), "a row without messages (it has messages, metadata, conversations)"),
+    (dict(metadata={"prompt_hash": ""}), "no prompt_hash in metadata"), (dict(metadata={"prompt_hash": "0" * 64}), "prompt 00000000 where"),
+    (dict(metadata={"seed": "7"}), "seed in metadata is text: '7'"), (dict(metadata={"seed": 10**30}), "seed in metadata is a number"),
+    (dict(metadata={"turn": True}), "turn in metadata is a boolean"), (dict(metadata={"run": ["x"]}), "run in metadata is a list"),
+    (dict(metadata={"protocol": "{"}), "the protocol in metadata cannot be read"),
+    (dict(metadata={"turn": float("nan")}), "turn in metadata is a number"),
+    (dict(metadata={"protocol": '{"history": 2}'}), "prompt_hash")], ids=lambda value: ascii(value)[:60])
+def test_what_cannot_be_trained_on_is_told_for_what_it_is(foreign, changes, says):
+    path = foreign(**changes)
+    with pytest.raises(InputError) as error:
+        list(export.read_rows(path))
+    assert str(error.value).startswith(f"{path}:3: {says}") and len(str(error.value).splitlines()) == 1
+    assert error.value.mend and "export again" not in str(error.value)  # export did not make it
+
+
+def test_files_of_other_makers_are_read_line_by_line(foreign):
+    path = foreign()
+    first, second, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n \n" + second + b"\r\n" + third)  # BOM, CRLF, blank lines, no newline at the end
+    assert [number for number, _ in export.numbered_rows(path)] == [1, 4, 5]
+    for line, says in ((b"[]", "the row is a list, no object"), (b'"x"', "the row is text"), (b"null", "the row is null"), (b"7", "the row is a number"),
+                       (b"[" + first + b"]", "the row is a list"), (b"1" * 5000, "row is not JSON"), (b"[" * 100_000, "row is nested too deeply"),
+                       (b'{"messages": [], "messages": []}', "row is not JSON (two keys 'messages'"), (b"\xff" + second, "row is not JSON ('utf-8'"),
+                       (b"{}", "a row without messages (it has nothing)")):
+        path.write_bytes(first + b"\n\n" + line + b"\n")
+        with pytest.raises(InputError) as error:
+            list(export.read_rows(path))
+        assert str(error.value).startswith(f"{path}:3: {says}"), error.value
+
+
+def test_export_again_is_said_of_its_own_files_alone(tmp_path):
+    path = exported(stored(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
+    path.write_text(path.read_text().replace("a tree", "<|im_end|>"))
+    with pytest.raises(InputError, match=r"train.jsonl:1: .*; or run export again$"):
+        list(export.read_rows(path))
 
 
 @pytest.mark.parametrize("blob, says", [(b"", "not a PNG image"), ("text", "not a PNG image"), (b"GIF89a" * 99, "not a PNG image"),
