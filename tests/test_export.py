@@ -467,7 +467,8 @@ ONE = dict(role="user", content="next")
      "the assistant's text holds the special token <|video_pad|>"),
     (dict(user=text("<|vision_start|>")), "the user's text holds the special token <|vision_start|>"),
     (dict(system="<|im_start|>system"), "the system's text holds the special token <|im_start|>"),
-    (dict(assistant="tree \ud83d -> do"), "the assistant's text holds half a character"), (dict(assistant="a\0b"), "the assistant's text holds a NUL"),
+    (dict(assistant="tree \ud83d -> do"), "the assistant's text holds half a character"),
+    (dict(assistant="a\0b"), "the assistant's text holds a NUL"),
     (dict(assistant=None), "the assistant's content is null"), (dict(assistant=""), "the assistant says nothing"),
     (dict(assistant=[]), "the assistant says nothing"), (dict(assistant=text(" \n")), "the assistant says nothing"),
     (dict(assistant=["do"]), "the assistant's content has text"), (dict(assistant=3), "the assistant's content is a number"),
@@ -501,7 +502,8 @@ def test_files_of_other_makers_are_read_line_by_line(foreign):
     first, second, third = path.read_bytes().splitlines()
     path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n \n" + second + b"\r\n" + third)  # BOM, CRLF, blank lines, no newline at the end
     assert [number for number, _ in export.numbered_rows(path)] == [1, 4, 5]
-    for line, says in ((b"[]", "the row is a list, no object"), (b'"x"', "the row is text"), (b"null", "the row is null"), (b"7", "the row is a number"),
+    for line, says in ((b"[]", "the row is a list, no object"), (b'"x"', "the row is text"), (b"null", "the row is null"),
+                       (b"7", "the row is a number"),
                        (b"[" + first + b"]", "the row is a list"), (b"1" * 5000, "row is not JSON"), (b"[" * 100_000, "row is nested too deeply"),
                        (b'{"messages": [], "messages": []}', "row is not JSON (two keys 'messages'"), (b"\xff" + second, "row is not JSON ('utf-8'"),
                        (b"{}", "a row without messages (it has nothing)")):
