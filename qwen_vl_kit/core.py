@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SITE', 'MOST_SEEDS', 'LARGEST_SEED', 'InputError', 'OverBudget', 'TrainingStopped', 'misplaced', 'usable', 'nearest',
            'root', 'resolve', 'adapter_folder', 'read_text', 'site', 'absent', 'remove_empty', 'atomic', 'write_json',
-           'read_json', 'clean_text', 'dumps', 'append_jsonl', 'read_jsonl', 'digest', 'parse_seeds', 'seed_spec',
-           'progress', 'notify', 'Result']
+           'read_json', 'clean_text', 'dumps', 'append_jsonl', 'numbered_jsonl', 'read_jsonl', 'digest', 'parse_seeds',
+           'seed_spec', 'progress', 'notify', 'Result']
 
 # %% ../nbs/00_core.ipynb #c272455a
 import configparser
@@ -173,20 +173,28 @@ def append_jsonl(path: str | Path, row: dict) -> None:
         file.write(dumps(row) + "\n")
 
 
-def read_jsonl(path: str | Path):
-    "Iterate over the rows of a JSON lines file. Raises `InputError` with the line number of a damaged row."
-    path = resolve(path)
+def numbered_jsonl(path: str | Path, **options):
+    """Iterate over (line number, row) of a JSON lines file, in UTF-8 with or without a byte order mark; blank lines count. `options` are those of
+    `json.loads`. Raises `InputError` with the line number of a damaged row."""
+    path, mend = resolve(path), "remove the line, or write the file again: one JSON object a line, in UTF-8"
     if not path.is_file():
         raise InputError("no such file", path, "check the path, or run the stage that writes it")
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix("\ufeff")  # in the middle, too: of files that were joined
-            if not line.strip():
-                continue
             try:
-                yield json.loads(line)
+                text = line.decode("utf-8-sig")  # a mark in the middle, too: of files that were joined
+                row = json.loads(text, **options) if text.strip() else None
+            except RecursionError:
+                raise InputError("row is nested too deeply", f"{path}:{number}", mend) from None
             except ValueError as error:
-                raise InputError(f"row is not JSON ({error})", f"{path}:{number}", "remove the line or write the file again") from None
+                raise InputError(f"row is not JSON ({error})", f"{path}:{number}", mend) from None
+            if text.strip():
+                yield number, row
+
+
+def read_jsonl(path: str | Path):
+    "Iterate over the rows of a JSON lines file. Raises `InputError` as `numbered_jsonl` does."
+    return (row for _, row in numbered_jsonl(path))
 
 # %% ../nbs/00_core.ipynb #6ac1f8ba
 def digest(value) -> str:

@@ -859,7 +859,7 @@ def patchify(processor, frames: list):
     import torch
 
     if not _whole(processor, frames):
-        inputs = processor.image_processor([np.asarray(frame) for frame in frames], return_tensors="pt")
+        inputs = processor.image_processor([np.asarray(frame) for frame in frames], return_tensors="pt", input_data_format="channels_last")
         return inputs["pixel_values"], inputs["image_grid_thw"]
     return cut(processor.image_processor, torch.from_numpy(np.stack(frames))), torch.tensor([_grid(processor, frames[0])] * len(frames))
 

@@ -10,6 +10,7 @@ __all__ = ['SFT_NAMES', 'TRACKERS', 'SMALLER', 'Rows', 'Packer', 'device_name', 
            'meeting', 'run']
 
 # %% ../nbs/14_sft.ipynb #1ec186af
+import base64
 import contextlib
 import errno
 import json
@@ -24,11 +25,11 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import costs, models
+from . import costs, models, traces
 from .config import BenchmarkConfig, Protocol, SFTConfig
 from .core import (InputError, Result, TrainingStopped, append_jsonl, atomic, digest, dumps, parse_seeds, progress, read_json,
                               resolve, seed_spec, write_json)
-from .export import read_rows
+from .export import numbered_rows
 from .turns import prompt_hash
 
 # %% ../nbs/14_sft.ipynb #9d6e7480
@@ -37,12 +38,21 @@ class Rows:
 
     def __init__(self, path: str | Path, most: int | None = None):
         self.path = resolve(path)
-        self.rows = list(read_rows(self.path))  # checked row by row, one prompt in one file
-        if not self.rows:
-            raise InputError("no rows", self.path, "export more episodes, loosen the filters, or raise val_fraction")
+        numbered = list(numbered_rows(self.path))  # checked row by row, one prompt in one file
+        if not numbered:
+            raise InputError("no rows", self.path, "give it some: as of export, from more episodes, looser filters, or a larger val_fraction")
+        every = -(-len(numbered) // most) if most else 1
+        self.lines, self.rows = map(list, zip(*numbered[::every]))  # where in the file each stands
         self.prompt_hash = self.rows[0]["metadata"]["prompt_hash"]
-        if most and most < len(self.rows):
-            self.rows = self.rows[:: -(-len(self.rows) // most)]
+
+    def check_lengths(self, processor, length: int) -> None:
+        "Raise `InputError` with file and line for a row that does not fit a sequence of `length` tokens: nothing is cut."
+        for line, row in zip(self.lines, self.rows):
+            system, user, said = row["messages"]
+            shown = user | {"content": [_blank(part) for part in user["content"]]}
+            if (tokens := len(models.encode(processor, [system, shown, said]).input_ids)) > length:
+                raise InputError(f"a row of {tokens} tokens does not fit a sequence of {length}", f"{self.path}:{line}",
+                                 "raise sequence_length, or leave the row out; nothing is cut")
 
     def dataset(self, multiple: int = 1):
         """The rows as a `datasets.Dataset`, messages as JSON text; the trainer knows a vision dataset by its column `images`. Spare rows, which
@@ -77,8 +87,17 @@ class Rows:
         "What the rows' model is shown, for playing. Raises `InputError` when the rows do not tell."
         told = self.rows[0]["metadata"].get("protocol")
         if not told:
-            raise InputError("its rows do not say how to play", self.path, "export them again")
+            raise InputError("its rows do not say how to play", self.path, "write protocol into their metadata, as export does")
         return Protocol(**json.loads(told))
+
+
+def _blank(part: dict) -> dict:
+    "A part of a message, a picture without its pixels: their number is all that counts."
+    if part["type"] == "text":
+        return part
+    import numpy as np
+    width, height = traces.png_size(base64.b64decode(part["image_url"]["url"].partition(",")[2][:40]))
+    return {"type": "image", "image": np.broadcast_to(np.uint8(0), (height, width, 3))}
 
 # %% ../nbs/14_sft.ipynb #69a7af1f
 class Packer:
@@ -508,7 +527,8 @@ def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     train = Rows(config.train or out.parent / "export" / "train.jsonl")
     val = Rows(config.val or train.path.with_name("val.jsonl"), config.eval_rows)
     if train.prompt_hash != val.prompt_hash:
-        raise InputError("training and validation rows have different prompts", val.path, "export both in one run")
+        raise InputError(f"its rows are of prompt {val.prompt_hash[:8]}, and those to train on of {train.prompt_hash[:8]}", val.path,
+                         "validate on rows of the same prompt, such as export writes beside them")
     if config.best_by == "dev.achievement_rate":
         train.protocol()
         if not config.dev_seeds:
@@ -516,14 +536,23 @@ def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     return train, val
 
 
-def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | None = None) -> dict:
+def _processor(config: SFTConfig):
+    "The processor of a config's model, whose weights are not loaded yet."
+    if config.model.startswith("random:"):
+        return models.make_tiny()[1] if config.model == "random:tiny" else models.make_processor(models.tiny_tokenizer())
+    return models.without_weights(config.model, config.revision)[0].processor
+
+
+def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | None = None, processor=None) -> dict:
     """Train in this process, alone or as one of those that were launched, from the last checkpoint on; leaves the adapter with its card and
-    returns the headline figures. `before`: what `rewind` returned; `rows`: what `rows_of` did, where they have been read already."""
+    returns the headline figures. `before`: what `rewind` returned; `rows`: what `rows_of` did, where they have been read already;
+    `processor`: the model's, when it has these rows' texts in its cache."""
     models.quiet()
     import trl
 
     world, (train, val) = int(os.environ.get("WORLD_SIZE", 1)), rows or rows_of(config, out)
     loaded, count = models.load(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora"), len(train.rows)
+    loaded.processor = processor or loaded.processor
     seeds = seed_spec(train.seeds() | val.seeds() | set(parse_seeds(config.dev_seeds) if config.best_by == "dev.achievement_rate" else ()))
     if config.window != 1:
         train, val = (rows.join(loaded.processor, config.sequence_length, config.window) for rows in (train, val))
@@ -638,13 +667,16 @@ def run(config: SFTConfig, out: str | Path) -> Result:
     check_tracker(config.report_to)
     (processes, told), _ = devices(config), meeting(config.machines)
     train, val = rows_of(config, out)
+    processor = _processor(config)
+    for rows in (train, val):
+        rows.check_lengths(processor, config.sequence_length)
     last = continued(out, {"train": digest(train.path), "val": digest(val.path)}, shared_among(config, processes * config.machines))
     before = rewind(out / "metrics.jsonl", int(last.name.rpartition("-")[2]) if last else 0)
     if processes * config.machines > 1:
         numbers = launch(config, out, processes, before)
     else:
         with threads(config.threads), tracked(config.report_to, out):
-            numbers = fit(config, out, before, (train, val))
+            numbers = fit(config, out, before, (train, val), processor)
     seconds = before["seconds"] + time.perf_counter() - began
     return Result("sft", out, seconds, numbers | ({"not_applied": told} if told else {}), {"train": train.path, "val": val.path},
                   costs.rent(device_name(), seconds, processes * config.machines))

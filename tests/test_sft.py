@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from runs import alike, lora, told
@@ -16,6 +17,7 @@ from runs import alike, lora, told
 from qwen_vl_kit import benchmark, collect, export, models, sft, traces
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
 from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
+from qwen_vl_kit.turns import data_url
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s12")
 FAST = dict(model="random:tiny", sequence_length=128, bf16=False, threads=1, batch_size=8, max_steps=6, eval_steps=2, eval_rows=8)
@@ -163,7 +165,35 @@ def test_turns_of_an_episode_are_one_conversation(rows, tmp_path):
     assert result.numbers["rows"] == len(sft.Rows(rows["train"]).rows) and 0 <= result.numbers["val_action_accuracy"] <= 1
 
 
-def test_an_error_in_one_of_several_processes_is_told(rows, tmp_path):
+def test_a_row_that_does_not_fit_is_told_before_the_model_is_loaded(rows, tmp_path, monkeypatch):
+    lines = Path(rows["train"]).read_text().splitlines()
+    lines[6] = lines[6].replace("->", "tree " * 100 + "->")
+    long = tmp_path / "train.jsonl"
+    long.write_text("\n\n".join(lines))
+    monkeypatch.setattr(models, "load", None)
+    with pytest.raises(InputError, match=r"train.jsonl:13: a row of \d+ tokens does not fit a sequence of 128; raise sequence_length"):
+        sft.run(SFTConfig(**FAST, **rows | {"train": str(long)}), tmp_path / "sft")
+    assert not (tmp_path / "sft").exists()
+
+
+def test_rows_of_other_makers_are_trained_on(rows, tmp_path):
+    "Without a picture, with two of another size, with one as flat as can be, with an answer in parts and with a tool call: all in one batch."
+    def made(*pictures, **answer):
+        shown = [{"type": "image", "image": data_url(np.zeros(shape, np.uint8))} for shape in pictures]
+        messages = [{"role": "system", "content": "play"}, {"role": "user", "content": [*shown, {"type": "text", "text": "now"}] if shown else "now"},
+                    {"role": "assistant", **answer}]
+        return json.dumps({"messages": messages, "metadata": {"prompt_hash": "theirs"}})
+
+    call = {"function": {"name": "act", "arguments": {"actions": ["do"]}}}
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("\n".join([made(content="do"), made((100, 75, 3), (32, 32, 3), content=[{"type": "text", "text": "do"}]),
+                               made((1, 1, 3), content="noop"), made((3, 90, 3), content=None, tool_calls=[call])]))
+    done = sft.run(SFTConfig(**FAST | {"batch_size": 4, "max_steps": 1, "train": str(file), "val": str(file)}), tmp_path / "sft")
+    assert done.numbers["rows"] == 4 and done.numbers["prompt_hash"] == "theirs" and done.numbers["val_loss"] > 0
+
+
+def test_an_error_in_one_of_several_processes_is_told(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft.Rows, "check_lengths", lambda *_: None)  # which would tell it here
     config = SFTConfig(**FAST | {"processes": 2, "sequence_length": 64, "batch_size": 4}, **rows)
     with pytest.raises(InputError, match="does not fit a sequence of 64; raise sequence_length"):
         sft.run(config, tmp_path / "two")
