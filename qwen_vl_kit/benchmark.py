@@ -143,11 +143,10 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     meter = None
     if engines.chosen(config.engine) == "server":
         meter = costs.Meter(image=costs.image_bound(config.model, "low", config.render_size), journal=out / "calls.jsonl")
-    with (threads(config.threads), contextlib.closing(Players(config, out.parent, meter)) as players, contextlib.ExitStack() as stack):
+    with (threads(config.threads), contextlib.closing(meter) if meter else contextlib.nullcontext(),
+          contextlib.closing(Players(config, out.parent, meter)) as players, contextlib.ExitStack() as stack):
         players.ready()
-        if meter:
-            stack.callback(meter.close)
-            meter.begin()
+
         store = stack.enter_context(Store(out / "rollouts.db"))
         if others := set(sessions(out / "rollouts.db").get("run", ())) - {name}:
             raise InputError(f"holds episodes of other adapters ({', '.join(others)})", out / "rollouts.db", "give --force, or another --out")

@@ -80,6 +80,7 @@ def check(config: CollectConfig) -> None:
         raise InputError("key 'student': only the expert tells what it would do in a student's place", mend='set teacher = "expert"')
     if config.teacher == "model" and not config.model:
         raise InputError("key 'model': teacher = \"model\" needs one", mend="name a hub model, a folder, tiny, or an endpoint's model")
+    costs.check_prices(config)
 
 
 def check_store(out: Path) -> None:
@@ -110,9 +111,14 @@ def run(config: CollectConfig, out: str | Path) -> Result:
     began, out, seeds = time.perf_counter(), resolve(out), parse_seeds(config.seeds)
     check(config)
     check_store(out)
+    if config.judge == "remote":
+        engines.access(config.judge_model)  # it is asked when all has been played
     meter = bought(config, out)
     policy = teacher(config, meter)
-    with contextlib.closing(policy) if meter else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if meter:
+            stack.enter_context(contextlib.closing(meter))
+            stack.enter_context(contextlib.closing(policy))  # before its meter: what is in flight is still counted
         try:
             plan = _play(policy, config, seeds, out, meter)
         except OverBudget as error:
@@ -137,9 +143,8 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: cos
     facts = {"teacher": policy.name, "seeds": config.seeds, "noise": config.noise}
     most = plan.get("estimated_usd", plan.get("estimated_usd_of_the_rest"))
     what = f"{policy.name} plays" + (f" (at most ${most:.2f})" if most else "")
-    with Store(db) as store, contextlib.closing(meter) if meter else contextlib.nullcontext():
+    with Store(db) as store:
         if meter:
-            meter.begin()
             facts |= {"detail": config.detail, "parameters_changed": policy.engine.learned}
         if earlier := store.seconds("collect"):
             plan["earlier_seconds"] = round(earlier, 3)
@@ -174,9 +179,9 @@ def _keeper(store: Store, out: Path, arm: str):
 
 
 def _paid(episode: Episode) -> float | None:
-    "US dollars of an episode; None when a model was asked that has no price."
+    "US dollars of an episode; None when a model was asked that has no price, or did not say what it used."
     usages = [turn.decision.usage for turn in episode.turns]
-    return None if any(usages) and not any("usd" in usage for usage in usages) else float(episode.usage("usd"))
+    return None if any(usage and "usd" not in usage for usage in usages) else float(episode.usage("usd"))
 
 
 def _metrics(path: Path) -> dict[int, dict]:

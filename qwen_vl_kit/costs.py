@@ -4,21 +4,27 @@
 
 # %% auto #0
 __all__ = ['BOOK', 'IMAGE_TOKENS', 'SEED_GPUS', 'WAYS', 'PEAKS', 'PEAK_H200', 'DECODE_STEP', 'FRONT_END', 'LANGUAGE', 'HEAD',
-           'VISION', 'JUDGE', 'Price', 'prices', 'price', 'gpu_cost', 'seed_equivalent', 'Budget', 'booked', 'Ledger',
-           'image_bound', 'Meter', 'image_tokens', 'turn_tokens', 'training_flops', 'peak', 'gpu_item', 'rent',
-           'estimate']
+           'VISION', 'JUDGE', 'Price', 'prices', 'price', 'listed', 'check_prices', 'gpu_cost', 'seed_equivalent',
+           'Budget', 'booked', 'Ledger', 'image_bound', 'CallBound', 'own_rows', 'Journal', 'CallCounts', 'Meter',
+           'image_tokens', 'turn_tokens', 'training_flops', 'peak', 'gpu_item', 'rent', 'estimate']
 
 # %% ../nbs/11_costs.ipynb #7e3cd2b1
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
 import math
 import os
 import re
+import threading
 import tomllib
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
 from .config import CollectConfig, GRPOConfig, Protocol, Stage, horizon
-from .core import InputError, OverBudget, dumps, nearest, parse_seeds, read_json, read_jsonl, read_text, resolve, site, write_json
+from .core import InputError, OverBudget, dumps, misplaced, nearest, parse_seeds, read_json, read_text, resolve, site, write_json
 from .turns import system
 
 # %% ../nbs/11_costs.ipynb #199766e9
@@ -94,6 +100,43 @@ def price(item: str, book: dict[str, Price] | None = None) -> Price:
         raise InputError(f"no price for '{item}'", mend=nearest(item, book) + " (or add it to your own price book)")
     return book[item]
 
+# %% ../nbs/11_costs.ipynb #14180856
+def _undated(model: str) -> str:
+    "A model's name without the date of a snapshot at its end, if there is one."
+    match = re.fullmatch(r"(.+)[-@](\d{4}-\d\d-\d\d|\d{8})", model)
+    try:
+        datetime.date.fromisoformat(match[2] if match else "")
+    except ValueError:
+        return model
+    return match[1]
+
+
+def listed(model: str, book: dict[str, Price]) -> str | None:
+    """The name under which the book has both prices of a model's tokens; None when it has not.
+
+    That is the model's own name, or else the same without a snapshot's date (`-2024-07-18`, `-20240718`, `@20240718`), without OpenAI's own
+    prefix (`openai/`), or without both.
+    """
+    bare = model.removeprefix("openai/")
+    names = (model, _undated(model), bare, _undated(bare))
+    return next((name for name in names if {f"{name}/input", f"{name}/output"} <= book.keys()), None)
+
+
+def check_prices(config: Stage) -> None:
+    "Raise `InputError` when a stage's budget in dollars is to hold for a model without a price, before anybody is paid."
+    models = [config.model] if getattr(config, "teacher", "") == "model" and config.engine == "server" else []
+    models += [config.judge_model] if getattr(config, "judge", "") == "remote" else []
+    if getattr(config, "budget_usd", 0):
+        book = prices()
+        for model in models:
+            _priced(model, book)
+
+
+def _priced(model: str, book: dict[str, Price]) -> None:
+    "Raise `InputError` when the book has not both prices of a model's tokens."
+    for way in ("input", "output") if listed(model, book) is None else ():
+        price(f"{model}/{way}", book)
+
 # %% ../nbs/11_costs.ipynb #f9b38e04
 def gpu_cost(seconds: float, gpus: int = 1, usd_per_hour: float | None = None) -> Decimal:
     "Rent in US dollars of `gpus` GPUs for `seconds`, at `usd_per_hour` each or at the book's price of an H200."
@@ -137,7 +180,10 @@ WAYS = {"prompt_tokens": "input", "cached_tokens": "cached", "completion_tokens"
 
 def booked(item: str, unit: str, book: dict[str, Price]) -> str:
     "Under which name the book has the price of a unit of usage. Cached tokens cost what others do where it says nothing of them."
-    name = f"{item}/{WAYS[unit]}" if unit in WAYS else item
+    if unit not in WAYS:
+        return item
+    item = listed(item, book) or item
+    name = f"{item}/{WAYS[unit]}"
     return f"{item}/input" if unit == "cached_tokens" and name not in book else name
 
 
@@ -195,35 +241,142 @@ class Ledger:
 # %% ../nbs/11_costs.ipynb #5cd06b01
 def image_bound(model: str, detail: str, render_size: int) -> int:
     "The most tokens that one square image can be billed as, before the endpoint has said so itself."
-    rates = IMAGE_TOKENS.get(model, IMAGE_TOKENS["gpt-4o-mini"])  # of those on record, the dearest
+    rates = IMAGE_TOKENS.get(listed(model, BOOK), IMAGE_TOKENS["gpt-4o-mini"])  # of those on record, the dearest
     tiles = math.ceil(min(render_size, 768) / 512) ** 2
     return rates["low"] + (0 if detail == "low" else rates["tile"] * tiles)
 
 
-class Meter:
-    """Calls of models: set aside before they are sent, counted when they come back, refused when they would pass a cap.
+@dataclass
+class CallBound:
+    "The most tokens that a call of one model may take, corrected by what its answers took."
 
-    Parameters
-    ----------
-    budget_usd, budget_calls
-        caps, 0 for none. Every request that is sent is a call, whatever becomes of it
-    image
-        the most tokens of one image, until the first answer says what a prompt with one really counts
-    journal
-        a JSON lines file of all calls. What it holds already counts; it is written to from `begin` on
-    """
+    image: float           # tokens of an image: at first an estimate, then what the answers show
+    character: float = 0.5  # tokens of a character; English text has one in four
+    reply: float = 1.0     # tokens of a reply, for each that was asked for
+    prompt: int = 0        # tokens of the longest prompt so far
+    shown: int = 0         # tokens of an image, if all of the prompt were images: the most so far
+    answered: bool = False
 
-    def __init__(self, budget_usd: float = 0.0, budget_calls: int = 0, image: int = 0, journal: Path | None = None, book: dict | None = None):
-        self.cap, self.cap_calls, self.image = Decimal(str(budget_usd)), budget_calls, image
-        self.book = prices() if book is None else book
+    def __call__(self, images: int, characters: int, completion: int) -> list[int]:
+        "Tokens of the prompt and of the reply."
+        image = min(self.image, self.shown or self.image)
+        return [max(math.ceil(images * image + characters * self.character), self.prompt), math.ceil(completion * self.reply)]
+
+    def learn(self, images: int, characters: int, completion: int, counts: dict) -> None:
+        "Take over what an answer to such a call took."
+        prompt, worst = counts["prompt_tokens"], self(images, characters, completion)[0]
+        if images:
+            self.shown = max(self.shown, math.ceil(prompt / images))
+            self.image = self.image if prompt <= worst else math.inf  # the estimate was too low
+        else:
+            self.character = max(self.character, prompt / max(characters, 1))
+        self.prompt = max(self.prompt, prompt)
+        self.reply = max(self.reply, counts["completion_tokens"] / max(completion, 1))
+
+# %% ../nbs/11_costs.ipynb #c9cbcc4d
+def _cannot_write(error: OSError, path: Path) -> InputError:
+    "What an error of the operating system means for a journal."
+    return misplaced(error, path) or InputError(f"cannot be written ({error.strerror or error})", path, "name another folder")
+
+
+def _lock(file, path: Path) -> None:
+    "Keep other processes from writing to an open file, where the file system can. Raises `InputError` when one does already."
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError("another run writes to it", path, "wait for its end, or name another folder") from None
+    except OSError:
+        pass
+
+
+@contextlib.contextmanager
+def own_rows(where: str):
+    "Raise an `InputError` for a line that the kit has not written."
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError("is not a row that was written here", where, "take the line out, or bring the file back from a copy") from None
+
+# %% ../nbs/11_costs.ipynb #21f1c178
+class Journal:
+    "A JSON lines file of what was paid for. Anybody may read it; one process at a time writes to it, from `open` to `close`."
+
+    def __init__(self, path: Path):
+        self.path, self._file, self._error, self._read = path, None, None, 0
+
+    def rows(self):
+        "Each row and where it stands; a last line that a kill cut short is passed over. Raises `InputError` for a line that is no row."
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        self._read = sum(map(len, lines)) + len(lines)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with own_rows(where := f"{self.path}:{number}"):
+                    row = json.loads(line)
+                yield row, where
+
+    def open(self) -> bool:
+        "Begin to write, if that has not begun; whether the file holds rows that were not read. Raises `InputError`."
+        if self._file is not None:
+            return False
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "ab", buffering=0)
+            _lock(file, self.path)
+            whole = self.path.read_bytes().rfind(b"\n") + 1 if self.path.is_file() else 0
+            if whole < os.fstat(file.fileno()).st_size:
+                file.truncate(whole)
+        except OSError as error:
+            raise _cannot_write(error, self.path) from None
+        self._file = file
+        return whole != self._read
+
+    def write(self, row: dict) -> None:
+        "Append a row, all of it or nothing. Raises `InputError` when that cannot be done, and for every row after that."
+        if self._error:
+            raise self._error
+        try:
+            self._append((dumps(row) + "\n").encode(errors="replace"))
+        except OSError as error:
+            self._error = _cannot_write(error, self.path)
+        except InputError as error:
+            self._error = error
+        if self._error:
+            raise self._error
+
+    def _append(self, line: bytes) -> None:
+        here = os.fstat(self._file.fileno())
+        if not self.path.exists() or not os.path.samestat(here, self.path.stat()):
+            raise InputError("was taken away while it was written to", self.path, "bring it back: what was paid for is counted by it")
+        if self._file.write(line) < len(line):
+            self._file.truncate(here.st_size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        "End writing, with all rows on the disk."
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+# %% ../nbs/11_costs.ipynb #6ebc4efa
+class CallCounts:
+    "How many calls of models were made, and what they have used and cost, from the rows of a journal."
+
+    def __init__(self, image: int = 0, book: dict | None = None):
+        self.image, self.book = image, prices() if book is None else book
+        self.clear()
+
+    def clear(self) -> None:
+        "Begin anew."
         self.calls, self.failed, self.repeated = 0, 0, 0  # requests sent; of these not answered, and asked again for want of an action
         self.usd, self.reserved, self.aside = Decimal(0), Decimal(0), Decimal(0)  # aside: for the latest call
-        self.doubtful = Decimal(0)  # what calls without a known end may have cost
+        self.doubtful = Decimal(0)  # what calls without a known end, or without counts of tokens, may have cost
         self.tokens: dict[str, dict[str, int]] = {}  # model -> unit -> how many; those from a cache are not among the prompt's
-        self._flying, self._file, self._unwritten, self._factor = {}, None, [], 1.0
-        self._path = journal
-        if journal is not None and journal.is_file():
-            self._recall(journal)
+        self.unmetered: dict[str, int] = {}  # model -> answers that did not count their tokens
+        self.billed: set[str] = set()  # models that were paid, or may have been
+        self.bounds: dict[str, CallBound] = {}
+        self._flying: dict[int, tuple[dict, Decimal]] = {}
 
     @property
     def flying(self) -> int:
@@ -232,65 +385,44 @@ class Meter:
 
     def cost(self, model: str, prompt: int, completion: int, cached: int = 0) -> Decimal | None:
         "US dollars of so many tokens, `cached` of the prompt's from a cache, exactly; None when the price book does not know the model."
-        if f"{model}/input" not in self.book or f"{model}/output" not in self.book:
+        if listed(model, self.book) is None:
             return None
         parts = zip(WAYS, (prompt - cached, cached, completion))
         return sum((self.book[booked(model, unit, self.book)](count) for unit, count in parts), Decimal(0))
 
-    def _worst(self, images: int, characters: int, completion: int) -> list[int]:
-        "The most tokens in and out: text is 4 characters a token in English, and is taken as 2."
-        return [math.ceil((images * self.image + characters / 2) * self._factor), completion]
+    def bound(self, model: str) -> CallBound:
+        "What a call of a model may take."
+        return self.bounds.setdefault(model, CallBound(self.image))
 
-    def room(self) -> tuple[Decimal, float]:
-        "US dollars and calls that are left, if what is in flight were for nothing."
-        return (self.cap - self.usd - self.doubtful if self.cap else Decimal("inf"),
-                self.cap_calls - self.calls + self.flying if self.cap_calls else math.inf)
+    def begin(self, row: dict) -> None:
+        "A call is sent: {'call', 'model', 'worst': most tokens of prompt and reply, 'size': images, characters and tokens asked for, 'again'}."
+        if row["call"] in self._flying:
+            raise ValueError(f"call {row['call']} was sent already")
+        self.aside = self.cost(row["model"], *row["worst"]) or Decimal(0)
+        self._flying[row["call"]] = row, self.aside
+        self.calls, self.repeated, self.reserved = max(self.calls, row["call"]), self.repeated + (row["again"] > 0), self.reserved + self.aside
 
-    def fits(self, model: str, images: int, characters: int, completion: int) -> bool:
-        "Whether a call can be paid at its worst, next to all that are in flight at theirs."
-        usd, calls = self.room()
-        return self.reserved + (self.cost(model, *self._worst(images, characters, completion)) or 0) <= usd and self.flying < calls
+    def end(self, row: dict) -> Decimal | None:
+        "A call has come back with counts of tokens, or is {'call', 'billed', 'answered'}; what it cost, None if unknown."
+        sent, usd = self._flying.pop(row["call"])
+        model, metered = sent["model"], "prompt_tokens" in row
+        answered, billed = metered or row["answered"], metered or row["billed"]
+        self.reserved, self.failed = self.reserved - usd, self.failed + (not answered)
+        self.bound(model).answered |= answered
+        if billed:
+            self.billed.add(model)
+        if metered:
+            return self._count(sent, row)
+        self.doubtful += usd if billed else 0
+        if answered and billed:
+            self.unmetered[model] = self.unmetered.get(model, 0) + 1
+        return None
 
-    def refuse(self) -> None:
-        "Raise `OverBudget`, with what was spent."
-        doubt = f" and up to ${self.doubtful:.6f} for calls that never came back" if self.doubtful else ""
-        caps = [f"${self.cap:f}"] * bool(self.cap) + [f"{self.cap_calls} calls"] * bool(self.cap_calls)
-        raise OverBudget(f"the budget of {' and '.join(caps)} would be passed: {self.calls} calls, ${self.usd:.6f} spent{doubt}")
-
-    def send(self, model: str, images: int, characters: int, completion: int, key: tuple = (), again: int = 0) -> int:
-        "Set a call aside; its number. Raises `OverBudget` when it would pass a cap, `InputError` for a cap in dollars on an unknown price."
-        if self.cap:
-            price(f"{model}/input", self.book), price(f"{model}/output", self.book)
-        if not self.fits(model, images, characters, completion):
-            self.refuse()
-        worst = self._worst(images, characters, completion)
-        usd = self.cost(model, *worst) or Decimal(0)
-        self.calls, self.repeated = self.calls + 1, self.repeated + (again > 0)
-        self.aside, self.reserved = usd, self.reserved + usd
-        self._flying[self.calls] = model, worst, usd, images
-        self._write({"call": self.calls, "model": model, "worst": worst, "key": list(key), "again": again})
-        return self.calls
-
-    def settle(self, call: int, counts: dict | None, billed: bool = True) -> Decimal | None:
-        """Put a call's token counts in the place of what was set aside; its cost, None if unknown.
-
-        `counts` is None for a call that was not answered; it may have been `billed` all the same, or cost nothing.
-        """
-        model, worst, usd, images = self._flying.pop(call)
-        self.reserved -= usd
-        if not counts:  # not answered, or without a word on tokens
-            self.failed, self.doubtful = self.failed + (counts is None), self.doubtful + (usd if billed else 0)
-            self._write({"call": call, "billed": billed, "answered": counts is not None})
-            return None
-        self._factor *= max(1.0, counts["prompt_tokens"] / max(worst[0], 1))
-        if images:  # no image can have more tokens than all of the prompt
-            self.image = min(self.image, math.ceil(counts["prompt_tokens"] / images))
-        self._write({"call": call, **counts})
-        return self._count(model, counts)
-
-    def _count(self, model: str, counts: dict) -> Decimal | None:
-        "Count the tokens of a call that was answered; its cost."
-        prompt, completion, cached = counts["prompt_tokens"], counts["completion_tokens"], counts.get("cached_tokens", 0)
+    def _count(self, sent: dict, row: dict) -> Decimal | None:
+        "Count the tokens of an answer, and learn from them; its cost."
+        model, prompt, completion, cached = sent["model"], row["prompt_tokens"], row["completion_tokens"], row.get("cached_tokens", 0)
+        if "size" in sent:
+            self.bound(model).learn(*sent["size"], row)
         tokens = self.tokens.setdefault(model, dict.fromkeys(WAYS, 0))
         for unit, count in zip(WAYS, (prompt - cached, cached, completion)):
             tokens[unit] += count
@@ -299,51 +431,123 @@ class Meter:
         return usd
 
     def usage(self) -> list[dict]:
-        "All metered tokens as rows of a `Result.usage`; prompt tokens that came from a cache, if any, have a row of their own."
+        """All calls as rows of a `Result.usage`: the tokens of each model (those of prompts that came from a cache in a row of their own, if
+        there are any) and answers that did not count their tokens, which have no price."""
         return [{"item": model, "quantity": count, "unit": unit} for model, counts in self.tokens.items()
-                for unit, count in counts.items() if count or unit != "cached_tokens"]
+                for unit, count in counts.items() if count or unit != "cached_tokens"] + \
+            [{"item": model, "quantity": count, "unit": "answers without usage"} for model, count in self.unmetered.items()]
 
     def numbers(self) -> dict:
-        "Headline figures: requests, those not answered, those that asked again, US dollars (None when a model has no price)."
-        priced = all(self.cost(model, 0, 0) is not None for model in self.tokens)
-        return {"calls": self.calls, "failed_calls": self.failed, "asked_again": self.repeated, "usd": float(self.usd) if priced else None,
-                "usd_in_doubt": float(self.doubtful)}
+        "Headline figures: requests, those not answered, those that asked again, US dollars (None when some of them are unknown)."
+        known = not self.unmetered and all(listed(model, self.book) for model in self.billed)
+        return {"calls": self.calls, "failed_calls": self.failed, "asked_again": self.repeated, "usd": float(self.usd) if known else None,
+                "usd_in_doubt": float(self.doubtful), **({"answers_without_usage": sum(self.unmetered.values())} if self.unmetered else {})}
 
-    def begin(self) -> None:
-        "Write the journal from now on, with what has not been written yet."
-        if self._path is not None and self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a", buffering=1, encoding="utf-8")
-            self._file.writelines(self._unwritten)
+# %% ../nbs/11_costs.ipynb #85dd1946
+class Meter(CallCounts):
+    """Calls of models: set aside before they are sent, counted when they come back, refused when they would pass a cap. Threads may share it.
 
-    def _write(self, row: dict) -> None:
-        line = dumps(row) + "\n"
-        self._unwritten.append(line) if self._file is None else self._file.write(line)
+    Parameters
+    ----------
+    budget_usd, budget_calls
+        caps, 0 for none. Every request that is sent is a call, whatever becomes of it
+    image
+        the most tokens of one image, until the first answer says what a prompt with one really counts
+    journal
+        a JSON lines file of all calls. What it holds already counts; it is written to from the first call on
+    """
+
+    def __init__(self, budget_usd: float = 0.0, budget_calls: int = 0, image: int = 0, journal: Path | None = None, book: dict | None = None):
+        super().__init__(image, book)
+        self.cap, self.cap_calls, self._closed, self._lock = Decimal(str(budget_usd)), budget_calls, False, threading.RLock()
+        self.journal = None if journal is None else Journal(journal)
+        self._recall()
+
+    def _recall(self) -> None:
+        "Count what the journal holds; a call without an end may have been paid."
+        self.clear()
+        for row, where in self.journal.rows() if self.journal else ():
+            with own_rows(where):
+                self.begin(row) if "model" in row else self.end(row)
+        for call in list(self._flying):
+            self.end({"call": call, "billed": True, "answered": False})
+
+    def room(self) -> tuple[Decimal, float]:
+        "US dollars and calls that are left, if what is in flight were for nothing."
+        with self._lock:
+            return (self.cap - self.usd - self.doubtful if self.cap else Decimal("inf"),
+                    self.cap_calls - self.calls + self.flying if self.cap_calls else math.inf)
+
+    def affords(self, model: str, images: int, characters: int, completion: int) -> bool:
+        "Whether a call can be paid at its worst, next to all that are in flight at theirs."
+        with self._lock:
+            usd, calls = self.room()
+            worst = self.cost(model, *self.bound(model)(images, characters, completion)) or 0
+            return self.reserved + worst <= usd and self.flying < calls
+
+    def fits(self, model: str, images: int, characters: int, completion: int) -> bool:
+        "Whether a call may be sent now: it can be paid, and has not to wait for the model's first answer, which shows what calls take."
+        with self._lock:
+            alone = self.cap and not self.bound(model).answered and any(sent["model"] == model for sent, _ in self._flying.values())
+            return not alone and self.affords(model, images, characters, completion)
+
+    @property
+    def passed(self) -> Decimal:
+        "US dollars by which the cap was passed, because answers were longer than was asked for; 0 if it was not."
+        return max(self.usd - self.cap, Decimal(0)) if self.cap else Decimal(0)
+
+    def refuse(self) -> None:
+        "Raise `OverBudget`, with what was spent."
+        doubt = f" and up to ${self.doubtful:.6f} for calls whose cost is not known" if self.doubtful else ""
+        caps = [f"${self.cap:f}"] * bool(self.cap) + [f"{self.cap_calls} calls"] * bool(self.cap_calls)
+        end = f"was passed by ${self.passed:.6f}" if self.passed else "would be passed"
+        raise OverBudget(f"the budget of {' and '.join(caps)} {end}: {self.calls} calls, ${self.usd:.6f} spent{doubt}")
+
+    def numbers(self) -> dict:
+        "Headline figures, see `CallCounts.numbers`; with `usd_over_budget` when the cap was passed."
+        with self._lock:
+            return super().numbers() | ({"usd_over_budget": float(self.passed)} if self.passed else {})
+
+    def send(self, model: str, images: int, characters: int, completion: int, key: tuple = (), again: int = 0) -> int:
+        """Set a call aside and write it to the journal; its number.
+
+        Raises `OverBudget` when it would pass a cap, `InputError` for a cap in dollars on an unknown price or a journal that cannot be written.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the meter is closed: nothing is sent any more")
+            if self.cap:
+                _priced(model, self.book)
+            if self.journal and self.journal.open():
+                self._recall()
+            if not self.affords(model, images, characters, completion):
+                self.refuse()
+            size = [images, characters, completion]
+            row = {"call": self.calls + 1, "model": model, "worst": self.bound(model)(*size), "size": size, "key": list(key), "again": again}
+            if self.journal:
+                self.journal.write(row)
+            self.begin(row)
+            return row["call"]
+
+    def settle(self, call: int, counts: dict | None, billed: bool = True) -> Decimal | None:
+        """Put a call's token counts in the place of what was set aside; its cost, None if unknown.
+
+        `counts` is None for a call that was not answered; it may have been `billed` all the same, or cost nothing.
+        """
+        row = {"call": call, **counts} if counts else {"call": call, "billed": billed, "answered": counts is not None}
+        with self._lock:
+            usd = self.end(row)
+            if self.journal and not self._closed:
+                with contextlib.suppress(InputError):  # the next call is refused for it
+                    self.journal.write(row)
+            return usd
 
     def close(self) -> None:
-        "Close the journal."
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _recall(self, journal: Path) -> None:
-        "Count what a journal holds. A line that a kill cut short is taken off; a call without an end is doubtful."
-        whole = journal.read_bytes()
-        if not whole.endswith(b"\n"):
-            os.truncate(journal, whole.rfind(b"\n") + 1)
-        for row in read_jsonl(journal):
-            if "model" in row:
-                self.calls, self.repeated = max(self.calls, row["call"]), self.repeated + (row["again"] > 0)
-                self._flying[row["call"]] = row["model"], self.cost(row["model"], *row["worst"]) or Decimal(0)
-                continue
-            model, usd = self._flying.pop(row["call"])
-            if "prompt_tokens" in row:
-                self._count(model, row)
-            else:
-                self.failed, self.doubtful = self.failed + (not row["answered"]), self.doubtful + (usd if row["billed"] else 0)
-        self.failed += len(self._flying)
-        self.doubtful += sum((usd for _, usd in self._flying.values()), Decimal(0))
-        self._flying.clear()
+        "Send nothing any more, and close the journal."
+        with self._lock:
+            self._closed = True
+            if self.journal:
+                self.journal.close()
 
 # %% ../nbs/11_costs.ipynb #b6046dec
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s (NVIDIA's data sheets)
@@ -453,10 +657,10 @@ def _judge(stage: str, config: Stage, completion: int, book: dict) -> tuple[floa
         return 0.0, ""
     episodes = config.iterations * config.groups * config.group_size if stage == "grpo" else len(parse_seeds(config.seeds))
     prompt = JUDGE["told"] + min(horizon(config.horizon).turns, JUDGE["shown"]) * (completion + 3)
-    words, name = f"{episodes} calls of {prompt} + {JUDGE['said']} tokens to judge {config.judge_model!r}", f"{config.judge_model}/"
-    if not {name + "input", name + "output"} <= set(book):
+    words = f"{episodes} calls of {prompt} + {JUDGE['said']} tokens to judge {config.judge_model!r}"
+    if not (name := listed(config.judge_model, book)):
         return 0.0, words + ", which has no price and is not in the sum"
-    return float(book[name + "input"](episodes * prompt) + book[name + "output"](episodes * JUDGE["said"])), words
+    return float(book[f"{name}/input"](episodes * prompt) + book[f"{name}/output"](episodes * JUDGE["said"])), words
 
 
 def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: int = 18_000, completion: int = 24, mfu: float = 0.3,
@@ -486,10 +690,10 @@ def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: 
     total = turns * (tokens["prompt"] + completion)
     judge, words = _judge(stage, config, completion, book)
     judged = {"judge": words} if words else {}
-    if stage == "collect" and f"{config.model}/input" in book:  # a teacher behind an API is paid by the token
-        image = image_bound(config.model, config.detail, config.render_size) if config.model in IMAGE_TOKENS else image_tokens(config.render_size)
+    if stage == "collect" and (name := listed(config.model, book)):  # a teacher behind an API is paid by the token
+        image = image_bound(name, config.detail, config.render_size) if name in IMAGE_TOKENS else image_tokens(config.render_size)
         prompt = turns * (tokens["prompt"] - tokens["image"] + image * config.frames * (config.observe != "text"))
-        usd = float(book[f"{config.model}/input"](prompt) + book[f"{config.model}/output"](turns * completion)) + judge
+        usd = float(book[f"{name}/input"](prompt) + book[f"{name}/output"](turns * completion)) + judge
         return zero | {"turns": turns, "tokens": prompt + turns * completion, "usd": usd, "assumed": {"completion": completion, **judged}}
     rate = float(price("h200", book).usd) if usd_per_hour is None else usd_per_hour
     seconds *= scale

@@ -367,10 +367,11 @@ class Player:
         "What the judge's scores are worth; an episode that a remote judge could not be made to score gets the mean of the others."
         if self.config.judge == "game":
             return [0.0] * len(episodes)
-        found = [rubric(e)["score"] for e in episodes] if self.judge is None else self.judge.scores(episodes)
+        try:
+            found = [rubric(e)["score"] for e in episodes] if self.judge is None else self.judge.scores(episodes)
+        except engines.CallFailed as error:
+            raise TrainingStopped(f"{error}; the same command goes on from the last checkpoint") from None
         known = [score for score in found if score is not None]
-        if not known:
-            raise TrainingStopped("the judge has scored no episode of this iteration; look at answers.jsonl, or take another judge_model")
         return [self.config.judge_weight * (np.mean(known) if score is None else score) for score in found]
 
     def _sample(self, episode: Episode, t: int) -> Sample:
@@ -459,6 +460,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     adapter = adapter_folder(config.adapter or out.parent / "sft" / "adapter")
     card, seeds = checked_card(adapter, config), seeds_of(config)  # what is wrong is told before anything is written
     engines.check(config.engine)
+    costs.check_prices(config)
     if config.judge == "remote":
         engines.access(config.judge_model)
     serving, told = served(config, adapter)
@@ -565,7 +567,7 @@ def _fit(config, out, adapter, loaded, store, updates, last, before, meter, serv
         engine = _playing(config, out, adapter, serving, stack)
         sync, judge = Sync(config, engine, loaded, out / "policies"), None
         if config.judge == "remote":
-            meter.begin()
+
             judge = stack.enter_context(contextlib.closing(RemoteJudge(config.judge_model, out / "answers.jsonl", meter)))
         ahead = one_before(last, updates * config.epochs, adapter) if config.overlap else None
         player = stack.enter_context(contextlib.closing(Player(config, engine, store, sync, share_sight(loaded, engine), judge, ahead)))

@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['TOOLS', 'MEASURES', 'WEIGHTS', 'USEFUL', 'INSTRUCTIONS', 'game_reward', 'rubric', 'untrue', 'potential',
-           'reward_terms', 'story', 'read_score', 'RemoteJudge', 'judged']
+           'reward_terms', 'story', 'NoScore', 'common_error', 'read_score', 'RemoteJudge', 'judged']
 
 # %% ../nbs/15_judge.ipynb #4be7364f
+import asyncio
 import contextlib
 import dataclasses
 import math
 import re
+from concurrent.futures import wait
 from pathlib import Path
 
 from . import traces
 from .config import CollectConfig
-from .core import InputError, Result, append_jsonl, digest, nearest, read_jsonl, resolve
-from .costs import Meter
-from .engines import Request, Sampling, ServerEngine
+from .core import InputError, OverBudget, Result, digest, nearest, resolve
+from .costs import Journal, Meter, own_rows
+from .engines import CallFailed, Request, Sampling, ServerEngine, first_line
 from .env import ACHIEVEMENTS
 from .episodes import Episode, Turn, replayed
 from .expert import named
+from .policies import concerns_all
 
 # %% ../nbs/15_judge.ipynb #18a6ac1d
 def game_reward(turn: Turn, invalid_cost: float = 0.0, health: float = 0.0) -> float:
@@ -117,11 +120,20 @@ def story(episode: Episode, turns: int = 100) -> str:
     return "\n".join([*lines, f"{episode.steps} steps, {end}; achievements: {', '.join(episode.achievements) or 'none'}"])
 
 
+class NoScore(InputError):
+    "A reply that gives no score."
+
+
+def common_error(results: list) -> Exception | None:
+    "The first of the exceptions among the results of a judge's calls that would meet every other call, too; None if there is none."
+    return next((error for error in results if isinstance(error, Exception) and concerns_all(error) and not isinstance(error, NoScore)), None)
+
+
 def read_score(text: str) -> float:
-    "The score in a judge's reply, 0 to 1. Raises `InputError` when there is none between 0 and 100."
+    "The score in a judge's reply, 0 to 1. Raises `NoScore` when there is none between 0 and 100."
     found = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', text)
     if not found or not 0 <= float(found[1]) <= 100:
-        raise InputError(f"no score from 0 to 100 in the reply {text[:80]!r}", "judge", "use a model that follows instructions")
+        raise NoScore(f"no score from 0 to 100 in the reply {text[:80]!r}", "judge", "use a model that follows instructions")
     return float(found[1]) / 100
 
 # %% ../nbs/15_judge.ipynb #9149bbdf
@@ -136,70 +148,135 @@ class RemoteJudge:
         a JSON lines file of answers by hash, or None to keep them only in memory
     meter
         a `costs.Meter`, which counts its calls and may refuse them
+    concurrency, retries, seconds
+        of its calls, as in `ServerEngine`
     """
 
-    def __init__(self, model: str, cache: str | Path | None = None, meter: Meter | None = None, concurrency: int = 16):
-        self.model, self.cache = model, resolve(cache) if cache else None
-        self.engine = ServerEngine(model, concurrency, meter=meter)
-        known = read_jsonl(self.cache) if self.cache and self.cache.is_file() else ()
-        self.answers = {row["key"]: row["answer"] for row in known}
+    def __init__(self, model: str, cache: str | Path | None = None, meter: Meter | None = None, concurrency: int = 16, retries: int = 6,
+                 seconds: float = 60.0):
+        self.model, self.cache = model, Journal(resolve(cache)) if cache else None
+        self.engine = ServerEngine(model, concurrency, retries=retries, seconds=seconds, meter=meter)
+        self.answers: dict[str, str] = {}
+        self._turn, self._failures, self._stop = asyncio.Semaphore(concurrency), 0, None
+        self._read()
+
+    def _read(self) -> None:
+        "Take over the answers that the cache holds."
+        for row, where in self.cache.rows() if self.cache else ():
+            with own_rows(where):
+                read_score(row["answer"])
+                self.answers[row["key"]] = row["answer"]
 
     def __call__(self, episode: Episode) -> float:
-        "The judge's score of an episode, 0 to 1. Raises `InputError` when it gives none."
-        return read_score(self._answers([episode])[0])
+        "The judge's score of an episode, 0 to 1. Raises `InputError` when it gives none, and what its call raises."
+        [score] = self.results([episode])
+        if isinstance(score, Exception):
+            raise score
+        return score
 
     def scores(self, episodes: list[Episode]) -> list[float | None]:
-        "The score of each episode, None where the judge gives none. All are asked at once."
-        scores = []
-        for answer in self._answers(episodes):
-            try:
-                scores.append(read_score(answer))
-            except InputError:
-                scores.append(None)
-        return scores
+        "The score of each episode, None where the judge gives none. Raises `CallFailed` when it scores none of them, and what concerns all."
+        results = self.results(episodes)
+        if error := common_error(results):
+            raise error
+        if results and all(isinstance(result, Exception) for result in results):
+            raise CallFailed(f"the judge has scored none of {len(results)} episodes ({first_line(results[0])})")
+        return [None if isinstance(result, Exception) else result for result in results]
 
-    def _answers(self, episodes: list[Episode]) -> list[str]:
-        "What the judge says to each episode, from the cache if it has said it before. Only answers with a score are kept."
+    def results(self, episodes: list[Episode]) -> list[float | Exception]:
+        "The score of each episode, or why it has none: `NoScore`, or what its call raised. All are asked at once; each answer is kept when it comes."
         asked = [[{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": story(episode)}] for episode in episodes]
         keys = [digest([self.model, messages]) for messages in asked]
+        self._failures, self._stop = 0, None
         new = {key: Request(messages, (key,)) for key, messages in zip(keys, asked) if key not in self.answers}
-        calls = {key: self.engine.start(self.engine.ask(request, Sampling(0.0, 200))) for key, request in new.items()}
-        said = {key: call.result().text for key, call in calls.items()}
-        for key, text in said.items():
-            with contextlib.suppress(InputError):
+        calls = {key: self.engine.start(self._ask(key, request)) for key, request in new.items()}
+        try:
+            wait(calls.values())
+        finally:
+            for call in calls.values():
+                call.cancel()
+        failed = {key: call.exception() for key, call in calls.items() if call.exception()}
+        return [failed[key] if key in failed else read_score(self.answers[key]) for key in keys]
+
+    async def _ask(self, key: str, request: Request) -> None:
+        "Ask once, and keep the answer if it has a score. Raises at once when others have failed for what concerns all."
+        async with self._turn:
+            if self._stop:
+                raise self._stop
+            try:
+                text = (await self.engine.ask(request, Sampling(0.0, 200))).text
                 read_score(text)
-                self.answers[key] = text
-                if self.cache:
-                    append_jsonl(self.cache, {"key": key, "answer": text})
-        return [(self.answers | said)[key] for key in keys]
+                self._keep(key, text)
+            except Exception as error:
+                self._failures += 1
+                if common_error([error]):
+                    self._stop = error
+                elif self._failures >= max(8, self.engine.concurrency):
+                    self._stop = CallFailed(f"not asked, after {self._failures} failures in a row")
+                raise
+            self._failures = 0
+
+    def _keep(self, key: str, text: str) -> None:
+        "Keep an answer, and write it to the cache. Raises `InputError` when that cannot be done."
+        self.answers[key] = text
+        if self.cache:
+            if self.cache.open():
+                self._read()
+            self.cache.write({"key": key, "answer": text})
 
     def close(self) -> None:
-        "Close the connections."
+        "Close the connections, and the cache."
         self.engine.close()
+        if self.cache:
+            self.cache.close()
 
 # %% ../nbs/15_judge.ipynb #bfdc640c
 def judged(result: Result, config: CollectConfig) -> Result:
-    "A collection's result, its episodes scored by the judge that its config names; `game` needs none."
+    """A collection's result, its episodes scored by the judge that its config names; `game` needs none.
+
+    Raises `CallFailed` when calls have failed or there is no score at all, and `OverBudget` when the money ends: the scores that there are stand
+    in the store by then, and the next run asks about the other episodes alone.
+    """
     if config.judge == "game":
         return result
     db, name = result.out / "rollouts.db", config.judge_model if config.judge == "remote" else "rubric"
-    waiting = [(session, episode) for session, episode in traces.read(db, frames=False) if name not in session["scores"]]
+    stored = list(traces.read(db, frames=False))
+    waiting = [(session, episode) for session, episode in stored if name not in session["scores"]]
     usage, numbers = result.usage, {}
     if config.judge == "rubric":
-        scores = [rubric(episode)["score"] for _, episode in waiting]
+        results = [rubric(episode)["score"] for _, episode in waiting]
     else:
-        scores, usage, numbers = _asked(result.out, config, [episode for _, episode in waiting])
+        results, usage, numbers = _asked(result.out, config, [episode for _, episode in waiting])
+    scores = [None if isinstance(found, Exception) else found for found in results]
     with traces.Store(db) as store:
         for (session, episode), score in zip(waiting, scores):
             if score is not None:
                 store.score(session["run"], episode.seed, name, score, arm=session["arm"], member=episode.member)
-    numbers |= {"judge": name, "judged": sum(score is not None for score in scores), "not_judged": scores.count(None)}
+    if error := _unfinished(results, len(stored)):
+        raise error
+    numbers |= {"judge": name, "judged": len(scores) - scores.count(None), "not_judged": scores.count(None)}
     return dataclasses.replace(result, numbers=result.numbers | numbers, usage=usage)
 
 
 def _asked(out: Path, config: CollectConfig, episodes: list[Episode]) -> tuple[list, list[dict], dict]:
-    "Scores by a remote judge, and what the collection's calls have used and cost with them."
+    "Results of a remote judge, and what the collection's calls have used and cost with them."
     meter = Meter(config.budget_usd, config.budget_calls, journal=out / "calls.jsonl")
-    meter.begin()
-    with contextlib.closing(meter), contextlib.closing(RemoteJudge(config.judge_model, out / "answers.jsonl", meter)) as judge:
-        return judge.scores(episodes), meter.usage(), meter.numbers()
+    if not episodes:  # then no endpoint has to be there
+        return [], meter.usage(), meter.numbers()
+    judge = RemoteJudge(config.judge_model, out / "answers.jsonl", meter, config.concurrency, config.retries, config.call_seconds)
+    with contextlib.closing(meter), contextlib.closing(judge):
+        return judge.results(episodes), meter.usage(), meter.numbers()
+
+
+def _unfinished(results: list, total: int) -> Exception | None:
+    "Why a collection of `total` episodes is not judged with these results for those that had no score; None when it is."
+    failed = [found for found in results if isinstance(found, Exception) and not isinstance(found, NoScore)]
+    scored = total - sum(isinstance(found, Exception) for found in results)
+    error = common_error(results)
+    if isinstance(error, OverBudget):
+        return OverBudget(f"{error}; {scored} of {total} episodes are judged; with a larger budget the same command goes on")
+    if error is None and failed:
+        return CallFailed(f"{len(failed)} of {total} episodes are not judged ({first_line(failed[0])}); the same command asks about them again")
+    if error is None and results and not scored:
+        return CallFailed(f"the judge has scored none of {total} episodes ({results[0]})")
+    return error

@@ -165,6 +165,14 @@ class Tutored:
         return said
 
 # %% ../nbs/08_policies.ipynb #d7080025
+def _sum(usages: list[dict]) -> dict:
+    "The usage of several calls; its US dollars only if those of each are known."
+    total = {name: sum(usage.get(name, 0) for usage in usages) for usage in usages for name in usage}
+    if not all("usd" in usage for usage in usages):
+        total.pop("usd", None)
+    return total
+
+
 class ServerPolicy:
     """A model behind an OpenAI-compatible endpoint.
 
@@ -241,7 +249,8 @@ class ServerPolicy:
             notify(f"{self.unusable} of {self.decided} turns: no usable action in the reply, so noop was played")
 
     def _count(self, usage: dict) -> None:
-        self.turns, self.calls, self.usd = self.turns + 1, self.calls + usage["calls"], self.usd + usage.get("usd", 0)
+        usd = usage.get("usd", self.engine.meter.aside * usage["calls"])  # of unknown cost: at its worst
+        self.turns, self.calls, self.usd = self.turns + 1, self.calls + usage["calls"], self.usd + usd
 
     def _affords(self) -> bool:
         "Whether the episodes that are under way, and one more, can be paid to their ends."
@@ -288,13 +297,14 @@ class ServerPolicy:
 
     async def _answer(self, asked: Request) -> Decision:
         "Ask until the reply holds a usable action, or often enough."
-        used = {}
+        usages = []
         for again in range(self.asks + 1):
             output = await self.engine.ask(asked, self.sampling, again, self.adapter)
-            used |= {name: used.get(name, 0) + value for name, value in output.usage.items()}
+            usages.append(output.usage)
             reply = turns.parse(self.protocol, output.text)
             if reply.valid:
                 break
         self.decided, self.unusable = self.decided + 1, self.unusable + (not reply.valid)
         reason = self.engine.endpoint.clean(reply.reason)  # once more: JSON in the text may have had a secret in another spelling
-        return Decision(reply.actions, reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs, used)
+        return Decision(reply.actions, reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs,
+                        _sum(usages))

@@ -212,7 +212,7 @@ def holds(stage: str, out: Path) -> bool:
 
     try:
         meter = costs.Meter(journal=out / "calls.jsonl")
-        if meter.calls > meter.failed or meter.doubtful:  # calls that were refused have bought nothing
+        if meter.billed:  # calls that were refused have bought nothing
             return True
         if "checkpoints" in RESUMED.get(stage, ()):  # what GRPO has played without one is forgotten
             return any((out / "checkpoints").glob("checkpoint-*"))
@@ -357,12 +357,13 @@ def check_access(settings: configs.Stage) -> None:
     if getattr(settings, "judge", "") == "remote":
         models.append(settings.judge_model)
     if models:
-        from qwen_vl_kit.costs import prices
+        from qwen_vl_kit.costs import check_prices, listed, prices
         from qwen_vl_kit.engines import access
         access(models[0])
+        check_prices(settings)
         book = prices()
         for model in models:
-            if not {f"{model}/input", f"{model}/output"} <= set(book):
+            if listed(model, book) is None:
                 _say(f"note: no price for '{model}': its tokens are counted, its dollars are not; configs/README.md says how to add one")
 
 
@@ -439,8 +440,11 @@ def _headline(stage: str, numbers: dict) -> str:
 
 def _spent(numbers: dict) -> str:
     "What all calls of a stage have cost over its sessions, and what is in doubt because the answer never came."
-    usd, doubt, failed = (numbers[name] for name in ("usd", "usd_in_doubt", "failed_calls"))
+    usd, doubt, failed, unmetered, over = (numbers.get(name) for name in ("usd", "usd_in_doubt", "failed_calls", "answers_without_usage",
+                                                                          "usd_over_budget"))
     said = f"{numbers['calls']} calls, dollars unknown" if usd is None else f"${usd:.6f} for {numbers['calls']} calls"
+    said += f" ({unmetered} answers did not say how many tokens they took)" if unmetered else ""
+    said += f", ${over:.6f} more than the budget" if over else ""
     said += f", up to ${doubt:.6f} more in doubt" if doubt else ""
     return said + (f" ({failed} not answered)" if failed else "")
 
@@ -577,6 +581,7 @@ def selected(first: str, last: str) -> tuple:
 
 def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides=(), force: bool = False) -> Path:
     "Run the stages of a config folder in order; those that are done are passed over, those that are stale done again. Returns the run's folder."
+    from qwen_vl_kit.costs import check_prices
     stages, run = selected(first, last), run_folder(path, out)
     loaded = load_all(path, stages, overrides)
     for stage in stages:
@@ -584,6 +589,8 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     found = {stage: "forced" if force else state(stage, loaded[stage], run / stage) for stage in stages}
     done = next((place for place, stage in enumerate(stages) if found[stage] != "done"), len(stages))
     notices(*(loaded[stage] for stage in stages[done:]))  # what follows on the first to run may have to run again
+    for stage in stages[done:]:
+        check_prices(loaded[stage])
     renew = False
     for stage in stages:
         if found[stage] == "stale" and not renew:  # this command, or another one, was stopped between the stage that makes its inputs and this one

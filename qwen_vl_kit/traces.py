@@ -564,8 +564,8 @@ def _table(rows):
 
 
 def _unpriced(connection: sqlite3.Connection) -> list[int]:
-    "Sessions in which a model was asked, and nothing has a price: the view of an older store sums these up to 0."
-    query = "SELECT session FROM turns GROUP BY session HAVING NOT count(usd) AND count(coalesce(prompt_tokens, latency))"
+    "Sessions in which a model was asked, and not every turn's price is known: the view sums up those that are."
+    query = "SELECT session FROM turns GROUP BY session HAVING count(usd) < count(coalesce(prompt_tokens, latency))"
     return [session for (session,) in connection.execute(query)]
 
 
