@@ -15,7 +15,7 @@ import pytest
 from qwen_vl_kit import run
 from qwen_vl_kit.core import root
 
-QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.run import main; sys.exit(main())"]
+QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.cli import main; sys.exit(main())"]
 SMALL = ["--config", "configs/demo", "--set", "teacher=random", "--set", "seeds=0-2", "--set", "horizon=s5"]
 
 
@@ -243,6 +243,16 @@ def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
     assert qvk(*command)[0] == 0
     with metrics.open() as rows:
         assert len({json.loads(row)["seed"] for row in rows}) == 100
+
+
+def test_ctrl_c_while_the_command_loads_is_no_traceback(tmp_path):
+    (tmp_path / "pydantic.py").write_text("import signal; print('loading', flush=True); signal.pause()")  # the longest to load, and longer
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    started = subprocess.Popen([*QVK, "check", "configs/demo"], cwd=root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heard, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root())])})
+    assert started.stdout.readline() == "loading\n"
+    started.send_signal(signal.SIGINT)
+    assert (started.wait(60), started.stderr.read()) == (130, "qvk: interrupted; nothing was begun\n")
 
 
 @pytest.mark.parametrize("args, says", [
