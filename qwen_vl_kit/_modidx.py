@@ -64,6 +64,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'qwen_vl_kit.checkpoint.tiny_folder': ('checkpoint.html#tiny_folder', 'qwen_vl_kit/checkpoint.py'),
                                         'qwen_vl_kit.checkpoint.weight_files': ( 'checkpoint.html#weight_files',
                                                                                  'qwen_vl_kit/checkpoint.py')},
+            'qwen_vl_kit.cli': { 'qwen_vl_kit.cli._leave': ('cli.html#_leave', 'qwen_vl_kit/cli.py'),
+                                 'qwen_vl_kit.cli.main': ('cli.html#main', 'qwen_vl_kit/cli.py')},
             'qwen_vl_kit.collect': { 'qwen_vl_kit.collect._caught_up': ('collect.html#_caught_up', 'qwen_vl_kit/collect.py'),
                                      'qwen_vl_kit.collect._in_paid_words': ('collect.html#_in_paid_words', 'qwen_vl_kit/collect.py'),
                                      'qwen_vl_kit.collect._keeper': ('collect.html#_keeper', 'qwen_vl_kit/collect.py'),

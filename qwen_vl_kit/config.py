@@ -761,12 +761,13 @@ def parse_set(pair: str) -> tuple[str, object]:
     if not equals or not key:
         raise InputError(f"cannot read {pair!r}", "--set", "write --set key=value")
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        if re.search(r"""["'\[\]{}\n]""", text) or text in ("True", "False", ""):
-            mend = 'write a number, true, false, a word or ["a", "b"]'
-            raise InputError(f"{text or 'nothing'} is not a TOML value", f"--set {key}", mend) from None
-        return key, text
+        table = {} if text[:1] in tuple("\"'[{") or "\n" in text or text in ("True", "False", "") else {"value": text}
+    if set(table) != {"value"}:
+        mend = 'write a number, true, false, a word, "some text" or ["a", "b"]'
+        raise InputError(f"{text or 'nothing'} is not a TOML value", f"--set {key}", mend)
+    return key, table["value"]
 
 
 def _own(stage: str, values: dict, where: object, shared: bool) -> dict:

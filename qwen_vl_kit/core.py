@@ -48,7 +48,7 @@ def misplaced(error: OSError, where: object = None) -> InputError | None:
     "The `InputError` for an error of the operating system that another place, other rights or more space would mend; None for any other."
     if error.errno not in _PLACES:
         return None
-    return InputError(os.strerror(error.errno).lower(), error.filename or where, _PLACES[error.errno])
+    return InputError(os.strerror(error.errno).lower(), error.filename2 or error.filename or where, _PLACES[error.errno])
 
 
 @contextlib.contextmanager

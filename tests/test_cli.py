@@ -411,6 +411,76 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_played(tmp_path, small, monk
     assert (tmp_path / "collect" / "rollouts.db").is_file() and (tmp_path / "collect" / ".running.json").is_file()
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    "A project of its own with a subfolder `work`, in which the user stands; what would run is noted as (stage, settings, out)."
+    called = []
+    monkeypatch.setattr(run, "run_stage", lambda stage, settings, out, *_, **__: called.append((stage, settings, Path(out))))
+    monkeypatch.delenv("QVK_ROOT", raising=False)
+    (tmp_path / "configs").symlink_to(root() / "configs")
+    (tmp_path / "work" / "rows").mkdir(parents=True)
+    (tmp_path / "settings.ini").write_text("[qvk]\noutputs = 50% off\n")
+    monkeypatch.chdir(tmp_path / "work")
+    return called
+
+
+def test_paths_of_a_command_are_seen_from_where_it_is_given(elsewhere, tmp_path):
+    work, rows = tmp_path / "work", "work/rows"  # told from the project's folder, so that a config is the same from everywhere
+    for name in ("rows/train.jsonl", "rows/val.jsonl", "rows/a.db", "other.db"):
+        (work / name).write_text("")
+    (tmp_path / "other.db").write_text("")
+    sft = "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"
+    for line, stage, out, fields in (
+            ("collect --config ../configs/demo --out here", "collect", work / "here/collect", {}),
+            ("collect --config configs/demo --out ./new/../here/", "collect", work / "here/collect", {}),
+            ("collect --config configs/demo", "collect", tmp_path / "50% off/demo/collect", {"student": ""}),
+            ("eval --config configs/seed/eval_gpt4o_vision_proper.toml --trace-db t/rollouts.db", "collect", work / "t", {"model": "gpt-4o-mini"}),
+            (f"train --config {sft} --dataset rows/train.jsonl", "sft", tmp_path / "lora_adapters/qwen3vl_2b_crafter_gpt4o",
+             {"train": f"{rows}/train.jsonl", "val": ""}),
+            (f"train --config {sft}", "sft", tmp_path / "lora_adapters/qwen3vl_2b_crafter_gpt4o",  # a TOML's paths are the project's
+             {"train": "traces/gpt4o_vision_100/sft/train.jsonl"}),
+            ("sft --config configs/demo --set train=rows/train.jsonl --set val=../work/rows/val.jsonl", "sft", tmp_path / "50% off/demo/sft",
+             {"train": f"{rows}/train.jsonl", "val": f"{rows}/val.jsonl", "model": "tiny"}),
+            ("export --config configs/demo --set traces=['rows/a.db','other.db']", "export", tmp_path / "50% off/demo/export",
+             {"traces": [f"{rows}/a.db", "work/other.db"]}),
+            ("benchmark --config configs/demo --set sft_adapter=rows --set grpo_adapter=none", "benchmark", tmp_path / "50% off/demo/benchmark",
+             {"sft_adapter": rows, "grpo_adapter": str(work / "none")}),
+            ("collect --config configs/demo --set student=configs", "collect", tmp_path / "50% off/demo/collect", {"student": "configs"})):
+        assert run.main(line.split()) == 0, line
+        did, settings, place = elsewhere.pop()
+        assert (did, place, {name: getattr(settings, name) for name in fields}) == (stage, out, fields), line
+
+
+def test_a_store_is_made_where_the_user_stands(collected, tmp_path):
+    (tmp_path / "x").mkdir()
+    store = os.path.relpath(collected / "collect" / "rollouts.db", tmp_path / "x")
+    done = subprocess.run([*QVK, "merge", "new/all.db", store], cwd=tmp_path / "x", capture_output=True, text=True,
+                          env=os.environ | {"QVK_ROOT": str(root()), "PYTHONPATH": str(root())})
+    assert done.returncode == 0 and "3 episodes copied" in done.stdout and (tmp_path / "x/new/all.db").is_file(), done.stderr
+
+
+@pytest.mark.parametrize("out, says", [("a\udcff", "not UTF-8"), ("x" * 300, "file name too long; give it a shorter name"),
+                                       ("circle", "symbolic links"), ("file", "is a file; name another folder"), ("nowhere", "a file stands there")])
+def test_names_that_cannot_be_are_one_line(tmp_path, out, says, capsys, monkeypatch):
+    monkeypatch.setattr(run, "execute", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "nowhere").symlink_to("not here")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.chdir(root())
+    assert run.main(["collect", *SMALL, "--out", f"{tmp_path}/{out}"]) == 2
+    assert says in one_line(capsys.readouterr().err) and sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(subprocess.run(["sh", "-c", "unshare -rm true"], capture_output=True).returncode != 0, reason="no disk can be mounted here")
+def test_a_finished_stage_needs_no_disk_that_can_be_written(collected, tmp_path):
+    mounted = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2>/dev/null && exec "$@"'
+    for words in (["collect", *SMALL, "--out", collected], ["verify", collected],
+                  ["export", "--config", "configs/demo", "--set", f"traces={collected}/collect/rollouts.db", "--out", tmp_path]):
+        done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted, collected, *QVK, *words], cwd=root(), capture_output=True, text=True)
+        assert done.returncode == 0 and (words[0] != "collect" or "already done" in done.stderr), done.stderr
+
+
 def test_config_and_env_file_are_looked_for_where_the_user_stands(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(run, "run_stage", lambda stage, settings, *_, **__: called.append(settings.seeds))

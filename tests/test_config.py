@@ -49,6 +49,15 @@ def test_horizons_and_seeds_are_checked(tmp_path):
             config.load(written(tmp_path, text, "collect.toml"), "collect")
 
 
+def test_files_are_read_as_editors_leave_them(tmp_path):
+    path = tmp_path / "sft.toml"
+    path.write_bytes("\ufeffepochs = 2\r\n# é\r\nseed = 3\r\n".encode())
+    assert (config.load(path, "sft").epochs, config.load(path, "sft").seed) == (2, 3)
+    path.write_text("epochs = 2", encoding="utf-16")
+    with pytest.raises(InputError, match="cannot be read as TOML"):
+        config.load(path, "sft")
+
+
 def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
     written(tmp_path, "")
     with pytest.raises(InputError, match="stf.toml: no such file; did you mean 'sft.toml'"):

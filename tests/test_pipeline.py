@@ -26,7 +26,7 @@ def qvk(*words):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     "A finished small run of configs/demo."
-    out = tmp_path_factory.mktemp("runs") / "a run"  # the path has a space
+    out = tmp_path_factory.mktemp("runs") / "it's a {run}, 50% [of] #1 (é)?"
     done = qvk("run", "configs/demo", "--out", out, *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done

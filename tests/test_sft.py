@@ -52,6 +52,16 @@ def test_killed_and_resumed_it_learns_the_same(rows, tmp_path):
     alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
 
 
+def test_validation_rows_are_those_beside_the_training_rows(rows, tmp_path):
+    for settings in (rows | {"val": ""}, rows):
+        train, val = sft.rows_of(SFTConfig(**settings), tmp_path / "sft")
+        assert (str(train.path), str(val.path)) == (rows["train"], rows["val"])
+    (tmp_path / "train.jsonl").write_text("\ufeff" + Path(rows["train"]).read_text(), encoding="utf-8")  # a mark, as some editors leave one
+    assert len(sft.Rows(tmp_path / "train.jsonl").rows) == len(sft.Rows(rows["train"]).rows)
+    with pytest.raises(InputError, match=f"{tmp_path}/val.jsonl: no such file"):
+        sft.rows_of(SFTConfig(train=str(tmp_path / "train.jsonl")), Path(rows["train"]).parents[1] / "sft")
+
+
 def test_checkpoints_of_other_rows_are_not_gone_on_with(rows, tmp_path):
     first = sft.run(SFTConfig(**FAST, **rows), tmp_path / "sft")
     fewer = tmp_path / "train.jsonl"
