@@ -39,13 +39,26 @@ class Players:
         self.folders = {arm: adapter_of(arm, config, run_folder) for arm in config.arms}
         self.ranks = {arm: engines.rank_of(folder) for arm, folder in self.folders.items() if folder}
         self.engine, self.whole = None, None  # the base's, and the folder of whole weights that it plays in its place
+        self.named: dict[str, str] = {}  # the base that an arm's adapter names, where it is another one
 
     def ready(self) -> None:
         "Load what the first arm with a model plays. Raises `InputError` when that cannot be, or an adapter is for another base."
         if asked := [arm for arm in self.config.arms if arm not in ("random", "expert")]:
             engine = self._engine(self._whole(asked[0]))
-            for folder in filter(None, self.folders.values() if engine.name != "server" else ()):
-                models.same_base(engine.loaded, folder)
+            for arm, folder in self.folders.items():
+                if folder:
+                    self._check(engine, arm, folder)
+
+    def _check(self, engine: engines.Engine, arm: str, folder: Path) -> None:
+        "Raise `InputError` for an adapter that the engine could not play when its arm's turn came."
+        if engine.name != "server":
+            card = models.same_base(engine.loaded, folder)
+            if other := models.other_base(engine.loaded, card):
+                self.named[arm] = other
+            if self.ranks[arm]:
+                engines.checked_adapter(folder, engine.loaded, engine.config)
+        if engine.name != "hf" and self.ranks[arm]:
+            engines.language_only(folder)
 
     def policy(self, arm: str):
         "The policy that plays an arm."
@@ -136,7 +149,10 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     for path in adapters.values():
         checked_card(path, config)  # told before hours are spent on the other arms
     seeds = unseen(parse_seeds(config.seeds), config.model, adapters)
-    untold = [arm for arm, path in adapters.items() if not models.read_card(path).get("seeds")]  # nobody can say whether these have seen them
+    cards = {arm: models.read_card(path) for arm, path in adapters.items()}
+    unknown = {arm: parts for arm, card in cards.items() if (parts := models.unknown(card))}
+    untold = [arm for arm, parts in unknown.items() if "seeds" in parts]  # nobody can say whether these have seen them
+    in_4_bits = [arm for arm, card in cards.items() if card.get("quantization")]  # and play in 16
     engines.check(config.engine)
     name = "benchmark " + digest({arm: models.trained_weights(path) for arm, path in adapters.items()})[:8]
     arms, episodes, took = [], [], 0.0
@@ -167,6 +183,8 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     write_csv(out / "episodes.csv", episodes)
     numbers = {"model": config.model, "prompt_hash": turns.prompt_hash(config), "seeds": config.seeds,
                **{arm["arm"]: arm["achievement_rate"] for arm in arms}, **({"seeds_not_told": untold} if untold else {}),
+               **({"unknown_of_adapters": unknown} if unknown else {}), **({"adapters_name_base": players.named} if players.named else {}),
+               **({"trained_in_4_bits": in_4_bits} if in_4_bits else {}),
                **({"earlier_seconds": earlier} if earlier else {}),
                **(meter.numbers() if meter else {})}
     return Result("benchmark", out, earlier + time.perf_counter() - began, numbers, adapters, meter.usage() if meter else [])

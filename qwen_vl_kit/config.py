@@ -233,6 +233,7 @@ class SFTConfig(Training):
 class GRPOConfig(Training, Protocol):
     "Multi-turn GRPO from the SFT adapter: one sample per turn, a group shares its seed and its world."
 
+    variety: Literal["lora", "qlora"] = "lora"  # qlora: what trains and what plays hold the base in 4 bits, which engine = "hf" can
     adapter: str = ""  # default: sft/adapter of the same run
     learning_rate: float = Field(1e-5, gt=0)
     seeds: Seeds = "10000-99999"  # drawn in order, one for each group that does not begin midway
@@ -274,6 +275,13 @@ class GRPOConfig(Training, Protocol):
     paths: ClassVar[frozenset[str]] = frozenset({"model", "adapter"})
     patience: ClassVar[frozenset[str]] = frozenset({"budget_usd", "gpu_memory_utilization"})
     goes_on: ClassVar[frozenset[str]] = frozenset({"iterations", "seeds", "threads", "report_to"})
+
+    @field_validator("engine")
+    @classmethod
+    def _holds_the_weights_that_are_trained(cls, engine: str, info) -> str:
+        if info.data.get("variety") == "qlora" and engine in ("vllm", "server"):
+            raise ValueError(f'variety = "qlora" trains on a base in 4 bits, and "{engine}" plays one in 16, which is another policy; write "hf"')
+        return engine
 
     @field_validator("gpus_for_vllm")
     @classmethod
@@ -590,7 +598,7 @@ ADAPTER = Note("the adapter that GRPO goes on from brings its own LoRA shape")
 
 _GRPO: dict[str, object] = {
     **_TRAINING, **{key: ADAPTER for key in _TRAINING if "lora" in key},
-    "training.mode": _says("lora"), "hyperparameters.train_kind": _says("peft", "lora"), "algorithm.type": _says("online"),
+    "training.mode": _kind_of_training, "hyperparameters.train_kind": _kind_of_training, "algorithm.type": _says("online"),
     "algorithm.method": _says("grpo", "policy_gradient"), "algorithm.variety": _says("default", "grpo", "lora"),
     "model.base": "model", "model.source": "model", "model.adapter": "adapter", "model.trainer_mode": _says("lora"), "model.label": LABEL,
     "job.model": "model", "job.rollout_count": _rollouts, "job.n_iterations": "iterations", "job.max_steps_per_rollout": _turns,
@@ -600,7 +608,7 @@ _GRPO: dict[str, object] = {
     "vllm.*": ENGINE, "vllm.gpu_memory_utilization": "gpu_memory_utilization",
     "vllm.tensor_parallel_size": _says(1), "vllm.enable_prefix_caching": CACHES, "vllm.use_cudagraph": GRAPHS,
     "vllm.max_model_len": Note("sequence_length says how long a sequence may be"),
-    "training.use_qlora": Note("GRPO trains a bf16 LoRA: a sampled token's log-probability must come from the weights that are trained"),
+    "training.use_qlora": _qlora,
     "grpo.kl_coeff": "beta", "grpo.clip_range": _clip, "grpo.clip_range_high": _clip_high, "grpo.value_clip_range": NO_VALUE_FUNCTION,
     "grpo.normalize_rewards": "scale_rewards", "grpo.group_size": "group_size", "judge.type": _judge, "judge.model": _judge_model,
     "judge.provider": ENDPOINT, "judge.weight": "judge_weight", "judge.*": JUDGES, "rubric.*": JUDGES,

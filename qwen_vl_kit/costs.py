@@ -614,7 +614,7 @@ def _played(stage: str, config: Stage) -> int:
 def _divided(config: GRPOConfig, playing: float, training: float, front: float) -> float:
     """GPU seconds of an RL run, from those of its two halves and of what prepares pictures, of which there is one: GPUs that serve wait while the
     other trains, unless it trains meanwhile."""
-    serving = config.gpus_for_vllm
+    serving = config.gpus_for_vllm if config.variety == "lora" else 0
     if not serving:
         return playing + training
     both = max(playing / serving, front), training

@@ -413,7 +413,7 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
         if name.endswith("lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
             rank = ranks.get(get_pattern_key(ranks, layer), settings["r"])
-            alpha = alphas.get(get_pattern_key(alphas, layer), settings["lora_alpha"])
+            alpha = alphas.get(get_pattern_key(alphas, layer), settings.get("lora_alpha", 8))
             scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
             found[layer + ".weight"] = LowRank(a, stored[name.replace("lora_A", "lora_B")], scale)
     return found
@@ -457,7 +457,10 @@ class HFEngine:
         self.beside = {}  # by the name of a weight in 4 bits
         if models.in_4_bits(self.model):
             from bitsandbytes.nn import Linear4bit
-            self.beside = {name + ".weight": Beside(layer) for name, layer in self.model.named_modules() if isinstance(layer, Linear4bit)}
+            layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Linear4bit)}
+            for layer in layers.values():
+                layer.support_avx512bf16_for_cpu = False  # its kernel is for inference alone, and rounds as training does not
+            self.beside = {name + ".weight": Beside(layer) for name, layer in layers.items()}
         self.decode = self._decoder()
 
     def _decoder(self):
@@ -672,13 +675,13 @@ class VLLMEngine:
                        enable_lora=True, max_lora_rank=self.lora_rank, max_loras=self.versions.keep + 1, max_cpu_loras=self.versions.keep + 1,
                        limit_mm_per_prompt=SHOWN,
                        logprobs_mode="processed_logprobs", generation_config="vllm")
-        self.longest = self.llm.llm_engine.model_config.max_model_len
+        self.longest, self.config = (getattr(self.llm.llm_engine.model_config, name) for name in ("max_model_len", "hf_config"))
 
     def set_policy(self, version: int, folder: str | Path) -> str:
         "Take over a PEFT adapter from its folder, which may change afterwards; returns the name of this version."
         from vllm.lora.request import LoRARequest
 
-        folder = checked_adapter(folder, self.loaded, self.llm.llm_engine.model_config.hf_config)
+        folder = checked_adapter(folder, self.loaded, self.config)
         found = language_only(folder)
         if (rank := max(change.a.shape[0] for change in found.values())) > self.lora_rank:
             raise InputError(f"an adapter of rank {rank}, and vLLM was started for {self.lora_rank}", folder, "start it with a higher lora_rank")
@@ -1555,7 +1558,8 @@ def chosen(engine: str) -> str:
 
 
 def create(engine: str, model: str, revision: str = "", adapter: str | Path | None = None, bf16: bool = True, *, concurrency: int = 256,
-           gpu_memory_utilization: float = 0.85, lora_rank: int = 64, longest: int = 0, tokens: bool = False, **server) -> Engine:
+           gpu_memory_utilization: float = 0.85, lora_rank: int = 64, longest: int = 0, tokens: bool = False, qlora: bool = False,
+           **server) -> Engine:
     """The engine called `auto`, `hf`, `vllm` or `server`, on a model.
 
     Parameters
@@ -1568,14 +1572,18 @@ def create(engine: str, model: str, revision: str = "", adapter: str | Path | No
         of `VLLMEngine`
     tokens
         whether a server has to tell token ids and log-probabilities (the others always do); `model` is known here, too, then
+    qlora
+        whether to hold the base in 4 bits, as one that is trained with QLoRA is; hf alone can
     server
         what else `ServerEngine` takes
     """
-    kind = chosen(engine)
+    kind = "hf" if qlora and engine == "auto" else chosen(engine)
+    if qlora and kind != "hf":
+        raise InputError(f"engine {kind!r} plays a base in 16 bits, not the one in 4 bits that QLoRA trains on", mend='write engine = "hf"')
     if kind == "vllm":
         return VLLMEngine(model, revision, adapter, bf16, gpu_memory_utilization, lora_rank, longest, concurrency)
     if kind == "hf":
-        return HFEngine(models.load(model, revision, adapter, bf16), bf16, concurrency)
+        return HFEngine(models.load(model, revision, adapter, bf16, qlora=qlora), bf16, concurrency)
     if kind != "server":
         raise InputError(f"unknown engine {engine!r}", mend="write auto, hf, vllm or server")
     if adapter is not None:

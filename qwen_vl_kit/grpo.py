@@ -447,7 +447,8 @@ def arguments(config: GRPOConfig, out: Path, updates: int) -> dict:
         dataloader_pin_memory=torch.cuda.is_available())
 
 
-SMALLER = "lower batch_size (and raise gradient_accumulation_steps), groups or gpu_memory_utilization, or set gradient_checkpointing = true"
+SMALLER = ("lower batch_size (and raise gradient_accumulation_steps), groups or gpu_memory_utilization, set gradient_checkpointing = true "
+           'or variety = "qlora"')
 
 
 def run(config: GRPOConfig, out: str | Path) -> Result:
@@ -465,7 +466,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
         engines.access(config.judge_model)
     serving, told = served(config, adapter)
     with threads(config.threads), shortage_told(out, SMALLER):
-        loaded = models.load(config.model, config.revision, adapter, bf16=config.bf16, trainable=True)
+        loaded = models.load(config.model, config.revision, adapter, config.bf16, trainable=True, qlora=config.variety == "qlora")
     updates = updates_of(config)
     last = resumed(out, {"adapter": digest(adapter / "adapter_model.safetensors"), "seeds": config.seeds,
                          "settings": digest(config.model_dump(mode="json", exclude=_FREE))})
@@ -480,10 +481,12 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
         store.begin("grpo", config, {"model": config.model, "adapter": str(adapter), "seeds": config.seeds})
         store.forget("grpo", f"grpo-{step // each:04d}")
         metrics = _fit(config, out, adapter, loaded, store, updates, last, before, meter, serving)
-    models.write_card(out / "adapter", loaded, card["prompt_hash"], stage="grpo", iterations=config.iterations,
-                      seeds=seed_spec([*models.trained_on(card), *seeds]))
-    numbers = {"model": loaded.name, "iterations": config.iterations, "prompt_hash": card["prompt_hash"], "return_first": metrics[0]["return_mean"],
-               "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics)}
+    prompt_hash, unknown, other = turns.prompt_hash(config), models.unknown(card), models.other_base(loaded, card)
+    models.write_card(out / "adapter", loaded, prompt_hash, stage="grpo", iterations=config.iterations,
+                      seeds=seed_spec([*models.trained_on(card), *seeds]), **({"seeds_incomplete": True} if "seeds" in unknown else {}))
+    numbers = {"model": loaded.name, "iterations": config.iterations, "prompt_hash": prompt_hash, "return_first": metrics[0]["return_mean"],
+               "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics),
+               **({"unknown_of_adapter": unknown} if unknown else {}), **({"adapter_names_base": other} if other else {})}
     seconds = before + time.perf_counter() - began
     numbers |= (meter.numbers() if meter.calls else {}) | ({"not_applied": told} if told else {})
     return Result("grpo", out, seconds, numbers, {"adapter": adapter}, costs.rent(device_name(), seconds, 1 + serving) + meter.usage())
@@ -495,6 +498,8 @@ def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[s
     Raises `InputError` where vLLM is not installed, and for an adapter that it cannot play.
     """
     asked = config.gpus_for_vllm
+    if asked and config.variety == "qlora":
+        return 0, [f"gpus_for_vllm = {asked}: vLLM plays a base in 16 bits, not the one in 4 bits that QLoRA trains on, so engine hf plays"]
     found = gpus() if asked else 0
     serving = max(0, min(asked, found - 1))
     if serving and not engines.there("vllm"):
@@ -542,7 +547,7 @@ def one_before(last: Path | None, each: int, adapter: Path) -> Path | None:
 def share_sight(trained: models.Loaded, engine) -> models.Sight:
     "Let trainer and engine keep one memory of what the vision tower said of a frame, where the adapter leaves the tower alone; the trainer's."
     base = trained.model.get_base_model()
-    if engine.name == "hf" and not any("lora_" in name for name, _ in base.model.visual.named_parameters()):
+    if engine.name == "hf" and not any(weight.requires_grad for weight in base.model.visual.parameters()):
         engine.model.requires_grad_(False)
         engine.model.model.sight = base.model.sight
     return base.model.sight
@@ -553,7 +558,8 @@ def _playing(config, out, adapter, serving, stack):
     shared = dict(bf16=config.bf16, concurrency=config.groups * config.group_size, lora_rank=engines.rank_of(adapter),
                   longest=config.sequence_length, gpu_memory_utilization=config.gpu_memory_utilization or (0.85 if serving else 0.4))
     at = stack.enter_context(engines.serving(config.model, config.revision, serving, log=out / "vllm.log", **shared)) if serving else None
-    engine = engines.create("server" if serving else config.engine, config.model, config.revision, **shared, tokens=True, at=at)
+    engine = engines.create("server" if serving else config.engine, config.model, config.revision, **shared, tokens=True, at=at,
+                            qlora=config.variety == "qlora")
     return stack.enter_context(contextlib.closing(engine))
 
 
@@ -571,11 +577,14 @@ def _fit(config, out, adapter, loaded, store, updates, last, before, meter, serv
             judge = stack.enter_context(contextlib.closing(RemoteJudge(config.judge_model, out / "answers.jsonl", meter)))
         ahead = one_before(last, updates * config.epochs, adapter) if config.overlap else None
         player = stack.enter_context(contextlib.closing(Player(config, engine, store, sync, share_sight(loaded, engine), judge, ahead)))
+        learned = {name: weight.data for name, weight in loaded.model.named_parameters() if weight.requires_grad and models.in_4_bits(loaded.model)}
         trainer = trainer_class()(
             model=loaded.model, reward_funcs=lambda completions, **_: [0.0] * len(completions),  # rewards come with the turns
             args=on_one_device(trl.GRPOConfig(**arguments(config, out, updates))), train_dataset=placeholder, processing_class=loaded.processor,
             callbacks=[observer(out, updates * config.epochs * config.iterations, "grpo updates", GRPO_NAMES, before)],
             play=player, length=config.sequence_length)
+        for name, values in learned.items():  # TRL has rounded them to bf16, in which an update of this size is lost
+            loaded.model.get_parameter(name).data = values
         models.quicken_training(trainer.model)
         silence(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -6,10 +6,11 @@
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'NO_PART', 'PATTERNS', 'MERGED', 'TRAINED', 'tiny_tokenizer', 'tiny_config', 'make_tiny',
            'quicken_tower', 'attention_kernel', 'Spans', 'attend', 'register_attention', 'Sight', 'quicken', 'quiet',
            'Loaded', 'nf4', 'save_model', 'load', 'without_weights', 'lora_config', 'in_4_bits', 'write_card',
-           'read_card', 'trained_on', 'unknown', 'trained_weights', 'same_base', 'adapter_parts', 'tensor_shapes',
-           'check_weights', 'check_tensors', 'attach', 'with_adapter', 'merge', 'untie', 'cut', 'patchify', 'Encoded',
-           'image_tokens', 'encode', 'frame_key', 'decode_url', 'window', 'windows', 'positions', 'lay_out', 'pack',
-           'image_inputs', 'answers_only', 'quicken_adapter', 'quicken_training', 'forward_flops', 'parameter_counts']
+           'read_card', 'trained_on', 'unknown', 'other_base', 'trained_weights', 'same_base', 'adapter_parts',
+           'tensor_shapes', 'check_weights', 'check_tensors', 'attach', 'with_adapter', 'merge', 'untie', 'cut',
+           'patchify', 'Encoded', 'image_tokens', 'encode', 'frame_key', 'decode_url', 'window', 'windows', 'positions',
+           'lay_out', 'pack', 'image_inputs', 'answers_only', 'quicken_adapter', 'quicken_training', 'forward_flops',
+           'parameter_counts']
 
 # %% ../nbs/06_models.ipynb #3585f284
 import contextlib
@@ -493,7 +494,7 @@ def _random(size: str):
     return model, make_processor(tokenizer)
 
 
-def nf4():
+def nf4(bf16: bool = True):
     "How QLoRA stores the base: 4-bit normal floats, doubly quantised, the vision tower left alone (Dettmers et al. 2023, arXiv 2305.14314)."
     from importlib.util import find_spec
 
@@ -503,7 +504,7 @@ def nf4():
     if find_spec("bitsandbytes") is None:
         raise InputError("QLoRA needs bitsandbytes", mend="make gpu installs it; or set variety = 'lora'")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head"])
+                              bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32, llm_int8_skip_modules=["model.visual", "lm_head"])
 
 # %% ../nbs/06_models.ipynb #edf1362d
 def save_model(model, processor, folder: str | Path) -> Path:
@@ -555,7 +556,7 @@ def _weights(folder: Path, bf16: bool, qlora: bool):
     import torch
     from transformers import Qwen3VLForConditionalGeneration
 
-    how = {"quantization_config": nf4()} if qlora else {}
+    how = {"quantization_config": nf4(bf16)} if qlora else {}
     return Qwen3VLForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.bfloat16 if bf16 else torch.float32, **how)
 
 # %% ../nbs/06_models.ipynb #c6be704d
@@ -625,6 +626,19 @@ def unknown(card: dict) -> list[str]:
     return [what for what, missing in (("base weights", not card["base_weights"]), ("prompt", not card["prompt_hash"]), ("seeds", seeds)) if missing]
 
 
+def other_base(loaded: Loaded, card: dict) -> str:
+    "The base that an adapter without a card names, when it is another one than it is put on, as far as names tell; else empty."
+    name = card["base"]
+    if card["base_weights"] or name in ("", loaded.name):
+        return ""
+    if resolve(name).is_dir():
+        with contextlib.suppress(InputError):
+            named = find(name, "")
+            if {named.weights, named.digest} & {loaded.weights, loaded.digest}:
+                return ""
+    return name
+
+
 def trained_weights(adapter: str | Path) -> str:
     "sha256 of the weights in an adapter's folder."
     return digest([digest(file) for file in sorted(adapter_folder(adapter).glob("*model*.safetensors"))])
@@ -645,7 +659,7 @@ NO_PART = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path
            "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size"}
 PATTERNS = {"rank_pattern", "alpha_pattern"}  # of pairs of matrices, too
 MERGED = {"use_dora", "modules_to_save", "bias", "trainable_token_indices", "ensure_weight_tying", "embeddings", "convolutions",
-          'init_lora_weights = "olora"', 'init_lora_weights = "pissa"', 'init_lora_weights = "loftq"'}
+          'init_lora_weights = "olora"', 'init_lora_weights = "pissa"'}  # these two begin from a decomposition of the base, which PEFT makes again
 TRAINED = PATTERNS | {"use_dora", "modules_to_save"}  # parts that GRPO goes on training
 
 
@@ -698,7 +712,7 @@ def check_weights(folder: Path, whole: bool = False) -> None:
 def _check_lora(folder: Path, described: dict) -> None:
     "Raise `InputError` for an adapter of another kind than LoRA, and for a part of it that no engine plays."
     settings, kind, rank = folder / "adapter_config.json", described.get("peft_type"), described.get("r")
-    if kind != "LORA" or type(rank) is not int or rank < 1 or not isinstance(described.get("lora_alpha"), int | float):
+    if kind != "LORA" or type(rank) is not int or rank < 1 or not isinstance(described.get("lora_alpha", 8), int | float):
         raise InputError("does not describe a LoRA" + (f" (peft_type = {json.dumps(kind)})" if kind != "LORA" else ""), settings,
                          "copy the folder again, or train a LoRA")
     if odd := [part for part in adapter_parts(folder) if part not in MERGED | PATTERNS]:
@@ -802,9 +816,12 @@ def with_adapter(model, folder: Path, trainable: bool = False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # embedding and head share a matrix: see `merge`
         try:
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            carrying = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"PEFT cannot load it ({str(error).splitlines()[0][:200]})", folder, "train it again") from None
+    if trainable:  # what comes of it is this base's
+        carrying.peft_config["default"].base_model_name_or_path = model.name_or_path
+    return carrying
 
 
 def merge(model):

@@ -307,9 +307,9 @@ SFT_NAMES = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy":
 
 # %% ../nbs/14_sft.ipynb #d73480e3
 def checked_card(adapter: str | Path, protocol: Protocol) -> dict:
-    "The card of an adapter. Raises `InputError` when it was trained under another prompt than `protocol` makes."
+    "The card of an adapter. Raises `InputError` when it was trained under another prompt than `protocol` makes, as far as the card tells."
     card, expected = models.read_card(adapter), prompt_hash(protocol)
-    if card["prompt_hash"] != expected:
+    if card["prompt_hash"] not in (None, expected):
         raise InputError(f"the adapter was trained with prompt {card['prompt_hash'][:12]}, this config makes {expected[:12]}", adapter,
                          "give this stage the same prompt, form, observe, history, frames, progress (with it, horizon) and render_size as collect")
     return card
@@ -490,7 +490,7 @@ def player(config: SFTConfig, protocol: Protocol):
     from qwen_vl_kit import engines, policies
     from qwen_vl_kit.rollout import rollout
 
-    engine = engines.HFEngine(models.load(config.model, config.revision, bf16=config.bf16), bf16=config.bf16)
+    engine = engines.HFEngine(models.load(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora"), bf16=config.bf16)
     sampling = engines.Sampling(BenchmarkConfig().temperature, BenchmarkConfig().max_new_tokens, config.seed)
     policy, seeds = policies.EnginePolicy(engine, protocol, sampling, "dev"), parse_seeds(config.dev_seeds)
 

@@ -116,7 +116,8 @@ def test_the_seeds_sft_toml_means_what_it_says():
 def test_the_seeds_rl_toml_means_what_it_says():
     loaded = config.load("configs/seed/crafter_rl_qwen3vl_2b.toml", "grpo")
     assert (loaded.adapter, loaded.iterations, loaded.horizon) == ("lora_adapters/qwen3vl_2b_crafter_gpt4o", 20, "t50")
-    assert loaded.groups * loaded.group_size == 50
+    assert loaded.groups * loaded.group_size == 50 and loaded.variety == "qlora"
+    assert not any("use_qlora" in line for line in loaded.notices)
     assert (loaded.beta, loaded.epsilon, loaded.epsilon_high, loaded.scale_rewards) == (0.1, 0.2, 0.2, True)
     assert (loaded.batch_size, loaded.gradient_accumulation_steps, loaded.learning_rate) == (2, 8, 2e-6)
     assert any("value_clip_range: GRPO has no value function" in line for line in loaded.notices)
