@@ -1109,6 +1109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qwen_vl_kit.run.adapter_name': ('run.html#adapter_name', 'qwen_vl_kit/run.py'),
                                  'qwen_vl_kit.run.bring_back': ('run.html#bring_back', 'qwen_vl_kit/run.py'),
                                  'qwen_vl_kit.run.check_access': ('run.html#check_access', 'qwen_vl_kit/run.py'),
+                                 'qwen_vl_kit.run.check_adapters': ('run.html#check_adapters', 'qwen_vl_kit/run.py'),
                                  'qwen_vl_kit.run.check_devices': ('run.html#check_devices', 'qwen_vl_kit/run.py'),
                                  'qwen_vl_kit.run.check_sources': ('run.html#check_sources', 'qwen_vl_kit/run.py'),
                                  'qwen_vl_kit.run.clear': ('run.html#clear', 'qwen_vl_kit/run.py'),

@@ -528,6 +528,7 @@ def load(name: str | Path, revision: str = "", adapter: str | Path | None = None
     import torch
 
     quiet()
+    gc.collect()  # a model is full of circles, so one that was let go of may still be in memory
     name = str(name)
     if name.startswith("random:"):
         model, processor = _random(name.removeprefix("random:"))

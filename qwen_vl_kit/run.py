@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'LAUNCH', 'TOLD', 'MARKER', 'OUTPUTS', 'STORE', 'RESUMED', 'BEFORE', 'FAILED', 'PAGES', 'SOURCES',
            'HEADLINES', 'ENV_FILE', 'parameters', 'folder', 'RunFailed', 'execute', 'page', 'clear', 'holds',
-           'set_aside', 'bring_back', 'state', 'check_sources', 'check_access', 'check_devices', 'finish',
-           'notebook_of', 'run_stage', 'recover', 'load_all', 'notices', 'run_folder', 'selected', 'run_all', 'shown',
-           'planned', 'resolve_new_path', 'resolve_cli_path', 'resolve_model', 'resolve_set', 'environment',
+           'set_aside', 'bring_back', 'state', 'check_sources', 'check_access', 'check_devices', 'check_adapters',
+           'finish', 'notebook_of', 'run_stage', 'recover', 'load_all', 'notices', 'run_folder', 'selected', 'run_all',
+           'shown', 'planned', 'resolve_new_path', 'resolve_cli_path', 'resolve_model', 'resolve_set', 'environment',
            'adapter_name', 'seed_out', 'parser', 'main']
 
 # %% ../nbs/21_run.ipynb #786324d8
@@ -382,6 +382,14 @@ def check_devices(settings: configs.Stage) -> None:
             _say(f"note: {line}")
 
 
+def check_adapters(stage: str, settings: configs.Stage) -> None:
+    "Tell what nobody knows of the adapters that a config names. Raises `InputError` for one that is none, or damaged."
+    from qwen_vl_kit.models import read_card, unknown
+    for field in SOURCES.get(stage, {}):
+        if "adapter" in field and (path := getattr(settings, field)) and (parts := unknown(read_card(path))):
+            _say(f"note: {field} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), so they are not checked")
+
+
 @contextlib.contextmanager
 def _claimed(out: Path, option: str):
     """Hold the folder `out` against other processes for as long as the block runs. It is made if it is not there, and what was made is taken
@@ -487,6 +495,7 @@ def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool 
     check_sources(stage, settings, out)
     check_access(settings)
     check_devices(settings)
+    check_adapters(stage, settings)
     with _claimed(out, option):
         if not force and state(stage, settings, out, option) != found:
             raise InputError("has just been written by another process", _told(out), "give the same command again")

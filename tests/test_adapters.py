@@ -210,6 +210,17 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     assert sft.checked_card(foreign, config)["prompt_hash"] is None
 
 
+def test_the_command_says_what_no_card_tells(tmp_path, capsys):
+    from qwen_vl_kit.run import check_adapters
+
+    foreign = lora(tmp_path / "adapter")
+    check_adapters("benchmark", BenchmarkConfig(sft_adapter=str(foreign)))
+    assert "the base weights, prompt, seeds that it was trained with are not on a card" in capsys.readouterr().err
+    write_json(foreign / "qvk.json", {"base": "tiny", "base_weights": "0", "prompt_hash": "0", "seeds": "1-9"})
+    check_adapters("benchmark", BenchmarkConfig(sft_adapter=str(foreign)))
+    assert not capsys.readouterr().err
+
+
 def held(model) -> list:
     "Weak references to a model's weights."
     return [weakref.ref(weight) for weight in model.parameters()]
@@ -233,6 +244,20 @@ def test_an_engine_that_is_closed_holds_nothing(tmp_path):
     try:
         engine.close()
         assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_was_let_go_of_is_gone_when_the_next_is_loaded(tmp_path):
+    folders = [contract.adapter(tmp_path / str(i), i) for i in range(2)]
+    gc.collect()
+    gc.disable()  # it comes when it likes, and the weights of a second model may not fit before
+    try:
+        first = models.load("tiny", adapter=folders[0])
+        weights = held(first.model)
+        del first
+        second = models.load("tiny", adapter=folders[1])
+        assert second.model is not None and not any(weight() is not None for weight in weights)
     finally:
         gc.enable()
 
