@@ -303,11 +303,12 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path, self._file, self._error, self._read = path, None, None, 0
+        self.tail = b""  # what there was of a last line that was cut short
 
     def rows(self):
-        "Each row and where it stands; a last line that a kill cut short is passed over. Raises `InputError` for a line that is no row."
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
-        self._read = sum(map(len, lines)) + len(lines)
+        "Each row and where it stands; a last line that was cut short is the `tail`. Raises `InputError` for a line that is no row."
+        *lines, tail = self.path.read_bytes().split(b"\n") if self.path.is_file() else [b""]
+        self._read, self.tail = sum(map(len, lines)) + len(lines), tail or self.tail
         for number, line in enumerate(lines, 1):
             if line.strip():
                 with own_rows(where := f"{self.path}:{number}"):
@@ -322,8 +323,11 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "ab", buffering=0)
             _lock(file, self.path)
-            whole = self.path.read_bytes().rfind(b"\n") + 1 if self.path.is_file() else 0
-            if whole < os.fstat(file.fileno()).st_size:
+            blob = self.path.read_bytes() if self.path.is_file() else b""
+            whole = blob.rfind(b"\n") + 1
+            if self.tail != blob[whole:]:
+                self.tail, self._read = blob[whole:], -1
+            if self.tail:
                 file.truncate(whole)
         except OSError as error:
             raise _cannot_write(error, self.path) from None
@@ -360,6 +364,21 @@ class Journal:
             self._file = None
 
 # %% ../nbs/11_costs.ipynb #6ebc4efa
+def _checked(row: dict) -> dict:
+    "A row of a journal of calls. Raises `ValueError`, or what comes of looking into something else, when it is none."
+    worst, size, counts = row.get("worst", [0, 0]), row.get("size", [0, 0, 0]), [row[unit] for unit in WAYS if unit in row]
+    sound = all(type(count) is int and count >= 0 for count in (row["call"], row.get("again", 0), *worst, *size, *counts))
+    if "model" in row:
+        sound &= isinstance(row["model"], str) and {"worst", "again"} <= row.keys() and (len(worst), len(size)) == (2, 3)
+    elif counts:
+        sound &= row["prompt_tokens"] >= row.get("cached_tokens", 0) and "completion_tokens" in row
+    else:
+        sound &= type(row["billed"]) is type(row["answered"]) is bool
+    if not sound:
+        raise ValueError("not a row of calls")
+    return row
+
+
 class CallCounts:
     "How many calls of models were made, and what they have used and cost, from the rows of a journal."
 
@@ -464,13 +483,28 @@ class Meter(CallCounts):
         self._recall()
 
     def _recall(self) -> None:
-        "Count what the journal holds; a call without an end may have been paid."
+        "Count what the journal holds; a call without an end may have been paid, and so may one whose own row was cut short."
         self.clear()
+        self._cut, dearest = None, None
         for row, where in self.journal.rows() if self.journal else ():
             with own_rows(where):
-                self.begin(row) if "model" in row else self.end(row)
+                self.begin(row) if "model" in _checked(row) else self.end(row)
+                dearest = row if "model" in row and (dearest is None or sum(row["worst"]) > sum(dearest["worst"])) else dearest
+        tail = self.journal.tail.decode(errors="replace") if self.journal else ""
+        number = re.match(r'\{"call": ?(\d+),', tail)
+        if tail and dearest and not (number and int(number[1]) in self._flying):  # no end of a call that is in flight
+            self._cut = dearest | {"call": self.calls + 1, "again": 0, "key": []}
+            self.begin(self._cut)
         for call in list(self._flying):
             self.end({"call": call, "billed": True, "answered": False})
+
+    def _open(self) -> None:
+        "Begin to write the journal, with a whole row in place of one that was cut short."
+        if self.journal.open():
+            self._recall()
+        if self._cut:
+            self.journal.write(self._cut)
+            self._cut = None
 
     def room(self) -> tuple[Decimal, float]:
         "US dollars and calls that are left, if what is in flight were for nothing."
@@ -518,8 +552,8 @@ class Meter(CallCounts):
                 raise RuntimeError("the meter is closed: nothing is sent any more")
             if self.cap:
                 _priced(model, self.book)
-            if self.journal and self.journal.open():
-                self._recall()
+            if self.journal:
+                self._open()
             if not self.affords(model, images, characters, completion):
                 self.refuse()
             size = [images, characters, completion]

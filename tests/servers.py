@@ -30,6 +30,13 @@ def images(body):
     return [part["image_url"] for content in users for part in content if part["type"] == "image_url"]
 
 
+def counted(reply):
+    "Tokens in and out of a reply, as far as it tells in earnest."
+    usage = reply.get("usage")
+    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
+    return counts if counts and all(type(count) is int for count in counts) else [0, 0]
+
+
 class Endpoint:
     """`with Endpoint(answer) as endpoint`: serves `answer(number, body)` at `endpoint.url`, numbers from 0.
 
@@ -90,8 +97,8 @@ class Endpoint:
         promised, blob = (len(blob) // 2, blob[:len(blob) // 2]) if answer == "cut" else (len(blob), blob)
         with self.lock:
             self.statuses.append(status)
-            if status == 200 and not isinstance(answer, str) and value.get("usage"):
-                self.tokens = [have + value["usage"][name] for have, name in zip(self.tokens, ("prompt_tokens", "completion_tokens"))]
+            if status == 200 and not isinstance(answer, str):
+                self.tokens = [have + count for have, count in zip(self.tokens, counted(value))]
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(promised))
