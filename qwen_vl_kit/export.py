@@ -206,7 +206,7 @@ def row(protocol: Protocol, session: dict, episode: Episode, index: int, picture
     metadata = {"run": session["run"], "arm": session["arm"], "seed": session["seed"], "member": session["member"], "turn": turn.turn,
                 "step": turn.step, "model": session["model"], "reward": turn.reward, "unlocked": turn.unlocked,
                 "episode_achievements": len(episode.achievements), "altered": turn.altered, "frame": turn.frame,
-                "prompt_hash": prompt_hash(protocol), "protocol": dumps(protocol.model_dump(include=set(Protocol.model_fields)))}
+                "prompt_hash": prompt_hash(protocol), "protocol": dumps(protocol.fields())}
     return {"messages": [*prompt(protocol, past, shown[-1], turn.text), {"role": "assistant", "content": said}], "metadata": metadata}
 
 # %% ../nbs/13_export.ipynb #d47d6e9a

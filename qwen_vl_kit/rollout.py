@@ -17,7 +17,7 @@ from .config import Protocol, horizon
 from .core import progress
 from .env import World
 from .episodes import Decision, Episode, Turn
-from .policies import Batched, Situation
+from .policies import Batched, Situation, check_policy
 
 # %% ../nbs/10_rollout.ipynb #4c57802d
 NOISE = ("move_left", "move_right", "move_up", "move_down", "do", "sleep")
@@ -87,9 +87,10 @@ def rollout(policy, protocol: Protocol, seeds: list[int], members: int | range =
 
     `openings` has a snapshot and the turns before it for each `(seed, member)` that begins in the middle. `sink` is called with each episode as
     it ends; `(seed, member)` pairs in `done` are left out. What is drawn depends on `seed`, the world's seed, member and turn alone, so a run
-    that was stopped and resumed gives the same episodes. Raises `LostEpisodes` when all others have been played, and at once whatever concerns
-    all of them.
+    that was stopped and resumed gives the same episodes. Raises `InputError` when the policy, or its adapter, is for another protocol,
+    `LostEpisodes` when all others have been played, and at once whatever concerns all of them.
     """
+    check_policy(policy, protocol)
     limits, source = horizon(protocol.horizon), policy if hasattr(policy, "submit") else Batched(policy)
     members = range(members) if isinstance(members, int) else members
     waiting = [(s, m) for s in seeds for m in members if (s, m) not in done][::-1]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOOL', 'ALIASES', 'system', 'user_text', 'data_url', 'messages', 'with_urls', 'prompt', 'checked_images', 'tools',
-           'call_text', 'prompt_hash', 'Reply', 'answer', 'without_thinking', 'parse']
+           'call_text', 'prompt_hash', 'check_prompt', 'Reply', 'answer', 'without_thinking', 'parse']
 
 # %% ../nbs/03_turns.ipynb #04d28064
 import base64
@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from .config import Protocol, horizon
-from .core import clean_text, digest
+from .core import InputError, clean_text, digest
 from .env import ACTIONS, png, rules
 
 # %% ../nbs/03_turns.ipynb #d1122610
@@ -133,6 +133,19 @@ def prompt_hash(protocol: Protocol) -> str:
     shown = protocol.model_dump(include=set(Protocol.model_fields) - {"horizon"})
     said = [system(protocol), user_text(protocol, ["do"], "state"), shown, horizon(protocol.horizon).actions]
     return digest(said + (tools(protocol) or []))
+
+
+def check_prompt(card: dict, protocol: Protocol, where: object = None) -> None:
+    "Raise `InputError` when an adapter's card names another prompt than `protocol` makes. A card that names none says nothing against it."
+    expected, known, own = prompt_hash(protocol), card.get("prompt_hash"), protocol.fields()
+    if known in (None, expected):
+        return
+    told = card.get("protocol") if isinstance(card.get("protocol"), dict) else {}
+    other = ", ".join(f"{name} = {json.dumps(told[name])} and not {json.dumps(own[name])}" for name in own if told.get(name, own[name]) != own[name])
+    what = f"the adapter was trained with prompt {str(known)[:12]}, this protocol makes {expected[:12]}"
+    raise InputError(what + f" ({other})" * bool(other), where,
+                     "take Protocol.from_adapter(…), or give this stage the same prompt, form, observe, history, frames, progress (with it, horizon) "
+                     "and render_size as collect")
 
 # %% ../nbs/03_turns.ipynb #3c53145f
 ALIASES = {"left": "move_left", "right": "move_right", "up": "move_up", "down": "move_down", "interact": "do", "collect": "do",
