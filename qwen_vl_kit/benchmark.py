@@ -18,7 +18,7 @@ from .core import InputError, Result, adapter_folder, append_jsonl, atomic, dige
 from .env import ACHIEVEMENTS
 from .episodes import Episode
 from .rollout import rollout
-from .sft import checked_card, threads
+from .sft import threads
 from .traces import Store, load
 from .traces import episodes as sessions
 
@@ -147,7 +147,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     began, out = time.perf_counter(), resolve(out)
     adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, out.parent))}
     for path in adapters.values():
-        checked_card(path, config)  # told before hours are spent on the other arms
+        policies.checked_card(path, config)  # told before hours are spent on the other arms
     seeds = unseen(parse_seeds(config.seeds), config.model, adapters)
     cards = {arm: models.read_card(path) for arm, path in adapters.items()}
     unknown = {arm: parts for arm, card in cards.items() if (parts := models.unknown(card))}

@@ -24,10 +24,7 @@ from .traces import Store, episodes
 # %% ../nbs/12_collect.ipynb #e4950645
 def student(config: CollectConfig) -> policies.EnginePolicy:
     "The model that plays under a teacher's eyes. Raises `InputError` when its adapter was trained under another prompt."
-    card, expected = models.read_card(config.student), turns.prompt_hash(config)
-    if card["prompt_hash"] not in (None, expected):
-        raise InputError(f"the student was trained with prompt {card['prompt_hash'][:12]}, this config makes {expected[:12]}", config.student,
-                         "collect with the settings that its rows were collected with")
+    card = policies.checked_card(config.student, config)
     sampling = engines.Sampling(config.temperature, config.max_new_tokens, config.seed)
     engine = engines.HFEngine(models.load(card["base"], adapter=config.student, bf16=True), bf16=True)
     return policies.EnginePolicy(engine, config, sampling, "student")

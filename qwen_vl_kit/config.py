@@ -21,7 +21,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from .core import InputError, nearest, parse_seeds, read_text, resolve
+from .core import InputError, adapter_folder, nearest, parse_seeds, read_json, read_text, resolve
 
 # %% ../nbs/01_config.ipynb #5f17a86e
 class Horizon(NamedTuple):
@@ -112,6 +112,27 @@ class Protocol(Stage):
     frames: int = Field(1, ge=1, le=8)  # last frames shown, the newest last
     render_size: int = Field(288, ge=18, le=2048)  # pixels; 288 puts one 32-pixel visual token on one tile
     horizon: HorizonName = "s50"
+
+    def fields(self) -> dict:
+        "These settings alone, of a stage's config, too; what a card and a row tell of their protocol."
+        return self.model_dump(include=set(Protocol.model_fields))
+
+    @staticmethod
+    def from_adapter(folder: str | Path) -> "Protocol":
+        "The protocol that an adapter was trained under. Raises `InputError` when its card does not tell it."
+        folder = adapter_folder(folder)
+        card = read_json(folder / "qvk.json") if (folder / "qvk.json").is_file() or not folder.is_dir() else {}
+        told, name = (card.get("protocol"), card.get("prompt_hash")) if isinstance(card, dict) else (None, None)
+        if not isinstance(told, dict):
+            known = f"only the hash of its prompt, {str(name)[:12]}" if name else "nothing of the prompt it was trained with"
+            raise InputError(f"the adapter's card tells {known}", folder,
+                             "write the Protocol yourself" + f"; it is the one whose prompt_hash begins with {str(name)[:12]}" * bool(name))
+        try:
+            return Protocol(**told)
+        except (ValidationError, TypeError):
+            raise InputError("the protocol on the adapter's card is not one that this version knows", folder / "qvk.json",
+                             "play it with the version that trained it") from None
+
 
 # %% ../nbs/01_config.ipynb #f7fd56af
 class CollectConfig(Protocol):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'EMBEDDING', 'SHOWN', 'OPENAI', 'OPTIONAL', 'MOST_TEXT', 'CUT_OFF', 'MOST_BYTES', 'GUARD', 'Request',
-           'Sampling', 'Output', 'uniforms', 'Engine', 'EngineDied', 'Versions', 'prefill', 'shared_prefix',
+           'Sampling', 'Output', 'uniforms', 'Engine', 'EngineDied', 'Versions', 'card_of', 'prefill', 'shared_prefix',
            'prefill_shared', 'draw', 'distinct', 'decode', 'Replayed', 'LowRank', 'Beside', 'changes', 'read_adapter',
            'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'check', 'stored', 'roomy',
            'language_only', 'VLLMEngine', 'first_line', 'is_loopback', 'proxy_of', 'access', 'secret_texts', 'redacted',
@@ -41,6 +41,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from . import models, turns
@@ -115,14 +116,15 @@ class Versions(dict):
 
     def __init__(self, keep: int = 2):
         super().__init__()
-        self.keep, self.latest = keep, -1
+        self.keep, self.latest, self.cards = keep, -1, {}
 
-    def named(self, version: int, more: str = "") -> str:
-        "A version's name. Versions only go up: a name that came twice would stand for two policies."
+    def named(self, version: int, more: str = "", card: dict = MappingProxyType({})) -> str:
+        "The name of a version, whose adapter has this card. Versions only go up: a name that came twice would stand for two policies."
         if version <= self.latest:
             raise ValueError(f"version {version} of the policy comes after version {self.latest}; each has a number of its own, and a higher one")
-        self.latest = version
-        return f"policy-{version:04d}{more}"
+        self.latest, name = version, f"policy-{version:04d}{more}"
+        self.cards = {held: self.cards[held] for held in self} | {name: dict(card)}
+        return name
 
     def oldest(self) -> list[str]:
         "The names that have to go before another version comes."
@@ -136,6 +138,14 @@ class Versions(dict):
         if len(names) != count:
             raise ValueError(f"{len(names)} adapters are named for {count} requests")
         return names
+
+
+def card_of(engine, adapter: str = "") -> dict:
+    "The card of the adapter that an engine plays under a name, `\"\"` being what it was loaded with; empty where there is none."
+    if adapter:
+        return engine.versions.cards.get(adapter, {})
+    loaded = getattr(engine, "loaded", None)
+    return loaded.card if loaded else {}
 
 # %% ../nbs/07_engines.ipynb #452aa904
 def prefill(model, processor, samples: list) -> dict:
@@ -468,7 +478,7 @@ class HFEngine:
 
     def sync(self, trained) -> None:
         "Take over the weights of a model that is being trained, merged out of place: they are what \"\" means from now on."
-        self.taken, self.speaks = changes(trained), None
+        self.taken, self.speaks, self.loaded.card = changes(trained), None, {}
         if EMBEDDING in self.taken and not self._tied():
             self.taken.setdefault(HEAD, self.taken[EMBEDDING])
         self._speak("")
@@ -483,7 +493,7 @@ class HFEngine:
         found = self._merged(folder) if odd else read_adapter(folder)
         if {HEAD, EMBEDDING} & set(found) and self._tied():
             self._untie()
-        name = self.versions.named(version)
+        name = self.versions.named(version, card=models.read_card(folder))
         for old in self.versions.oldest():
             del self.versions[old]
         self.versions[name] = found
@@ -685,7 +695,7 @@ class VLLMEngine:
         found = language_only(folder)
         if (rank := max(change.a.shape[0] for change in found.values())) > self.lora_rank:
             raise InputError(f"an adapter of rank {rank}, and vLLM was started for {self.lora_rank}", folder, "start it with a higher lora_rank")
-        name = self.versions.named(version)
+        name = self.versions.named(version, card=models.read_card(folder))
         for old in self.versions.oldest():
             self.llm.llm_engine.remove_lora(self.versions.pop(old).lora_int_id)
         own = shutil.copytree(folder, Path(self._scratch.name) / name)  # vLLM may read it again, whatever the trainer has made of the folder
@@ -1283,7 +1293,7 @@ class ServerEngine:
         """
         folder = adapter_folder(folder)
         language_only(folder)
-        name = self.versions.named(version, "-" + models.trained_weights(folder)[:8])
+        name = self.versions.named(version, "-" + models.trained_weights(folder)[:8], models.read_card(folder))
         for old in self.versions.oldest():
             del self.versions[old]
             self.start(self._adapter("unload", lora_name=old)).result()

@@ -26,7 +26,7 @@ from .env import ACHIEVEMENTS, World
 from .episodes import Episode, returns_to_go
 from .judge import RemoteJudge, reward_terms, rubric
 from .rollout import rollout
-from .sft import (Ending, checked_card, device_name, gpus, last_checkpoint, observer, on_one_device, rewind, shortage_told, silence,
+from .sft import (Ending, device_name, gpus, last_checkpoint, observer, on_one_device, rewind, shortage_told, silence,
                              threads, tracked)
 from .traces import Store, load
 from .values import Critic, gae
@@ -217,7 +217,8 @@ class Sync:
     the engine has `answered` is there for the trainer to compare."""
 
     def __init__(self, config: GRPOConfig, engine, loaded: models.Loaded, folder: Path):
-        self.engine, self.loaded, self.folder, self.prompt_hash = engine, loaded, folder, turns.prompt_hash(config)
+        self.engine, self.loaded, self.folder = engine, loaded, folder
+        self.prompt_hash, self.protocol = turns.prompt_hash(config), config.fields()
         self.sampling = engines.Sampling(config.temperature, min(8, config.max_new_tokens), config.seed)
         frames = [World(config.render_size).reset(seed).frame for seed in range(4)]
         self.canary = [engines.Request(turns.prompt(config, [], frame, urls=False), ("canary", i)) for i, frame in enumerate(frames)]
@@ -236,7 +237,7 @@ class Sync:
                 shutil.copy(trained / name, folder)
         else:
             trained.save_pretrained(folder, selected_adapters=["default"])
-        models.write_card(folder, self.loaded, self.prompt_hash, stage="grpo", version=self.version)
+        models.write_card(folder, self.loaded, self.prompt_hash, stage="grpo", version=self.version, protocol=self.protocol)
         name, weights = self.engine.set_policy(self.version, folder), models.trained_weights(folder)
         outputs = self.engine.generate(self.canary, self.sampling, name)
         said = [output.logprobs for output in outputs]
@@ -459,7 +460,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     """
     began, out = time.perf_counter(), resolve(out)
     adapter = adapter_folder(config.adapter or out.parent / "sft" / "adapter")
-    card, seeds = checked_card(adapter, config), seeds_of(config)  # what is wrong is told before anything is written
+    card, seeds = policies.checked_card(adapter, config), seeds_of(config)  # what is wrong is told before anything is written
     engines.check(config.engine)
     costs.check_prices(config)
     if config.judge == "remote":
@@ -482,7 +483,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
         store.forget("grpo", f"grpo-{step // each:04d}")
         metrics = _fit(config, out, adapter, loaded, store, updates, last, before, meter, serving)
     prompt_hash, unknown, other = turns.prompt_hash(config), models.unknown(card), models.other_base(loaded, card)
-    models.write_card(out / "adapter", loaded, prompt_hash, stage="grpo", iterations=config.iterations,
+    models.write_card(out / "adapter", loaded, prompt_hash, stage="grpo", iterations=config.iterations, protocol=config.fields(),
                       seeds=seed_spec([*models.trained_on(card), *seeds]), **({"seeds_incomplete": True} if "seeds" in unknown else {}))
     numbers = {"model": loaded.name, "iterations": config.iterations, "prompt_hash": prompt_hash, "return_first": metrics[0]["return_mean"],
                "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics),

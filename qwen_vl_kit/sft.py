@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SFT_NAMES', 'TRACKERS', 'SMALLER', 'Rows', 'Packer', 'device_name', 'usd_per_second', 'Meter', 'Ending',
-           'trainer_class', 'observer', 'silence', 'on_one_device', 'checked_card', 'last_checkpoint', 'rewind',
-           'shared_among', 'continued', 'gpus', 'devices', 'check_sharding', 'sharding', 'arguments', 'threads',
-           'check_tracker', 'tracked', 'player', 'shortage_told', 'rows_of', 'fit', 'best_figures', 'worker', 'launch',
-           'meeting', 'run']
+           'trainer_class', 'observer', 'silence', 'on_one_device', 'last_checkpoint', 'rewind', 'shared_among',
+           'continued', 'gpus', 'devices', 'check_sharding', 'sharding', 'arguments', 'threads', 'check_tracker',
+           'tracked', 'player', 'shortage_told', 'rows_of', 'fit', 'best_figures', 'worker', 'launch', 'meeting', 'run']
 
 # %% ../nbs/14_sft.ipynb #1ec186af
 import base64
@@ -30,7 +29,6 @@ from .config import BenchmarkConfig, Protocol, SFTConfig
 from .core import (InputError, Result, TrainingStopped, append_jsonl, atomic, digest, dumps, parse_seeds, progress, read_json,
                               resolve, seed_spec, write_json)
 from .export import numbered_rows
-from .turns import prompt_hash
 
 # %% ../nbs/14_sft.ipynb #9d6e7480
 class Rows:
@@ -305,15 +303,6 @@ SFT_NAMES = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "entropy":
              "eval_loss": "val_loss", "eval_token_accuracy": "val_token_accuracy", "eval_action_accuracy": "val_action_accuracy",
              "eval_dev.achievement_rate": "dev_achievement_rate"}
 
-# %% ../nbs/14_sft.ipynb #d73480e3
-def checked_card(adapter: str | Path, protocol: Protocol) -> dict:
-    "The card of an adapter. Raises `InputError` when it was trained under another prompt than `protocol` makes, as far as the card tells."
-    card, expected = models.read_card(adapter), prompt_hash(protocol)
-    if card["prompt_hash"] not in (None, expected):
-        raise InputError(f"the adapter was trained with prompt {card['prompt_hash'][:12]}, this config makes {expected[:12]}", adapter,
-                         "give this stage the same prompt, form, observe, history, frames, progress (with it, horizon) and render_size as collect")
-    return card
-
 # %% ../nbs/14_sft.ipynb #62bac059
 def last_checkpoint(folder: Path) -> Path | None:
     "The newest whole checkpoint in a folder; torn ones are removed."
@@ -575,12 +564,14 @@ def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | No
     loaded.model = trainer.model
     numbers = {**best_figures(trainer.state, config.keep_best), "model": loaded.name, "updates": steps, "rows": count,
                "samples": steps * per_step, "processes": world, "prompt_hash": train.prompt_hash, "parameters": parameters}
+    protocol = {"protocol": train.protocol().fields()} if train.rows[0]["metadata"].get("protocol") else {}
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(out / "adapter"))
     elif trainer.is_world_process_zero():
         trainer.model.save_pretrained(out / "adapter")
     if trainer.is_world_process_zero():
-        models.write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=count, updates=steps, seeds=seeds)
+        models.write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=count, updates=steps, seeds=seeds,
+                          **protocol)
     return numbers
 
 

@@ -7,8 +7,8 @@ __all__ = ['COLOURS', 'LINES', 'DPI', 'SFT_PANELS', 'SPEED_PANELS', 'GRPO_PANELS
            'text_table', 'html_table', 'read_table', 'read_arms', 'arms_table', 'Plot', 'Panel', 'read_metrics',
            'smooth', 'curves', 'Other', 'others_table', 'arms_plot', 'achievement_rates', 'achievement_plot',
            'differences', 'differences_table', 'film', 'script_json', 'episode_viewer', 'typical_seed', 'episode_of',
-           'Several', 'films', 'best_viewer', 'manifests', 'cost_table', 'count_weights', 'trained', 'about',
-           'shown_path', 'stage_commands', 'repeat_table', 'shown', 'heading', 'run']
+           'Several', 'check_prompts', 'films', 'best_viewer', 'manifests', 'cost_table', 'count_weights', 'trained',
+           'about', 'shown_path', 'stage_commands', 'repeat_table', 'shown', 'heading', 'run']
 
 # %% ../nbs/19_show.ipynb #1b8c83ed
 import base64
@@ -557,8 +557,24 @@ class Several(list):
             display(thing)
 
 
+def check_prompts(run: str | Path) -> None:
+    "Raise `InputError` when a run's benchmark has played one of the run's own adapters under another prompt than it was trained with."
+    folder = resolve(run)
+    db, made = folder / "benchmark/rollouts.db", folder / "benchmark/manifest.json"
+    played, inputs = traces.episodes(db) if db.is_file() else None, read_json(made)["inputs"] if made.is_file() else {}
+    for arm in ("sft", "grpo"):
+        own = inputs.get(arm, {}).get("path", f"{arm}/adapter") == f"{arm}/adapter"  # a config may name one that lies elsewhere
+        if played is None or not own or not (folder / arm / "adapter").is_dir():
+            continue
+        known = models.read_card(folder / arm / "adapter")["prompt_hash"]
+        if known and (others := set(played.prompt_hash[played.arm == arm]) - {known}):
+            raise InputError(f"arm {arm} was played with prompt {min(others)[:12]}, and its adapter was trained with {known[:12]}", db,
+                             "run the benchmark again")
+
+
 def films(run: str | Path, n: int = 8) -> Several:
     "A film strip of every arm of a run's benchmark, in the same typical world."
+    check_prompts(run)
     folder = resolve(run) / "benchmark"
     seed = typical_seed(folder / "episodes.csv")
     arms = read_arms(folder / "arms.csv")
@@ -568,6 +584,7 @@ def films(run: str | Path, n: int = 8) -> Several:
 
 def best_viewer(run: str | Path) -> Html:
     "The viewer for the best arm that the model itself plays (base, sft or grpo), in the typical world."
+    check_prompts(run)
     folder = resolve(run) / "benchmark"
     arms = read_arms(folder / "arms.csv")
     own = arms[arms.arm.isin(["base", "sft", "grpo"])]
@@ -631,6 +648,7 @@ def trained(run: str | Path) -> dict:
     "Which model a run trained, from its adapter's card: name, weights, prompt_hash, parameters. `InputError` without an adapter."
     adapter = next((p for p in (resolve(run) / stage / "adapter" for stage in ("grpo", "sft")) if p.is_dir()), resolve(run) / "sft/adapter")
     card = models.read_card(adapter)
+    check_prompts(run)
     name = card["base"]
     counted = manifests(run).get("sft", {}).get("numbers", {}).get("parameters", {}).get("total")
     weights = (models.tiny_folder() if name == "tiny" else resolve(name)) / "model.safetensors"

@@ -1,14 +1,18 @@
 """The whole pipeline as a user starts it, on the smallest data that can fail: real processes, real kernels, the real model."""
 import csv
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from qwen_vl_kit import benchmark, collect, export, traces
-from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig
-from qwen_vl_kit.core import InputError, digest, read_json
+from qwen_vl_kit import benchmark, collect, export, models, show, traces
+from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, Protocol
+from qwen_vl_kit.core import InputError, digest, read_json, root
+from qwen_vl_kit.engines import HFEngine, Sampling
+from qwen_vl_kit.policies import EnginePolicy
+from qwen_vl_kit.rollout import rollout
 
 SMALL = ["--set", 'collect.seeds="0-23"', "--set", 'collect.horizon="s20"', "--set", 'grpo.horizon="s20"',
          "--set", 'benchmark.horizon="s20"', "--set", "sft.max_steps=40", "--set", "sft.eval_steps=20",
@@ -75,6 +79,49 @@ def test_another_prompt_is_refused(demo, tmp_path):
     assert not list((tmp_path / "benchmark").glob("*.csv"))
 
 
+def test_the_tour_plays_the_demos_adapter_as_it_was_trained(demo, tmp_path, monkeypatch):
+    import papermill
+    out, _ = demo
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "demo").symlink_to(out)
+    (tmp_path / "configs").symlink_to(root() / "configs")
+    shutil.copy(root() / "settings.ini", tmp_path)
+    tour = root() / "nbs" / "index.ipynb"
+    monkeypatch.setenv("QVK_ROOT", str(tmp_path))  # where it looks for outputs/demo
+    made = papermill.execute_notebook(tour, None, kernel_name="python3", cwd=tmp_path, progress_bar=False)
+    printed = "".join(output.text for cell in made.cells for output in cell.get("outputs", ()) if output.output_type == "stream")
+    shown = "".join(output.data.get("text/html", "") for cell in made.cells for output in cell.get("outputs", ()) if "data" in output)
+    assert "with the demo's SFT adapter" in printed and "achievements an episode" in printed
+    assert all(f">{arm}</td>" in shown for arm in ("random", "base", "sft", "grpo", "expert"))
+
+
+def test_an_adapter_in_a_notebook_is_played_under_its_own_prompt_or_not_at_all(demo):
+    out, _ = demo
+    for stage in ("sft", "grpo"):
+        protocol = Protocol.from_adapter(out / stage)
+        assert protocol == Protocol(**PLAY)
+        engine = HFEngine(models.load("tiny", adapter=out / stage / "adapter"))
+        player = EnginePolicy(engine, protocol, Sampling(max_new_tokens=16), "tiny")
+        assert rollout(player, protocol, [1000000])[0].turns
+        other = Protocol(**PLAY | {"progress": False})
+        with pytest.raises(InputError, match="progress = true and not false"):
+            EnginePolicy(engine, other, Sampling())
+        with pytest.raises(InputError, match="progress = True and not False"):
+            rollout(player, other, [1000000])
+
+
+def test_the_report_does_not_show_an_adapter_under_another_prompt(demo, tmp_path):
+    out, _ = demo
+    for name in ("benchmark", "sft"):
+        shutil.copytree(out / name, tmp_path / name)
+    assert show.trained(tmp_path)["prompt_hash"] and show.best_viewer(tmp_path)
+    card = tmp_path / "sft" / "adapter" / "qvk.json"
+    card.write_text(card.read_text().replace(read_json(card)["prompt_hash"], "0" * 64))
+    for draw in (show.trained, show.best_viewer, show.films):
+        with pytest.raises(InputError, match="arm sft was played with prompt .*; run the benchmark again"):
+            draw(tmp_path)
+
+
 def test_two_runs_give_the_same_traces_rows_and_table(demo, tmp_path):
     out, _ = demo
     for run in (tmp_path / "one", tmp_path / "two"):
@@ -93,9 +140,7 @@ def test_two_runs_give_the_same_traces_rows_and_table(demo, tmp_path):
 
 
 def test_three_imported_functions_play_an_episode():
-    from qwen_vl_kit.config import Protocol
     from qwen_vl_kit.policies import ExpertPolicy
-    from qwen_vl_kit.rollout import rollout
     protocol = Protocol()
     assert rollout(ExpertPolicy(protocol), protocol, [7])[0].achievements
 
