@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HorizonName', 'Seeds', 'MaybeSeeds', 'Time', 'EngineName', 'STAGES', 'Rule', 'LANGUAGE_LAYERS', 'LABEL', 'SERVICE',
            'HARDWARE', 'ONE_PROCESS', 'ONE_TRAINS', 'REFERENCE', 'ENGINE', 'CACHES', 'GRAPHS', 'NO_VALUE_FUNCTION',
-           'GAME_REWARD', 'JUDGES', 'ALL_STORED', 'ENDPOINT', 'ADAPTER', 'ROWS_ARE_WHOLE', 'FILE_NAMES', 'NESTED',
-           'Horizon', 'horizon', 'Stage', 'Protocol', 'CollectConfig', 'ExportConfig', 'Training', 'SFTConfig',
-           'GRPOConfig', 'BenchmarkConfig', 'ReportConfig', 'validate', 'resolved', 'Note', 'Translation', 'translate',
-           'read_toml', 'stage_of', 'parse_set', 'config_file', 'load']
+           'GAME_REWARD', 'JUDGES', 'ALL_STORED', 'EPISODES', 'WEIGHTS', 'PICTURES', 'ENDPOINT', 'ADAPTER',
+           'ROWS_ARE_WHOLE', 'FILE_NAMES', 'NESTED', 'Horizon', 'horizon', 'Stage', 'Protocol', 'CollectConfig',
+           'ExportConfig', 'Training', 'SFTConfig', 'GRPOConfig', 'BenchmarkConfig', 'ReportConfig', 'validate',
+           'resolved', 'Note', 'Translation', 'translate', 'read_toml', 'stage_of', 'parse_set', 'config_file', 'load']
 
 # %% ../nbs/01_config.ipynb #5119c37f
 import json
@@ -426,6 +426,20 @@ def _rollouts(value, values):
     values.update(groups=max(1, value // size), group_size=size, midway=0.0)
     return f"{value} episodes an iteration read as {value // size} groups (one seed each) of {size} episodes"
 
+
+def _iterations(value, values):
+    "A factor of the number of iterations, which `num_epochs` and `iterations_per_epoch` give together."
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{_toml(value)} is no number of iterations", mend="write an integer of at least 1")
+    values["iterations"] = value * values.get("iterations", 1)
+
+
+def _policy_gradient(value, values):
+    if _says("default", "grpo", "policy_gradient", "lora", "gspo")(value, values) or value != "gspo":
+        return None
+    values["importance"] = "sequence"
+    return "GSPO is GRPO whose importance ratio is a sequence's; its paper clips closer, at 3e-4 below and 4e-4 above: [grpo] clip_range"
+
 # %% ../nbs/01_config.ipynb #7c92eb5f
 LANGUAGE_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -578,12 +592,16 @@ NO_VALUE_FUNCTION = Note("GRPO has no value function that is trained, so there i
 GAME_REWARD = Note("the reward is the game's own; no judge's score is mixed in")
 JUDGES = Note("a judge is \"game\", \"rubric\" or \"remote\" here; functions from other files are not called")
 ALL_STORED = Note("every turn is stored whole, with its frame, prompt, reply, rewards and usage")
+EPISODES = Note("an iteration plays groups x group_size episodes, all at once; give them with --set")
+WEIGHTS = Note("the weights reach what plays after every iteration, and what arrives is checked")
+PICTURES = Note("frames and render_size say what is shown")
 ENDPOINT = Note("an endpoint is named in the environment or the --env-file: OPENAI_BASE_URL, OPENAI_API_KEY, OPENAI_HEADERS")
 
 # %% ../nbs/01_config.ipynb #3ac62a4f
 _TRAINING: dict[str, object] = {
     "compute.gpu_type": HARDWARE, "compute.gpu_count": HARDWARE, "compute.nodes": HARDWARE, "compute.topology.*": HARDWARE,
-    "tags.*": LABEL, "model_config.*": LABEL, "policy.*": SERVICE, "job.poll_seconds": SERVICE, "services.*": SERVICE,
+    "tags.*": LABEL, "model_config.*": LABEL, "policy.*": SERVICE, "job.poll_seconds": SERVICE, "services.*": SERVICE, "smoke.*": SERVICE,
+    "policy.model_name": "model", "policy.source": "model", "policy.label": LABEL,
     "training.mode": _kind_of_training, "hyperparameters.train_kind": _kind_of_training,
     "hyperparameters.learning_rate": "learning_rate", "hyperparameters.weight_decay": "weight_decay",
     "hyperparameters.warmup_ratio": "warmup_ratio", "hyperparameters.sequence_length": "sequence_length",
@@ -601,14 +619,24 @@ _TRAINING: dict[str, object] = {
     "hyperparameters.parallelism.tensor_parallel_size": ONE_PROCESS, "hyperparameters.parallelism.pipeline_parallel_size": ONE_PROCESS,
 }
 
+# %% ../nbs/01_config.ipynb #d0822ac5
+_POLICY: dict[str, object] = {
+    "temperature": "temperature", "max_tokens": "max_new_tokens", "max_llm_calls": _calls,
+    "use_vision": _vision, "image_only_mode": _image_only,
+    "provider": _provider, "inference_url": ENDPOINT, "use_tools": _use_tools,
+    "tool_choice": Note("the tool is asked for where there is one"), "top_p": Note("the whole distribution is sampled"),
+    "reasoning_effort": ENDPOINT, "system_hint": Note("every stage shows one and the same prompt"),
+}
+
 # %% ../nbs/01_config.ipynb #3221c711
 _SFT: dict[str, object] = {
     **_TRAINING, "algorithm.type": _says("offline"), "algorithm.method": _says("sft", "supervised_finetune"),
-    "algorithm.variety": _kind_of_training,
+    "algorithm.variety": _kind_of_training, "policy.trainer_mode": _kind_of_training,
     "job.model": "model", "job.data": _data, "job.data_path": _data, "data.validation_path": _validation, "data.topology.*": HARDWARE,
     "training.use_qlora": _qlora, "hyperparameters.n_epochs": "epochs", "training.validation.enabled": _says(True),
     "training.validation.evaluation_strategy": _evaluation, "training.validation.eval_steps": "eval_steps",
-    "training.validation.save_best_model_at_end": "keep_best", "training.validation.metric_for_best_model": _best_metric,
+    "training.validation.save_best_model_at_end": "keep_best", "training.validation.load_best_model_at_end": "keep_best",
+    "training.validation.metric_for_best_model": _best_metric,
     "training.validation.greater_is_better": Note("it follows from the metric"),
     "compute.gpu_count": "processes", "compute.nodes": "machines", "hyperparameters.parallelism.use_deepspeed": _zero,
     "hyperparameters.parallelism.deepspeed_stage": _stage, "hyperparameters.parallelism.fsdp": "fsdp",
@@ -620,8 +648,10 @@ ADAPTER = Note("the adapter that GRPO goes on from brings its own LoRA shape")
 _GRPO: dict[str, object] = {
     **_TRAINING, **{key: ADAPTER for key in _TRAINING if "lora" in key},
     "training.mode": _kind_of_training, "hyperparameters.train_kind": _kind_of_training, "algorithm.type": _says("online"),
-    "algorithm.method": _says("grpo", "policy_gradient"), "algorithm.variety": _says("default", "grpo", "lora"),
+    "algorithm.method": _policy_gradient, "algorithm.variety": _policy_gradient, "policy.trainer_mode": _kind_of_training,
+    "policy.temperature": "temperature", "policy.max_tokens": "max_new_tokens",
     "model.base": "model", "model.source": "model", "model.adapter": "adapter", "model.trainer_mode": _says("lora"), "model.label": LABEL,
+    "model.supports_vision": LABEL,
     "job.model": "model", "job.rollout_count": _rollouts, "job.n_iterations": "iterations", "job.max_steps_per_rollout": _turns,
     "topology.type": _topology, "topology.gpus_for_vllm": _serving, "topology.gpus_for_training": ONE_TRAINS,
     "topology.gpus_for_ref": REFERENCE, "topology.reference_placement": REFERENCE, "reference.*": REFERENCE,
@@ -634,21 +664,30 @@ _GRPO: dict[str, object] = {
     "grpo.normalize_rewards": "scale_rewards", "grpo.group_size": "group_size", "judge.type": _judge, "judge.model": _judge_model,
     "judge.provider": ENDPOINT, "judge.weight": "judge_weight", "judge.*": JUDGES, "rubric.*": JUDGES,
     "rollout.max_turns": _turns, "rollout.env_name": LABEL, "rollout.policy_name": LABEL, "rollout.*": SERVICE,
+    "rollout.episodes_per_batch": EPISODES, "rollout.batches_per_step": EPISODES, "rollout.max_concurrent_rollouts": EPISODES,
+    "rollout.env_config.difficulty": _says("normal"), "rollout.env_config.step_rewards.*": GAME_REWARD,
+    **{f"rollout.policy_config.{name}": _POLICY[name] for name in
+       ("temperature", "max_tokens", "max_llm_calls", "use_vision", "image_only_mode", "use_tools", "tool_choice", "top_p", "system_hint")},
+    "training.num_epochs": _iterations, "training.iterations_per_epoch": _iterations, "training.max_turns": _turns,
+    "training.group_size": "group_size", "training.batch_size": "batch_size", "training.learning_rate": "learning_rate",
+    "training.gradient_accumulation_steps": "gradient_accumulation_steps", "training.max_accumulated_minibatch": EPISODES,
+    "training.async_semaphore_max": EPISODES, "training.log_interval": Note("every iteration is logged"),
+    "training.weight_sync_interval": WEIGHTS, "training.weight_sync.*": WEIGHTS, "training.rewards.*": GAME_REWARD,
+    **{f"training.{name}": GAME_REWARD for name in ("event_rewards_kind", "step_rewards_enabled", "step_rewards_mode", "step_rewards_beta",
+                                                    "step_rewards_strategy", "step_rewards_indicator_lambda")},
+    "training.supports_vision": LABEL, "training.max_images_per_message": PICTURES,
+    "evaluation.*": Note("GRPO reports the returns of its own episodes; the benchmark plays unseen seeds afterwards"),
 }
 
 # %% ../nbs/01_config.ipynb #907f7c1f
-_POLICY: dict[str, object] = {
-    "temperature": "temperature", "max_tokens": "max_new_tokens", "max_llm_calls": _calls,
-    "use_vision": _vision, "image_only_mode": _image_only,
-    "provider": _provider, "inference_url": ENDPOINT, "use_tools": _use_tools,
-    "tool_choice": Note("the tool is asked for where there is one"), "top_p": Note("the whole distribution is sampled"),
-    "reasoning_effort": ENDPOINT, "system_hint": Note("every stage shows one and the same prompt"),
-}
-
 _EVAL: dict[str, object] = {
     "eval.app_id": LABEL, "eval.model": _teacher, "eval.seeds": "seeds", "eval.max_turns": _turns, "eval.concurrency": "concurrency",
     **{f"eval.{table}{name}": rule for table in ("", "policy_config.", "policy.") for name, rule in _POLICY.items()},
     "eval.policy_config.model": _teacher, "eval.policy.model": _teacher,
+    "eval.num_episodes": Note("one episode a seed: seeds says which"), "eval.max_steps_per_episode": _turns, "eval.parallel_episodes": "concurrency",
+    "eval.collect_traces": ALL_STORED, "eval.trace_db": Note("it names the folder that rollouts.db is written to"),
+    "task.*": LABEL, "task.config.seed_start": Note("seeds says which worlds are played"), "task.config.render_size": PICTURES,
+    "task.config.max_episode_length": Note("the horizon is set in turns"),
     "eval.task_app_url": SERVICE, "eval.split": LABEL, "eval.env_name": LABEL, "eval.policy_name": LABEL, "eval.metadata.*": LABEL,
     "eval.metadata_sql": SERVICE, "eval.env_file": Note("give --env-file on the command line"), "eval.ops": ALL_STORED,
     "eval.trace_format": ALL_STORED, "eval.return_trace": ALL_STORED, "eval.judge.type": _judge,
@@ -776,7 +815,7 @@ def stage_of(path: str | Path, document: dict | None = None) -> str:
     if "eval" in document or "filter" in document:
         return "collect" if "eval" in document else "export"
     method = document.get("algorithm", {}).get("method") if isinstance(document.get("algorithm"), dict) else None
-    known = {"sft": "sft", "supervised_finetune": "sft", "grpo": "grpo", "policy_gradient": "grpo"}
+    known = {"sft": "sft", "supervised_finetune": "sft", "grpo": "grpo", "policy_gradient": "grpo", "gspo": "grpo"}
     if str(method) in known:
         return known[method]
     table = next(key for key, value in document.items() if isinstance(value, dict))

@@ -21,7 +21,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 from . import traces
@@ -36,12 +35,6 @@ from .models import decode_url
 from .turns import answer, call_text, parse, prompt, prompt_hash, system
 
 # %% ../nbs/13_export.ipynb #2626b282
-def _after(moment: str) -> float:
-    "Seconds since 1970 of an ISO date or time; UTC if it names no zone."
-    told = datetime.fromisoformat(moment)
-    return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
-
-
 def _longest_run(episode: Episode) -> int:
     "How many times in a row an episode's most repeated action was taken."
     longest = length = 0
@@ -73,8 +66,8 @@ def rules(config: ExportConfig) -> dict[str, Rule]:
         "splits": (c.splits, lambda s, e: s["split"] in c.splits),
         "models": (c.models, lambda s, e: s["model"] in c.models),
         "prompts": (c.prompts, lambda s, e: s["prompt"].startswith(tuple(c.prompts))),
-        "since": (c.since, lambda s, e: s["created"] >= _after(c.since)),
-        "until": (c.until, lambda s, e: s["created"] < _after(c.until)),
+        "since": (c.since, lambda s, e: s["created"] >= traces.timestamp(c.since)),
+        "until": (c.until, lambda s, e: s["created"] < traces.timestamp(c.until)),
         "min_reward": (c.min_reward is not None, lambda s, e: e.reward >= c.min_reward),
         "max_reward": (c.max_reward is not None, lambda s, e: e.reward <= c.max_reward),
         "min_achievements": (c.min_achievements, lambda s, e: len(e.achievements) >= c.min_achievements),

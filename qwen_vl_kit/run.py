@@ -648,10 +648,10 @@ def resolve_new_path(path: str) -> str:
 
 
 def resolve_cli_path(path: str) -> str:
-    "A path that a command reads: from the current folder if something is there, else below the project's if it is there; else its whole path."
+    "A path that a command reads: from the current folder if something is there, else below the project's; the whole path of one that is nowhere."
     here = Path(resolve_new_path(path))
     if path and not here.exists():
-        return path if resolve(path).exists() else str(here)
+        return path if resolve(path).exists() else str(resolve(path))
     return _told(here) if path else ""  # relative to the project's folder, so that configs are the same from everywhere
 
 
@@ -722,13 +722,13 @@ def seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str = ""
 
 def _seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str) -> Path:
     document = configs.read_toml(path)
-    table = document.get("filter", {})
-    for key in ("output_dir", "output"):
-        if not isinstance(table.get(key, ""), str):
-            raise InputError(f"key 'filter.{key}': {table[key]!r} is not a path", path, "write it in quotes")
-    if stage == "export" and table.get("output_dir"):
-        return resolve(table["output_dir"])
-    given = trace_db or table.get("output", "")
+    section, keys = {"collect": ("eval", ("trace_db",)), "export": ("filter", ("output", "output_dir"))}.get(stage, ("", ()))
+    named = {key: document[section][key] for key in keys if key in document.get(section, {})}
+    if wrong := [key for key, value in named.items() if not isinstance(value, str)]:
+        raise InputError(f"key '{section}.{wrong[0]}': {named[wrong[0]]!r} is not a path", path, "write it in quotes")
+    if named.get("output_dir"):
+        return resolve(named["output_dir"])
+    given = trace_db or named.get("trace_db") or named.get("output", "")
     wanted = {"collect": "rollouts.db", "export": "train.jsonl"}.get(stage)
     if given:
         if Path(given).name != wanted:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'SPLITS', 'LARGEST', 'PACKAGES', 'split_of', 'png_size', 'provenance', 'Store', 'frame', 'frames', 'read',
-           'load', 'protocol_of', 'episodes', 'turns', 'spent', 'sources', 'fingerprint', 'merge', 'import_synth']
+           'load', 'protocol_of', 'episodes', 'turns', 'spent', 'sources', 'fingerprint', 'merge', 'timestamp',
+           'import_synth']
 
 # %% ../nbs/09_traces.ipynb #9ce6324a
 import base64
@@ -21,6 +22,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from importlib import metadata
 from pathlib import Path
@@ -408,8 +410,10 @@ class Store(_Runs):
     def __exit__(self, *_):
         self.close()
 
-    def add(self, episode: Episode, arm: str = "", split: str = "", scores: dict | None = None) -> None:
+    def add(self, episode: Episode, arm: str = "", split: str = "", scores: dict | None = None, created: float | None = None,
+            wall: float | None = None) -> None:
         """Store a finished episode, at once and for good, with what judges say of it; its split is that of its seed if none is given.
+        One that was played before says when it was `created` (seconds since 1970) and how many seconds it took (`wall`).
 
         Raises `InputError` when it is empty or there already.
         """
@@ -419,7 +423,8 @@ class Store(_Runs):
             raise InputError(f"seed {episode.seed}: an episode without turns", self.path, "store it when it has been played")
         key, now = (self.run, arm, int(episode.seed), int(episode.member)), time.monotonic()
         with self.transaction() as execute:
-            more = time.time(), split or split_of(key[2]), self.source, now - self._mark
+            played = time.time() if created is None else created, now - self._mark if wall is None else wall
+            more = played[0], split or split_of(key[2]), self.source, played[1]
             session = _insert(execute, key, episode, self.prompt, *more, episode.start)
             for judge, score in (scores or {}).items():
                 _add_row(execute, "scores", (session, judge, float(score)))
@@ -833,6 +838,12 @@ def _synth_protocol(turns: list[Turn]) -> Protocol:
     return Protocol(form="tool", observe=observe, horizon="t50", **({"render_size": size[0]} if size else {}))
 
 # %% ../nbs/09_traces.ipynb #e8710bd2
+def timestamp(moment: str) -> float:
+    "Seconds since 1970 of an ISO date or time, UTC if it names no zone. Raises ValueError for other text."
+    read = datetime.fromisoformat(moment)
+    return (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
+
+
 def _synth_session(connection: sqlite3.Connection, row: sqlite3.Row, file: Path) -> tuple[Episode, Protocol, dict]:
     "One session of synth-ai's: the episode, its protocol, and what is told of it. Raises ValueError (also `InputError`) if it is unusable."
     told = _dict(row["metadata"])
@@ -847,10 +858,15 @@ def _synth_session(connection: sqlite3.Connection, row: sqlite3.Row, file: Path)
     model = connection.execute("SELECT model_name FROM events WHERE session_id = ? AND model_name <> ''", (row["session_id"],)).fetchone()
     system = connection.execute("SELECT content FROM messages WHERE session_id = ? AND message_type = 'system'", (row["session_id"],)).fetchone()
     episode = Episode(seed, f"t{len(turns)}", str((model and model[0]) or told.get("model") or "unknown"), turns=turns)
+    try:
+        created = timestamp(row["created_at"])
+    except (ValueError, TypeError):
+        raise ValueError("its time cannot be read") from None
     judged = told.get("judge_scores") if isinstance(told.get("judge_scores"), dict) else {}
     scores = {**judged, "official": told.get("official_score")}
     return episode, _synth_protocol(turns), {
-        "split": str(told.get("task_split") or ""), "scores": {name: score for name, score in scores.items() if type(score) in (int, float)},
+        "created": created, "wall": episode.usage("seconds") or 0.0, "split": str(told.get("task_split") or ""),
+        "scores": {name: score for name, score in scores.items() if type(score) in (int, float)},
         "facts": {"imported": file.name, "env_name": told.get("env_name"), "policy_name": told.get("policy_name"),
                   "system_prompt": _dict(system[0]).get("content", system[0]) if system else None}}
 
@@ -887,7 +903,7 @@ def import_synth(file: str | Path, db: str | Path) -> dict:
                 count["known"] += 1
                 continue
             store.begin(run, protocol, more["facts"])
-            store.add(episode, arm=episode.model, split=more["split"], scores=more["scores"])
+            store.add(episode, episode.model, more["split"], more["scores"], more["created"], more["wall"])
             count["episodes"], count["turns"] = count["episodes"] + 1, count["turns"] + len(episode.turns)
         if not count["episodes"] and not count["known"]:
             why = "; ".join(f"{sessions} left out: {reason}" for reason, sessions in skipped.most_common(3)) or "there is none"

@@ -444,7 +444,7 @@ def test_paths_of_a_command_are_seen_from_where_it_is_given(elsewhere, tmp_path)
             ("export --config configs/demo --set traces=['rows/a.db','other.db']", "export", tmp_path / "50% off/demo/export",
              {"traces": [f"{rows}/a.db", "work/other.db"]}),
             ("benchmark --config configs/demo --set sft_adapter=rows --set grpo_adapter=none", "benchmark", tmp_path / "50% off/demo/benchmark",
-             {"sft_adapter": rows, "grpo_adapter": str(work / "none")}),
+             {"sft_adapter": rows, "grpo_adapter": str(tmp_path / "none")}),
             ("collect --config configs/demo --set student=configs", "collect", tmp_path / "50% off/demo/collect", {"student": "configs"})):
         assert run.main(line.split()) == 0, line
         did, settings, place = elsewhere.pop()

@@ -123,6 +123,24 @@ def test_the_seeds_rl_toml_means_what_it_says():
     assert any("value_clip_range: GRPO has no value function" in line for line in loaded.notices)
 
 
+def test_keys_of_synth_ais_other_tomls_act(tmp_path):
+    rl = """[algorithm]\ntype = "online"\nmethod = "policy_gradient"\nvariety = "gspo"\n[policy]\nmodel_name = "tiny"\ntrainer_mode = "lora"
+        [training]\nnum_epochs = 2\niterations_per_epoch = 3\nmax_turns = 10\ngroup_size = 4\nlog_interval = 1\n[evaluation]\ninstances = 8
+        [training.weight_sync]\nenable = true\n[rollout]\nepisodes_per_batch = 2\n[rollout.policy_config]\ntemperature = 0.6\nmax_tokens = 99"""
+    loaded = config.load(written(tmp_path, rl, "rl.toml"), "grpo")
+    assert (loaded.importance, loaded.model, loaded.iterations, loaded.horizon, loaded.group_size) == ("sequence", "tiny", 6, "t10", 4)
+    assert (loaded.temperature, loaded.max_new_tokens) == (0.6, 99)
+    for key, reason in (("variety", "its paper clips closer"), ("log_interval", "every iteration"), ("enable", "after every iteration"),
+                        ("episodes_per_batch", "groups x group_size"), ("instances", "the benchmark plays unseen seeds")):
+        assert any(f"{key}:" in line and reason in line for line in loaded.notices), key
+    sft = '[algorithm]\nmethod = "sft"\n[job]\ndata = "x/train.jsonl"\n[hyperparameters.parallelism]\nload_best_model_at_end = false'
+    loaded = config.load(written(tmp_path, sft), "sft")
+    assert not loaded.keep_best and any("load_best_model_at_end" in line and "[training.validation]" in line for line in loaded.notices)
+    seen = '[eval]\nmodel = "m"\nprovider = "openai"\nseeds = [3, 1]\nmax_steps_per_episode = 20\nparallel_episodes = 5\ntrace_db = "t/rollouts.db"'
+    loaded = config.load(written(tmp_path, seen, "e.toml"), "collect")
+    assert (loaded.seeds, loaded.horizon, loaded.concurrency, loaded.engine) == ("3,1", "t20", 5, "server")
+
+
 @pytest.mark.parametrize("name, stage", [("crafter_qwen3vl_2b_gpt4o", "sft"), ("crafter_rl_qwen3vl_2b", "grpo"),
                                          ("eval_gpt4o_vision_proper", "collect"), ("filter_vision_test", "export")])
 def test_every_key_of_a_nested_toml_acts_or_is_named(name, stage):

@@ -619,6 +619,18 @@ def test_a_database_of_synth_ai_is_read_in(tmp_path, shape):
         assert json.loads(connection.execute("SELECT provenance FROM sources").fetchone()[0])["system_prompt"] == "You play Crafter."
 
 
+def test_what_was_read_in_keeps_its_own_time(tmp_path):
+    def spoil(connection):
+        connection.execute("UPDATE session_traces SET created_at = 'yesterday' WHERE session_id = 'run-2'")
+        connection.execute("UPDATE session_traces SET created_at = '2025-10-22 12:00:00.500+02:00' WHERE session_id = 'run-1'")
+    db = tmp_path / "rollouts.db"
+    assert traces.import_synth(synth(tmp_path / "v3.db", sessions=3, change=spoil), db)["skipped"] == {"its time cannot be read": 1}
+    created = [traces.timestamp(moment) for moment in ("2025-10-20T10:00Z", "2025-10-22T10:00:00.5Z")]
+    assert [session["created"] for session, _ in traces.read(db)] == created
+    assert traces.episodes(db)["wall"].tolist() == pytest.approx([2.7, 2.7])  # not what reading them in took
+    assert exported(db, since="2025-10-21", val_fraction=0).numbers["episodes"] == 1
+
+
 def test_what_was_read_in_can_be_exported_in_another_form(tmp_path):
     db = tmp_path / "rollouts.db"
     traces.import_synth(synth(tmp_path / "v3.db"), db)
