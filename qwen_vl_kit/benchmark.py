@@ -38,6 +38,7 @@ class Players:
         self.config, self.meter = config, meter
         self.folders = {arm: adapter_of(arm, config, run_folder) for arm in config.arms}
         self.ranks = {arm: engines.rank_of(folder) for arm, folder in self.folders.items() if folder}
+        self.loaded = None  # the model that is played here, without its weights
         self.engine, self.whole = None, None  # the base's, and the folder of whole weights that it plays in its place
         self.named: dict[str, str] = {}  # the base that an arm's adapter names, where it is another one
 
@@ -45,6 +46,7 @@ class Players:
         "Load what the first arm with a model plays. Raises `InputError` when that cannot be, or an adapter is for another base."
         if asked := [arm for arm in self.config.arms if arm not in ("random", "expert")]:
             engine = self._engine(self._whole(asked[0]))
+            self.loaded = getattr(engine, "loaded", None)
             for arm, folder in self.folders.items():
                 if folder:
                     self._check(engine, arm, folder)
@@ -179,12 +181,14 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
             episodes += [episode_row(arm, episode) for episode in played]
             took += store.seconds(name, arm)
             append_jsonl(out / "metrics.jsonl", {"step": len(arms), **arms[-1], "seconds": round(took, 3)})
+    found = models.notices(players.loaded, config) if players.loaded else []
     write_csv(out / "arms.csv", arms)
     write_csv(out / "episodes.csv", episodes)
-    numbers = {"model": config.model, "prompt_hash": turns.prompt_hash(config), "seeds": config.seeds,
+    numbers = {"model": config.model, **(players.loaded.identity if players.loaded else {}),
+               "prompt_hash": turns.prompt_hash(config), "seeds": config.seeds,
                **{arm["arm"]: arm["achievement_rate"] for arm in arms}, **({"seeds_not_told": untold} if untold else {}),
                **({"unknown_of_adapters": unknown} if unknown else {}), **({"adapters_name_base": players.named} if players.named else {}),
                **({"trained_in_4_bits": in_4_bits} if in_4_bits else {}),
-               **({"earlier_seconds": earlier} if earlier else {}),
+               **({"earlier_seconds": earlier} if earlier else {}), **({"notices": found} if found else {}),
                **(meter.numbers() if meter else {})}
     return Result("benchmark", out, earlier + time.perf_counter() - began, numbers, adapters, meter.usage() if meter else [])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COPY_AGAIN', 'FILES', 'TYPES', 'CHANGES', 'Checkpoint', 'weight_files', 'read_object', 'refuse_pointer',
            'tiny_folder', 'find', 'check', 'assistant_labels', 'chat_template', 'make_processor', 'read_processor',
-           'end_token_ids']
+           'end_token_ids', 'truncation']
 
 # %% ../nbs/05b_checkpoint.ipynb #e7a9424a
 import json
@@ -394,3 +394,11 @@ def end_token_ids(folder: Path, tokenizer) -> tuple[int, ...]:
     if not all(isinstance(token, int) for token in ids):
         raise InputError(f"eos_token_id is {named!r}, which are no token ids", path, COPY_AGAIN)
     return tuple(sorted(ids))
+
+# %% ../nbs/05b_checkpoint.ipynb #961b47ce
+def truncation(folder: Path) -> dict:
+    "The settings of a folder's generation_config.json that keep tokens from being drawn or change their odds, without those that do nothing."
+    path = folder / "generation_config.json"
+    settings = read_object(path) if path.exists() else {}
+    idle = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
+    return {name: settings[name] for name, value in idle.items() if settings.get(name) not in (None, value)}

@@ -485,10 +485,11 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     prompt_hash, unknown, other = turns.prompt_hash(config), models.unknown(card), models.other_base(loaded, card)
     models.write_card(out / "adapter", loaded, prompt_hash, stage="grpo", iterations=config.iterations, protocol=config.fields(),
                       seeds=seed_spec([*models.trained_on(card), *seeds]), **({"seeds_incomplete": True} if "seeds" in unknown else {}))
-    numbers = {"model": loaded.name, "iterations": config.iterations, "prompt_hash": prompt_hash, "return_first": metrics[0]["return_mean"],
+    numbers = {**loaded.identity, "iterations": config.iterations, "prompt_hash": prompt_hash, "return_first": metrics[0]["return_mean"],
                "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics),
                **({"unknown_of_adapter": unknown} if unknown else {}), **({"adapter_names_base": other} if other else {})}
     seconds = before + time.perf_counter() - began
+    numbers |= ({"notices": found} if (found := models.notices(loaded, config)) else {})
     numbers |= (meter.numbers() if meter.calls else {}) | ({"not_applied": told} if told else {})
     return Result("grpo", out, seconds, numbers, {"adapter": adapter}, costs.rent(device_name(), seconds, 1 + serving) + meter.usage())
 

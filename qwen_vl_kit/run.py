@@ -534,7 +534,10 @@ def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, a
         raise
     shutil.rmtree(out / BEFORE)
     (out / MARKER).unlink()
-    _say(f"{stage:<10} {time.perf_counter() - began:.0f} s  {_headline(stage, read_json(out / 'manifest.json')['numbers'])}")
+    numbers = read_json(out / "manifest.json")["numbers"]
+    _say(f"{stage:<10} {time.perf_counter() - began:.0f} s  {_headline(stage, numbers)}")
+    for line in (*numbers.get("not_applied", ()), *numbers.get("notices", ())):
+        _say(f"{stage:<10} note: {line}")
 
 
 def _undone(stage: str, out: Path, anew: bool, error: BaseException) -> BaseException:

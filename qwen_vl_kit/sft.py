@@ -373,6 +373,8 @@ def devices(config: SFTConfig) -> tuple[int, list[str]]:
     if processes * config.machines == 1:
         told += [f"{name}: one process has nothing to shard" for name, given in
                  ((f"deepspeed_stage = {config.deepspeed_stage}", config.deepspeed_stage), ("fsdp = true", config.fsdp)) if given]
+    elif config.deepspeed_stage in (1, 2) and not config.fsdp and not found and not find_spec("deepspeed"):
+        told.append(f"deepspeed_stage = {config.deepspeed_stage}: DeepSpeed is not installed, and without a GPU each process holds everything")
     else:
         check_sharding(config, found)
     return processes, told
@@ -397,7 +399,7 @@ def sharding(config: SFTConfig, processes: int) -> dict:
     "TRL `SFTConfig` arguments that divide optimizer, gradients and weights among processes."
     if processes * config.machines == 1:
         return {}
-    if config.deepspeed_stage:
+    if config.deepspeed_stage and find_spec("deepspeed"):
         auto = {name: "auto" for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
                                           "gradient_clipping")}
         zero = {"stage": config.deepspeed_stage, "stage3_gather_16bit_weights_on_model_save": True}  # else whole weights are not saved
@@ -562,9 +564,11 @@ def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | No
     with shortage_told(out):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     loaded.model = trainer.model
-    numbers = {**best_figures(trainer.state, config.keep_best), "model": loaded.name, "updates": steps, "rows": count,
+    numbers = {**best_figures(trainer.state, config.keep_best), **loaded.identity, "updates": steps, "rows": count,
                "samples": steps * per_step, "processes": world, "prompt_hash": train.prompt_hash, "parameters": parameters}
     protocol = {"protocol": train.protocol().fields()} if train.rows[0]["metadata"].get("protocol") else {}
+    with contextlib.suppress(InputError):  # rows of others do not say how they are played
+        numbers |= {"notices": found} if (found := models.notices(loaded, train.protocol())) else {}
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(out / "adapter"))
     elif trainer.is_world_process_zero():
