@@ -203,6 +203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'qwen_vl_kit.costs.CallCounts.cost': ('costs.html#callcounts.cost', 'qwen_vl_kit/costs.py'),
                                    'qwen_vl_kit.costs.CallCounts.end': ('costs.html#callcounts.end', 'qwen_vl_kit/costs.py'),
                                    'qwen_vl_kit.costs.CallCounts.flying': ('costs.html#callcounts.flying', 'qwen_vl_kit/costs.py'),
+                                   'qwen_vl_kit.costs.CallCounts.known': ('costs.html#callcounts.known', 'qwen_vl_kit/costs.py'),
                                    'qwen_vl_kit.costs.CallCounts.numbers': ('costs.html#callcounts.numbers', 'qwen_vl_kit/costs.py'),
                                    'qwen_vl_kit.costs.CallCounts.usage': ('costs.html#callcounts.usage', 'qwen_vl_kit/costs.py'),
                                    'qwen_vl_kit.costs.Journal': ('costs.html#journal', 'qwen_vl_kit/costs.py'),

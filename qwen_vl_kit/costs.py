@@ -449,6 +449,11 @@ class CallCounts:
         self.usd += usd or 0
         return usd
 
+    @property
+    def known(self) -> bool:
+        "Whether `usd` is all that the calls with a known end have cost."
+        return not self.unmetered and all(listed(model, self.book) for model in self.billed)
+
     def usage(self) -> list[dict]:
         """All calls as rows of a `Result.usage`: the tokens of each model (those of prompts that came from a cache in a row of their own, if
         there are any) and answers that did not count their tokens, which have no price."""
@@ -458,8 +463,7 @@ class CallCounts:
 
     def numbers(self) -> dict:
         "Headline figures: requests, those not answered, those that asked again, US dollars (None when some of them are unknown)."
-        known = not self.unmetered and all(listed(model, self.book) for model in self.billed)
-        return {"calls": self.calls, "failed_calls": self.failed, "asked_again": self.repeated, "usd": float(self.usd) if known else None,
+        return {"calls": self.calls, "failed_calls": self.failed, "asked_again": self.repeated, "usd": float(self.usd) if self.known else None,
                 "usd_in_doubt": float(self.doubtful), **({"answers_without_usage": sum(self.unmetered.values())} if self.unmetered else {})}
 
 # %% ../nbs/11_costs.ipynb #85dd1946
@@ -535,7 +539,8 @@ class Meter(CallCounts):
         doubt = f" and up to ${self.doubtful:.6f} for calls whose cost is not known" if self.doubtful else ""
         caps = [f"${self.cap:f}"] * bool(self.cap) + [f"{self.cap_calls} calls"] * bool(self.cap_calls)
         end = f"was passed by ${self.passed:.6f}" if self.passed else "would be passed"
-        raise OverBudget(f"the budget of {' and '.join(caps)} {end}: {self.calls} calls, ${self.usd:.6f} spent{doubt}")
+        spent = f"${self.usd:.6f} spent" if self.known else "dollars unknown"
+        raise OverBudget(f"the budget of {' and '.join(caps)} {end}: {self.calls} calls, {spent}{doubt}")
 
     def numbers(self) -> dict:
         "Headline figures, see `CallCounts.numbers`; with `usd_over_budget` when the cap was passed."

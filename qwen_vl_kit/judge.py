@@ -196,7 +196,7 @@ class RemoteJudge:
             for call in calls.values():
                 call.cancel()
         failed = {key: call.exception() for key, call in calls.items() if call.exception()}
-        return [failed[key] if key in failed else read_score(self.answers[key]) for key in keys]
+        return [read_score(self.answers[key]) if key in self.answers else failed[key] for key in keys]
 
     async def _ask(self, key: str, request: Request) -> None:
         "Ask once, and keep the answer if it has a score. Raises at once when others have failed for what concerns all."

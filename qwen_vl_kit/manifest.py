@@ -106,7 +106,7 @@ def bill(result: Result):
         lines = lines + [{"item": "total", "unit": "USD", **whole}]
     if result.numbers.get("usd_in_doubt"):
         lines = lines + [{"item": "in doubt", "unit": "USD at most", "usd": f"{Decimal(str(result.numbers['usd_in_doubt'])):f}",
-                          "source": "not in the total: calls whose answer never came; see the endpoint's own bill"}]
+                          "source": "not in the total: answers that never came, or did not count their tokens; see the endpoint's own bill"}]
     return pd.DataFrame(lines, columns=["item", "quantity", "unit", "price", "per", "usd", "source", "date"])
 
 

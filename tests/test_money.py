@@ -312,7 +312,7 @@ def test_what_is_unknown_counts_at_its_worst_toward_a_budget(at, tmp_path):
     reply = says()[1] | {"usage": None}
     with Endpoint(lambda number, body: (200, reply)) as endpoint:
         at(endpoint.url)
-        with pytest.raises(OverBudget, match=r"\$0.000000 spent and up to \$0.00.* for calls whose cost is not known"):
+        with pytest.raises(OverBudget, match=r"dollars unknown and up to \$0.00.* for calls whose cost is not known"):
             collect.run(settings(seeds="0-9", budget_usd=0.005), tmp_path)
         assert 0 < len(endpoint.bodies) < 12  # of $0.00046 at most each
 
@@ -452,3 +452,16 @@ def test_grpo_stops_when_its_judge_scores_nothing(at, tmp_path):
             player._scores([episode])
         assert player._scores([episode]) == [0.4]
         player.judge.close()
+
+
+def test_a_judges_answers_count_when_there_is_no_room_to_keep_them(at, tmp_path):
+    (tmp_path / "answers.jsonl").symlink_to("/dev/full")
+    with Endpoint(both()) as endpoint:
+        at(endpoint.url)
+        with pytest.raises(InputError, match="answers.jsonl: no space left on device"):
+            play(settings(seeds="0-19", concurrency=2, **JUDGED), tmp_path)
+        asked = len(of_judge(endpoint))
+        scored = [len(session["scores"]) for session, _ in traces.read(tmp_path / "rollouts.db", frames=False)].count(1)
+        assert 1 <= scored == asked <= 3
+        (tmp_path / "answers.jsonl").unlink()
+        assert play(settings(seeds="0-19", **JUDGED), tmp_path).numbers["judged"] == 20 - scored and len(of_judge(endpoint)) == 20
