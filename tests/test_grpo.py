@@ -1,6 +1,7 @@
 """GRPO as a user meets it: killed, overlapping, with nothing to learn, with weights that do not arrive; and what it relies on in TRL."""
 
 import inspect
+import json
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import contract
 import pytest
 from runs import alike, lora, student, told
+from servers import Endpoint, refuses, says
 
 from qwen_vl_kit import benchmark, engines, grpo, models, run, traces
 from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
-from qwen_vl_kit.core import InputError, TrainingStopped, read_json, root, write_json
+from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, root, write_json
 from qwen_vl_kit.manifest import config_hash
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s10")
@@ -210,6 +212,34 @@ def test_losses_of_trl(settings, tmp_path, loss_type):
     assert row["grad_norm"] > 0 and ("kl" in row) == (loss_type == "grpo")
     before, after = lora(Path(settings["adapter"]).parent), lora(out)
     assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_a_remote_judge_is_paid_once_for_an_episode(settings, tmp_path, monkeypatch):
+    "It scores nothing at first, then its budget ends, then all is well but one refused call; what it has said is not asked again."
+    def play(number, body):
+        if number < 12:
+            return says("A fine game.")
+        return refuses(400, "too long") if number == 30 else says('{"score": 40}', prompt=500, completion=10)
+
+    def run_with(budget):
+        return grpo.run(GRPOConfig(**settings | {"iterations": 2, "judge": "remote", "budget_usd": budget}), tmp_path / "grpo")
+
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with Endpoint(play) as endpoint:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        with pytest.raises(TrainingStopped, match="the judge has scored none of .* episodes .*goes on from the last checkpoint"):
+            run_with(0.0)
+        refused = len(endpoint.bodies)
+        monkeypatch.setattr(endpoint, "answer", lambda number, body: play(number + 12 - refused, body))
+        with pytest.raises(OverBudget, match="would be passed"):
+            run_with(refused * 0.0001422 + 0.0008)
+        assert endpoint.bodies[refused:] and len(endpoint.bodies) < refused + 12
+        result = run_with(0.0)
+        answered = len(list(read_jsonl(tmp_path / "grpo" / "answers.jsonl")))
+        asked = {json.dumps(body["messages"]) for body in endpoint.bodies[refused:]}
+    calls = [row for row in read_jsonl(tmp_path / "grpo" / "calls.jsonl") if "model" in row]
+    assert result.numbers["calls"] == len(calls) == len(endpoint.bodies) and len(asked) - 1 <= answered <= len(asked)
+    assert len(endpoint.bodies) - refused == len(asked)
 
 
 def test_a_remote_judge_without_a_key_is_told_first(settings, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from servers import Endpoint, images, refuses, says
 
 from qwen_vl_kit import collect, judge, manifest, run, traces
-from qwen_vl_kit.config import CollectConfig, GRPOConfig
+from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
 from qwen_vl_kit.costs import BOOK, Meter
 from qwen_vl_kit.engines import CallFailed
@@ -436,22 +436,6 @@ def test_a_judge_that_scored_nothing_has_not_done_its_work(at, tmp_path):
         assert len(endpoint.bodies) == played + 2
     numbers = json.loads((out / "manifest.json").read_text())["numbers"]
     assert (numbers["judged"], numbers["calls"], numbers["usd"]) == (2, len(endpoint.bodies), None)
-
-
-def test_grpo_stops_when_its_judge_scores_nothing(at, tmp_path):
-    from qwen_vl_kit import grpo
-    from qwen_vl_kit.core import TrainingStopped
-    from qwen_vl_kit.episodes import Decision, Episode, Turn
-    episode = Episode(7, "s50", "x", turns=[Turn(0, 0, None, "", Decision(["do"]), ["do"], [0.0])])
-    player = object.__new__(grpo.Player)
-    player.config = GRPOConfig(judge="remote", judge_model="judge-1")
-    with Endpoint(both(lambda number: says("A fine game.") if number == 0 else SCORE)) as endpoint:
-        at(endpoint.url)
-        player.judge = judge.RemoteJudge("judge-1", tmp_path / "answers.jsonl")
-        with pytest.raises(TrainingStopped, match="the judge has scored none of 1 episodes .*goes on from the last checkpoint"):
-            player._scores([episode])
-        assert player._scores([episode]) == [0.4]
-        player.judge.close()
 
 
 def test_a_judges_answers_count_when_there_is_no_room_to_keep_them(at, tmp_path):
