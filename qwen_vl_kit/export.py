@@ -460,7 +460,7 @@ def _not_a_png_url(url) -> str:
 
 def picture_size(url) -> tuple[int, int]:
     "Width and height of the PNG in a data URL. Raises `InputError` when it is none, or its pixels could be read in more than one way."
-    mend = "write a PNG of 8 bits a channel as data:image/png;base64,…"
+    mend = "write the game's screen as data:image/png;base64,…, a whole PNG of 8 bits a channel"
     if not isinstance(url, str) or not url.startswith("data:image/png;base64,"):
         raise InputError(f"the image is not a PNG data URL but {_not_a_png_url(url)}: {str(url)[:40]!r}", mend=mend)
     try:
@@ -469,28 +469,31 @@ def picture_size(url) -> tuple[int, int]:
         raise InputError("the image is not base64", mend=mend) from None
     if other := next((name for start, name in OTHER_FORMATS.items() if png.startswith(start)), ""):
         raise InputError(f"not a PNG image but {other}", mend=mend)
-    width, height = traces.png_size(png)  # before its pixels are unfolded
-    if max(width, height) > LONGEST * min(width, height):
-        raise InputError(f"an image of {width}x{height} pixels, more than {LONGEST} times as long as wide", mend="cut it to the game's screen")
-    _check_pixels(png, mend)
-    decode_url(url)
+    try:
+        width, height = traces.png_size(png)  # before its pixels are unfolded
+        if max(width, height) > LONGEST * min(width, height):
+            raise InputError(f"an image of {width}x{height} pixels, more than {LONGEST} times as long as wide")
+        _check_pixels(png)
+        decode_url(url)
+    except InputError as error:
+        raise InputError(error.what, mend=mend) from None
     return width, height
 
 
-def _check_pixels(png: bytes, mend: str) -> None:
+def _check_pixels(png: bytes) -> None:
     "Raise `InputError` for a PNG that has 16 bits a channel, transparent pixels or several frames."
     from PIL import Image
 
     if png[24:25] == b"\x10":
-        raise InputError("an image of 16 bits a channel", mend=mend)
+        raise InputError("an image of 16 bits a channel")
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
             frames = getattr(image, "n_frames", 1)
             opaque = not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255
     except Exception as error:  # Pillow raises a dozen kinds
-        raise InputError(f"not a PNG image ({error})", mend=mend) from None
+        raise InputError(f"not a PNG image ({error})") from None
     if frames > 1 or not opaque:
-        raise InputError(f"an animation of {frames} frames" if frames > 1 else "an image with transparent pixels", mend=mend)
+        raise InputError(f"an animation of {frames} frames" if frames > 1 else "an image with transparent pixels")
 
 # %% ../nbs/13_export.ipynb #07125670
 ROW = "a row is one turn: a system, a user and an assistant message, in OpenAI's form"
