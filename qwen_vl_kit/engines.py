@@ -955,12 +955,15 @@ OPTIONAL = ("tool_choice", "tools", "temperature", "seed", "logprobs", "return_t
 
 def refused_parameter(said: str, param, body: dict) -> str:
     """Which parameter of a request an endpoint refuses: the one that the field `param` of its error names, else the first that its words name; ''
-    for none. `detail`, a word that errors are full of, is only taken from `param`, or where it stands in quotes."""
+    for none. `detail`, a word that errors are full of, is only taken from `param`, or where it stands in quotes. It is always one that was sent."""
     known = [name for name in OPTIONAL if name in body]
+    contents = [message["content"] for message in body.get("messages", ()) if isinstance(message["content"], list)]
+    known += ["detail"] * any("detail" in part.get("image_url", ()) for parts in contents for part in parts)
     if isinstance(param, str) and (words := re.findall(r"\w+", param.lower())):
-        return next((name for name in (*known, "detail") if name in words), "")
+        return next((name for name in known if name in words), "")
     said = said.lower()
-    patterns = {name: rf"(?<![a-z0-9_]){name.replace('_', '[ _-]?')}(?![a-z0-9_])" for name in known} | {"detail": "['\"`.]detail['\"`]"}
+    patterns = {name: rf"(?<![a-z0-9_]){name.replace('_', '[ _-]?')}(?![a-z0-9_])" for name in known}
+    patterns |= {"detail": "['\"`.]detail['\"`]"} if "detail" in known else {}
     return next((name for name, pattern in patterns.items() if re.search(pattern, said)), "")
 
 # %% ../nbs/07_engines.ipynb #b7022da1
@@ -1105,8 +1108,8 @@ class Answer(typing.NamedTuple):
 
 
 class Endpoint:
-    """Where requests go, by an `access`: JSON is posted there and nowhere else, since no redirect is followed, and what comes back can be cleaned of
-    the secrets that opened it. `reached` says whether it has ever answered."""
+    """Where requests go, by an `access`: JSON is posted there and nowhere else, and what comes back can be cleaned of the secrets that opened it.
+    `reached` says whether it has ever answered."""
 
     def __init__(self, access: dict):
         self.base, self.reached = access["base_url"] or OPENAI, False
@@ -1135,7 +1138,7 @@ class Endpoint:
         "Pools of connections; small ones are quicker than a large one."
         import httpx2
 
-        verify = httpx2.create_ssl_context()
+        verify = httpx2.create_ssl_context() if self.base.startswith("https") else False  # reading all authorities takes a while
         return [httpx2.AsyncHTTPTransport(verify, trust_env=False, proxy=self.proxy or None) for _ in range(count)]
 
     async def post(self, transport, url: str, body: dict, connect: float = 10.0) -> Answer:
@@ -1180,7 +1183,7 @@ class Endpoint:
         if parts.scheme != "http" or self.proxy:
             return False
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(2):
                 _, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, ssl=context)
         except (OSError, TimeoutError):
             return False
@@ -1417,14 +1420,13 @@ class ServerEngine:
         return Passing(words, wait, billed=answer.status == 200)
 
     def _moved(self, answer: Answer, url: str) -> Exception:
-        "Where a redirect leads. On the same host, the next request goes there; elsewhere nobody goes unasked."
+        "Where a redirect leads. To the same scheme, host and port the next request goes; elsewhere nobody goes unasked."
         try:
             target = urlsplit(urljoin(url, answer.headers.get("location", "")))
             before, port = urlsplit(url), target.port
         except ValueError:
             target = None
-        if target and target.hostname == before.hostname and ((target.scheme, port) == (before.scheme, before.port) or (
-                before.scheme, target.scheme, before.port or 80, port or 443) == ("http", "https", 80, 443)):
+        if target and (target.scheme, target.hostname, port) == (before.scheme, before.hostname, before.port):
             if self._url != url:  # another call has been there
                 return Relearnt(f"{answer.status}: moved")
             if self._moves < 5:

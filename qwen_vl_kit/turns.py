@@ -183,9 +183,9 @@ def _call_of(block: str) -> tuple[str, list[str]]:
     arguments = call["arguments"]
     while isinstance(arguments, str):  # JSON in a string, as endpoints say it; some put it into a string twice
         arguments = json.loads(arguments, strict=False)
-    if (call.get("name") or TOOL) != TOOL:
-        raise KeyError(TOOL)
     names, reason = arguments["actions"], arguments.get("reason")
+    if (call.get("name") or TOOL) != TOOL or not isinstance(names, (str, list)):
+        raise ValueError("another call")
     return reason.strip() if isinstance(reason, str) else "", names.split(",") if isinstance(names, str) else [str(name) for name in names]
 
 
