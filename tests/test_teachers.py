@@ -354,8 +354,9 @@ def test_a_collection_that_is_killed_goes_on_and_the_books_still_agree(at, tmp_p
     gate, full = threading.Event(), threading.Event()
 
     def play(number, body):
-        if number >= 30:
+        if number == 33:  # all four that may be in flight have arrived
             full.set()
+        if number >= 30:
             gate.wait()
         return says()
 
