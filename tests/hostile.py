@@ -372,8 +372,10 @@ class Hostile(socketserver.ThreadingTCPServer):
 
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 64
 
-    def __init__(self, choose):
+    def __init__(self, choose, tls=None):
         super().__init__(("127.0.0.1", 0), _Handler)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.choose, self.asked, self.lock, self.closing = choose, 0, threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 

@@ -2,14 +2,18 @@
 
 import itertools
 import os
+import shutil
+import ssl
+import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import hostile
 import pytest
-from hostile import AGAIN, ENDS, LOST, READ, Hostile, says
+from hostile import AGAIN, ENDS, LOST, READ, Hostile, error, says, value
 
-from qwen_vl_kit import collect, traces
+from qwen_vl_kit import collect, judge, traces
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import InputError, read_jsonl
 from qwen_vl_kit.engines import CallFailed
@@ -32,7 +36,7 @@ def play(monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_HEADERS", f'{{"X-Team": "{hostile.TEAM}"}}')
     folders, memory = itertools.count(), Path("/dev/shm")  # that stores are durable is tried elsewhere
 
-    def play(endpoint, what="", **changes):
+    def play(endpoint, what="", notes=(), **changes):
         monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
         out, raised, numbers = Path(place) / str(next(folders)), None, {}
         config = CollectConfig(
@@ -53,19 +57,20 @@ def play(monkeypatch, capfd):
             | changes
         )
         try:
-            numbers = collect.run(config, out).numbers
+            numbers = judge.judged(collect.run(config, out), config).numbers
         except TOLD as error:
             raised = error
         except Exception as error:
             raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
         words = str(raised or "") + "".join(capfd.readouterr())
+        assert not [note for note in notes if note not in words], words
         assert str(raised or "").isprintable() and len(str(raised or "")) < 1000 and "base64" not in words, (what, raised)
         written = [path for path in out.rglob("*") if path.is_file()]
         for spelling in hostile.SPELLINGS:
             assert spelling not in words, (what, words)
             assert not [path.name for path in written if spelling.encode() in path.read_bytes()], what
-        if (out / "calls.jsonl").exists():
-            assert sum("model" in row for row in read_jsonl(out / "calls.jsonl")) >= endpoint.asked, what
+        journal = read_jsonl(out / "calls.jsonl") if (out / "calls.jsonl").exists() else ()
+        assert sum("model" in row for row in journal) >= endpoint.asked, what  # more where a connection broke before all of a request was sent
         return raised, numbers, out
 
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as place:
@@ -109,3 +114,92 @@ def test_every_passing_fault_once_in_a_run(play):
             words = turn.decision.text + turn.decision.reason
             assert not any(ord(letter) < 32 and letter not in "\t\n\r" or "\ud800" <= letter < "\ue000" for letter in words)
             assert "think" not in turn.decision.reason.lower()
+
+
+def test_a_judge_repeats_the_key(play):
+    "What a judge says is kept in a file of its own."
+    answer = says(f'{{"score": 40, "why": "{hostile.KEY} {hostile.TEAM}"}}')
+    with Hostile(lambda number: answer if number == 2 else says()) as endpoint:
+        raised, numbers, out = play(endpoint, judge="remote", judge_model="gpt-4o-mini")
+        assert raised is None and numbers["judged"] == 1 and endpoint.asked == 3
+    assert "***" in (out / "answers.jsonl").read_text()
+
+
+def test_an_endpoint_that_has_moved_on_its_host_is_followed(play):
+    moved = hostile.http(b"", "308 Permanent Redirect", "Location: /v2/chat/completions")
+    with Hostile(lambda number: moved if not number else says()) as endpoint:
+        raised, numbers, _ = play(endpoint)
+        assert raised is None and numbers["calls"] == endpoint.asked == 3  # the one that was sent away is in the journal, too
+
+
+def test_what_is_refused_in_any_words_is_left_out(play):
+    refused = [
+        value({"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}, status="422 No"),
+        error("400 No", "Unsupported parameter", param="messages[1].content[0].image_url.detail"),
+        error("400 No", "This model only takes its own temperature."),
+        error("500 No", "tools param requires --jinja flag"),
+        error("400 No", "Unsupported parameter", param="max_tokens", code="unsupported_parameter"),
+    ]
+    with Hostile(lambda number: dict(enumerate(refused)).get(number, says())) as endpoint:
+        raised, numbers, out = play(endpoint, form="tool")
+        assert raised is None and numbers["calls"] == endpoint.asked == len(refused) + 2
+    left_out = dict.fromkeys(("seed", "detail", "temperature", "tools", "tool_choice")) | {"max_tokens": "max_completion_tokens"}
+    [source] = traces.sources(out / "rollouts.db").source
+    assert source["parameters_changed"] == left_out
+
+
+def test_waits_are_reported_and_cut_replies_counted(play):
+    waits = error("429 No", "slow down", "Retry-After: 5")
+    with Hostile(lambda number: waits if number == 1 else says("grass", "length")) as endpoint:
+        raised, _, _ = play(endpoint, retries=1, notes=["asks to wait 5 s (429: slow down)", "2 of 2 replies were cut off; raise max_new_tokens",
+                                                           "1 of 1 turns: no usable action"])
+        assert raised is None
+
+
+@pytest.fixture(scope="module")
+def certified():
+    "A TLS context with a certificate that nobody has signed."
+    with tempfile.TemporaryDirectory() as place:
+        pair = ["-keyout", f"{place}/key.pem", "-out", f"{place}/certificate.pem"]
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=other.example", *pair],
+                       check=True, capture_output=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(f"{place}/certificate.pem", f"{place}/key.pem")
+        context.authority = f"{place}/certificate.pem"
+        yield context
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
+@pytest.mark.parametrize("scheme, authority, expected", [("https", False, "certificate is not accepted (self-signed certificate)"),
+                                                         ("https", True, "certificate is not accepted"), ("http", False, "begins with https://")])
+def test_faults_of_tls_are_told_as_such(play, monkeypatch, certified, scheme, authority, expected):
+    "A certificate of nobody, one of another host, and TLS where plain HTTP was looked for."
+    if authority:
+        monkeypatch.setenv("SSL_CERT_FILE", certified.authority)
+    with Hostile(lambda number: says(), certified) as endpoint:
+        endpoint.url = endpoint.url.replace("http:", f"{scheme}:")
+        raised, _, _ = play(endpoint)
+        assert isinstance(raised, InputError) and expected in str(raised) and not endpoint.asked
+
+
+def test_https_of_a_server_without_tls(play):
+    with Hostile(lambda number: says()) as endpoint:
+        endpoint.url = endpoint.url.replace("http:", "https:")
+        raised, _, _ = play(endpoint)
+        assert isinstance(raised, InputError) and "the address of a server without TLS begins with http://" in str(raised)
+
+
+def test_proxies(play, monkeypatch):
+    "One that works, one that is down, one that nobody knows; and an endpoint on this machine, which needs none."
+    with Hostile(lambda number: says()) as proxy, Hostile(lambda number: says()) as near:
+        far = SimpleNamespace(url="http://endpoint.invalid/v1", asked=0)
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("//", "//me:pass-word-7@").removesuffix("/v1"))
+        raised, numbers, _ = play(far)
+        assert raised is None and proxy.asked == numbers["calls"] == 2
+        monkeypatch.setenv("HTTP_PROXY", "me:pass-word-7@127.0.0.1:9")
+        raised, _, _ = play(far)
+        assert isinstance(raised, InputError) and str(raised).startswith("HTTP_PROXY: the proxy http://127.0.0.1:9 does not answer")
+        assert play(near)[0] is None and near.asked == 2
+        monkeypatch.setenv("HTTP_PROXY", "gopher://me:pass-word-7@127.0.0.1:9")
+        raised, _, _ = play(far)
+        assert isinstance(raised, InputError) and str(raised).startswith("HTTP_PROXY: a proxy of the scheme 'gopher'") and "pass" not in str(raised)
