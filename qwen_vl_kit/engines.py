@@ -815,9 +815,9 @@ OPENAI = "https://api.openai.com/v1"
 def access(model: str) -> dict:
     """Where an endpoint is and what opens it: `api_key`, `base_url` and `default_headers`, from the environment.
 
-    OPENAI_API_KEY, OPENAI_BASE_URL (empty: OpenAI's own; a query stays behind the path, a user and password are sent as HTTP Basic) and
-    OPENAI_HEADERS, a JSON object of further headers. A server of one's own may do without a key. Raises `InputError` when the key is missing or
-    one of them, or the proxy on the way, cannot be used; none of them is ever repeated.
+    OPENAI_API_KEY, OPENAI_BASE_URL (empty: OpenAI's own; a query stays behind the path, a user and password are sent as HTTP Basic),
+    OPENAI_HEADERS, a JSON object of further headers, OPENAI_ORG_ID and OPENAI_PROJECT_ID. A server of one's own may do without a key. Raises
+    `InputError` when the key is missing or one of them, or the proxy on the way, cannot be used; none of them is ever repeated.
     """
     base_url, headers = os.environ.get("OPENAI_BASE_URL", "").strip(), os.environ.get("OPENAI_HEADERS", "").strip()
     key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -826,8 +826,8 @@ def access(model: str) -> dict:
                                                              "(or OPENAI_BASE_URL, for a server of your own)")
     if base_url and not _is_address(base_url):
         raise InputError("is no address", "OPENAI_BASE_URL", "write it like http://127.0.0.1:8000/v1")
-    if key and urlsplit(base_url).password:
-        raise InputError("holds a password, and OPENAI_API_KEY is set, too; only one of them can be sent", "OPENAI_BASE_URL", "leave one out")
+    if key and "@" in urlsplit(base_url).netloc:
+        raise InputError("holds a user's name, and OPENAI_API_KEY is set, too; only one of them can be sent", "OPENAI_BASE_URL", "leave one out")
     proxy_of(base_url or OPENAI)
     return {"api_key": key or "none", "base_url": base_url or None, "default_headers": _further_headers(headers, key)}
 
@@ -840,6 +840,9 @@ def _further_headers(text: str, key: str) -> dict[str, str]:
         headers = None
     if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
         raise InputError("is no JSON object of strings", "OPENAI_HEADERS", """write it like '{"X-Name": "value"}'""")
+    for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
+        if os.environ.get(variable, "").strip():
+            headers.setdefault(name, os.environ[variable])
     for name in headers:
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or name.lower() in ("host", "content-length", "transfer-encoding", "connection"):
             raise InputError("names a header that cannot be sent", "OPENAI_HEADERS", """write it like '{"X-Name": "value"}'""")
@@ -855,8 +858,8 @@ def secret_texts(access: dict) -> list[str]:
     parts = urlsplit(access["base_url"] or "")
     values = [access["api_key"], *access["default_headers"].values(), *(value for _, value in parse_qsl(parts.query))]
     values += [value.partition(" ")[2] for name, value in access["default_headers"].items() if "authorization" in name.lower()]
-    if parts.password:
-        values += [parts.password, unquote(parts.password), _basic(parts).partition(" ")[2]]
+    if word := parts.password or parts.username:
+        values += [word, unquote(word), _basic(parts).partition(" ")[2]]
     values = {value for value in values if len(value) > 4 and not (len(value) < 8 and value.isalpha())}
     texts = {text for value in values for text in (value, json.dumps(value)[1:-1], quote(value, safe=""))}
     return sorted(texts, key=len, reverse=True)
@@ -1115,7 +1118,7 @@ class Endpoint:
         self.base, self.reached = access["base_url"] or OPENAI, False
         self.proxy_name, self.proxy = proxy_of(self.base)
         self.secrets, parts = secret_texts(access), urlsplit(self.base)
-        opened = _basic(parts) if parts.username else f"Bearer {access['api_key']}"
+        opened = _basic(parts) if "@" in parts.netloc else f"Bearer {access['api_key']}"
         self.headers = {"authorization": opened, "accept": "application/json", "accept-encoding": "identity", "content-type": "application/json",
                         "user-agent": "qwen_vl_kit", **{name.lower(): value for name, value in access["default_headers"].items()}}
 

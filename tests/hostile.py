@@ -368,7 +368,8 @@ def ends(elsewhere: str = "http://localhost:9") -> dict:
 
 class Hostile(socketserver.ThreadingTCPServer):
     """`with Hostile(choose) as endpoint`: serves at `endpoint.url` what `choose(number)` gives: bytes, or a list of bytes, pauses in seconds, and
-    None for a connection that is reset. `asked` counts the requests that came whole."""
+    None for a connection that is reset. `asked` counts the requests that came whole, `paths` and `opened` are
+    where they went and what Authorization they had."""
 
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 64
 
@@ -377,6 +378,7 @@ class Hostile(socketserver.ThreadingTCPServer):
         if tls:
             self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.choose, self.asked, self.lock, self.closing = choose, 0, threading.Lock(), threading.Event()
+        self.paths, self.opened = [], set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def __enter__(self):
@@ -394,17 +396,19 @@ class Hostile(socketserver.ThreadingTCPServer):
 
 class _Handler(socketserver.StreamRequestHandler):
     def handle(self):
-        length, line = 0, b"x"
         if self.rfile.peek(1)[:1] == b"\x16":  # TLS is not spoken here
             return
-        while line not in (b"\r\n", b""):
-            line = self.rfile.readline()
-            if line.lower().startswith(b"content-length:"):
-                length = int(line.partition(b":")[2])
+        path, headers = (self.rfile.readline().decode("latin-1").split() or ["", ""])[1], {}
+        while (line := self.rfile.readline().decode("latin-1")).strip():
+            name, _, text = line.partition(":")
+            headers[name.lower()] = text.strip()
+        length = int(headers.get("content-length", 0))
         if not line or len(self.rfile.read(length)) < length:
             return
         with self.server.lock:
             number, self.server.asked = self.server.asked, self.server.asked + 1
+            self.server.paths.append(path)
+            self.server.opened.add(headers.get("authorization"))
         answer = self.server.choose(number)
         for piece in answer if isinstance(answer, list) else [answer]:
             if piece is None:  # a reset in place of an end

@@ -1,5 +1,6 @@
 "The real collection against an endpoint of two hundred faults: what can be read is read, the rest is told in a line, no secret is written."
 
+import base64
 import itertools
 import os
 import shutil
@@ -130,6 +131,28 @@ def test_an_endpoint_that_has_moved_on_its_host_is_followed(play):
     with Hostile(lambda number: moved if not number else says()) as endpoint:
         raised, numbers, _ = play(endpoint)
         assert raised is None and numbers["calls"] == endpoint.asked == 3  # the one that was sent away is in the journal, too
+
+
+@pytest.mark.parametrize("address", ["/v1/", "/v1?api-version=1", "/v1/chat/completions", "/v1 \n"])
+def test_addresses_as_they_are_copied(play, address):
+    with Hostile(lambda number: says()) as endpoint:
+        endpoint.url = endpoint.url.removesuffix("/v1") + address
+        raised, numbers, _ = play(endpoint)
+        assert raised is None and numbers["calls"] == endpoint.asked == 2
+    assert set(endpoint.paths) == {"/v1/chat/completions" + ("?api-version=1" if "?" in address else "")}
+
+
+def test_a_user_and_a_password_in_the_address(play, monkeypatch):
+    "They are sent as HTTP Basic, beside no key, and told to nobody."
+    basic = base64.b64encode(b"me:pass-word-7").decode()
+    with Hostile(lambda number: says(f"pass-word-7 {basic} -> do")) as endpoint:
+        endpoint.url = endpoint.url.replace("//", "//me:pass-word-7@")
+        raised, _, _ = play(endpoint)
+        assert isinstance(raised, InputError) and "OPENAI_API_KEY is set, too" in str(raised) and not endpoint.asked
+        monkeypatch.delenv("OPENAI_API_KEY")
+        raised, numbers, out = play(endpoint)
+        assert raised is None and not numbers["invalid"] and endpoint.opened == {f"Basic {basic}"}
+    assert not [path for path in out.rglob("*") if b"pass-word" in path.read_bytes() or basic.encode() in path.read_bytes()]
 
 
 def test_what_is_refused_in_any_words_is_left_out(play):
