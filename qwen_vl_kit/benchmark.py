@@ -17,7 +17,7 @@ from .config import BenchmarkConfig
 from .core import InputError, Result, adapter_folder, append_jsonl, atomic, digest, parse_seeds, read_json, resolve
 from .env import ACHIEVEMENTS
 from .episodes import Episode
-from .rollout import rollout
+from .rollout import Replies, rollout
 from .sft import threads
 from .traces import Store, load
 from .traces import episodes as sessions
@@ -157,7 +157,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     in_4_bits = [arm for arm, card in cards.items() if card.get("quantization")]  # and play in 16
     engines.check(config.engine)
     name = "benchmark " + digest({arm: models.trained_weights(path) for arm, path in adapters.items()})[:8]
-    arms, episodes, took = [], [], 0.0
+    arms, episodes, took, found = [], [], 0.0, []
     meter = None
     if engines.chosen(config.engine) == "server":
         meter = costs.Meter(image=costs.image_bound(config.model, "low", config.render_size), journal=out / "calls.jsonl")
@@ -172,16 +172,18 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
         store.begin(name, config, {"model": config.model, "seeds": config.seeds})
         (out / "metrics.jsonl").unlink(missing_ok=True)
         for arm in config.arms:
-            policy = players.policy(arm)
+            policy, replies = players.policy(arm), Replies()
             rollout(policy, config, seeds, seed=config.seed, concurrency=config.concurrency,
-                    sink=lambda episode, arm=arm: store.add(episode, arm=arm), done=store.done(name, arm), keep=False, what=arm)
+                    sink=lambda episode, arm=arm, replies=replies: (store.add(episode, arm=arm), replies.add(episode)),
+                    done=store.done(name, arm), keep=False, what=arm)
+            found += replies.notices(arm)
             played = sorted(load(out / "rollouts.db", run=name, arm=arm, frames=False), key=lambda e: e.seed)
             seconds = sum(turn.seconds for episode in played for turn in episode.turns)
             arms.append({**arm_row(arm, played), "seconds": round(seconds, 2), "usd": round(sum(e.usage("usd") for e in played), 6)})
             episodes += [episode_row(arm, episode) for episode in played]
             took += store.seconds(name, arm)
             append_jsonl(out / "metrics.jsonl", {"step": len(arms), **arms[-1], "seconds": round(took, 3)})
-    found = models.notices(players.loaded, config) if players.loaded else []
+    found = (models.notices(players.loaded, config) if players.loaded else []) + found
     write_csv(out / "arms.csv", arms)
     write_csv(out / "episodes.csv", episodes)
     numbers = {"model": config.model, **(players.loaded.identity if players.loaded else {}),

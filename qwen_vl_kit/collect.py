@@ -18,7 +18,7 @@ from .config import CollectConfig, horizon
 from .core import InputError, OverBudget, Result, adapter_folder, append_jsonl, atomic, dumps, parse_seeds, resolve
 from .env import World
 from .episodes import Episode
-from .rollout import rollout
+from .rollout import Replies, rollout
 from .traces import Store, episodes
 
 # %% ../nbs/12_collect.ipynb #e4950645
@@ -133,7 +133,7 @@ def run(config: CollectConfig, out: str | Path) -> Result:
 
 def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: costs.Meter | None) -> dict:
     "Play the seeds that the store does not hold yet; what was forecast for them, and what earlier sessions stored and took, if there were any."
-    db, plan = out / "rollouts.db", {}
+    db, plan, replies = out / "rollouts.db", {}, Replies()
     if meter and (missing := _missing(db, policy.name, seeds)):
         plan = forecast(policy, config, missing)
     out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,9 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: cos
             plan["earlier_episodes"] = len(done)
         store.begin("collect", config, facts)
         rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency,
-                sink=_keeper(store, out, policy.name), done=done, keep=False, what=what)
+                sink=_keeper(store, out, policy.name, replies), done=done, keep=False, what=what)
+    if told := replies.notices():
+        plan["notices"] = told
     return plan
 
 
@@ -162,12 +164,13 @@ def _missing(db: Path, arm: str, seeds: list[int]) -> list[int]:
     return [seed for seed in seeds if (seed, 0) not in done]
 
 
-def _keeper(store: Store, out: Path, arm: str):
-    "What is done with each episode that ends: into the store, then a line of metrics."
+def _keeper(store: Store, out: Path, arm: str, replies: Replies):
+    "What is done with each episode that ends: into the store, then a line of metrics; its replies are counted."
     began, count = time.perf_counter() - store.seconds("collect"), itertools.count(1 + _caught_up(out))
 
     def keep(episode: Episode) -> None:
         store.add(episode, arm=arm)
+        replies.add(episode)
         append_jsonl(out / "metrics.jsonl", {
             "step": next(count), "seconds": round(time.perf_counter() - began, 3), "seed": episode.seed,
             "achievements": len(episode.achievements), "reward": round(episode.reward, 4), "turns": len(episode.turns),

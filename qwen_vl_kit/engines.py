@@ -576,6 +576,8 @@ class HFEngine:
     def _output(self, sample, ids, logprobs, seconds):
         n = next((i for i, token in enumerate(ids, 1) if token in self.end_ids), None)
         finish, ids, logprobs = ("length", ids, logprobs) if n is None else ("stop", ids[:n], logprobs[:n])
+        if any(map(math.isnan, logprobs)):
+            raise InputError("the model computes no numbers (NaN)", self.loaded.name, "its weights, or values in its config.json, are damaged")
         return Output(self.processor.tokenizer.decode(ids, skip_special_tokens=True), sample.input_ids, ids, logprobs, finish,
                       usage_of(sample, len(ids), self.processor, seconds))
 
@@ -1246,8 +1248,8 @@ class ServerEngine:
         how long one request may take, to the last byte of its reply
     meter
         a `costs.Meter`
-    processor
-        of the model, for RL: token ids and log-probabilities are asked for
+    processor, end_ids
+        of the model, for RL: token ids and log-probabilities are asked for, and replies end as they do here
     at
         a server of our own; None: the environment says where it is
     longest_wait
@@ -1257,13 +1259,12 @@ class ServerEngine:
     name = "server"
 
     def __init__(self, model: str, concurrency: int = 64, detail: str = "low", retries: int = 6, seconds: float = 60.0, meter=None, processor=None,
-                 at: Serving | None = None, longest_wait: float = 600.0):
-        self.model, self.detail, self.retries, self.seconds, self.processor = model, detail, retries, seconds, processor
+                 at: Serving | None = None, longest_wait: float = 600.0, end_ids: tuple[int, ...] = ()):
+        self.model, self.detail, self.retries, self.seconds, self.processor, self.end_ids = model, detail, retries, seconds, processor, end_ids
         self.versions = Versions()
         self.at, self.access, self.meter = at, at.access if at else access(model), meter or Unmetered()
         self.learned: dict[str, str | None] = {}  # what the model calls a parameter of ours; None: it takes none such
         self.endpoint, self.longest_wait, self._pause = Endpoint(self.access), longest_wait, 0.0
-        self.replies, self.cut_off = 0, 0  # how many came, and how many of them ended at the most tokens
         self._url, self._moves = self.endpoint.url("/chat/completions"), 0
         self.concurrency, self._loop, self._settled = concurrency, None, asyncio.Event()
 
@@ -1364,7 +1365,6 @@ class ServerEngine:
                 reply = await self._post(transport, self._body(request, sampling, again, adapter))
                 text, finish, counts = read_reply(reply)
                 text = self.endpoint.clean(text)[:MOST_TEXT]
-                self.replies, self.cut_off = self.replies + 1, self.cut_off + (finish == "length")
         except TimeoutError:
             raise Passing(f"no answer within {self.seconds:g} s", billed=True) from None
         except (Passing, CallFailed, InputError) as failure:
@@ -1382,7 +1382,7 @@ class ServerEngine:
         body = {"model": adapter or self.model, "messages": turns.with_urls(request.messages, detail), "temperature": sampling.temperature,
                 "max_tokens": sampling.max_new_tokens, "seed": seed_of(sampling, request.key, again)}
         if self.processor:
-            body |= {"return_token_ids": True, "logprobs": True}
+            body |= {"return_token_ids": True, "logprobs": True, "stop_token_ids": list(self.end_ids)}
         if request.tools:
             name = request.tools[0]["function"]["name"]
             body |= {"tools": request.tools, "tool_choice": {"type": "function", "function": {"name": name}}}
@@ -1603,7 +1603,8 @@ def create(engine: str, model: str, revision: str = "", adapter: str | Path | No
         raise InputError(f"unknown engine {engine!r}", mend="write auto, hf, vllm or server")
     if adapter is not None:
         raise InputError("a server plays the weights that it was started with, and adapters that it loads", adapter, "give it to set_policy")
-    return ServerEngine(model, concurrency, processor=models.without_weights(model, revision)[0].processor if tokens else None, **server)
+    known = models.without_weights(model, revision)[0] if tokens else None
+    return ServerEngine(model, concurrency, **({"processor": known.processor, "end_ids": known.end_ids} if known else {}), **server)
 
 
 def rank_of(folder: str | Path) -> int:

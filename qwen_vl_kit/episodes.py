@@ -27,6 +27,7 @@ class Decision:
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None  # of token_ids under the distribution they were sampled from, in nats
     usage: dict = field(default_factory=dict)  # prompt_tokens, of these cached_tokens and image_tokens, completion_tokens, seconds, usd
+    cut_off: bool = False  # the reply ended at max_new_tokens; known while it is played, not stored
     taken: list[str] | None = None  # what is executed in place of `actions`, where another policy plays and this one only says what it would do
 
 # %% ../nbs/04_episodes.ipynb #4efe9fac
@@ -87,6 +88,11 @@ class Episode:
     def died(self) -> bool:
         "Whether it ended in death."
         return bool(self.turns) and self.turns[-1].dead
+
+    @property
+    def cut_off(self) -> int:
+        "How many replies ended at `max_new_tokens`, of those that were given in this episode itself."
+        return sum(turn.decision.cut_off for turn in self.turns[self.start:])
 
     def usage(self, key: str) -> float:
         "The sum of one usage figure over the turns."

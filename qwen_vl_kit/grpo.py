@@ -25,7 +25,7 @@ from .core import (InputError, Result, TrainingStopped, adapter_folder, digest, 
 from .env import ACHIEVEMENTS, World
 from .episodes import Episode, returns_to_go
 from .judge import RemoteJudge, reward_terms, rubric
-from .rollout import rollout
+from .rollout import Replies, rollout
 from .sft import (Ending, device_name, gpus, last_checkpoint, observer, on_one_device, rewind, shortage_told, silence,
                              threads, tracked)
 from .traces import Store, load
@@ -341,6 +341,7 @@ class Player:
         metrics = {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "episodes": float(sum(map(len, rewards))),
                    "achievement_rate": float(np.mean([len(e.achievements) for e, _ in whole]) / len(ACHIEVEMENTS)),
                    "invalid_rate": float(np.mean([not e.turns[t].decision.valid for e, t, _ in told])),
+                   "cut_off": float(sum(e.turns[t].decision.cut_off for e, t, _ in told)),
                    "turns": float(len(told)), "turns_with_advantage": float(len(useful)),
                    "groups_alike": float(np.mean([len({sum(r) for r in group}) == 1 for group in rewards]))}
         metrics |= {f"reward_{name}": float(np.mean([sum(columns[name]) for _, columns in whole])) for name in whole[0][1]}
@@ -422,7 +423,7 @@ def openings_of(snapshots: list[tuple], played: dict[tuple, list], size: int) ->
 # %% ../nbs/16_grpo.ipynb #19f0ca7b
 GRPO_NAMES = {**{name: name for name in (
     "loss", "return_mean", "return_std", "reward_unlocks", "reward_invalid", "reward_untrue", "reward_health", "reward_shaping", "reward_judge",
-    "achievement_rate", "invalid_rate", "episodes", "turns", "turns_with_advantage", "turns_distinct", "turns_trained", "groups_alike",
+    "achievement_rate", "invalid_rate", "cut_off", "episodes", "turns", "turns_with_advantage", "turns_distinct", "turns_trained", "groups_alike",
     "explained_variance", "entropy", "kl", "grad_norm", "logprob_gap", "sync_seconds", "rollout_seconds", "waited_seconds", "update_seconds")},
     "clip_ratio/region_mean": "clip_fraction", "ratio/mean": "ratio_mean", "ratio/max": "ratio_max", "ratio/effective_share": "effective_share"}
 
@@ -489,7 +490,8 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
                "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics),
                **({"unknown_of_adapter": unknown} if unknown else {}), **({"adapter_names_base": other} if other else {})}
     seconds = before + time.perf_counter() - began
-    numbers |= ({"notices": found} if (found := models.notices(loaded, config)) else {})
+    cut_off = Replies(*(int(sum(row.get(name, 0) for row in metrics)) for name in ("turns", "cut_off"))).notices()
+    numbers |= ({"notices": found} if (found := models.notices(loaded, config) + cut_off) else {})
     numbers |= (meter.numbers() if meter.calls else {}) | ({"not_applied": told} if told else {})
     return Result("grpo", out, seconds, numbers, {"adapter": adapter}, costs.rent(device_name(), seconds, 1 + serving) + meter.usage())
 

@@ -925,6 +925,10 @@ def image_tokens(processor, frame) -> int:
     "How many tokens one frame takes, after the processor's own resizing."
     images = processor.image_processor
     height, width = frame.shape[:2]
+    unit = images.patch_size * images.merge_size
+    if not images.do_resize and (height % unit or width % unit):
+        raise InputError(f"the model's image settings say do_resize = false, and a frame of {width}x{height} pixels is no multiple of {unit}",
+                         mend=f"set render_size to {9 * unit}")
     return images.get_number_of_image_patches(height, width, {}) // images.merge_size**2
 
 

@@ -178,7 +178,7 @@ class EnginePolicy:
     def _read(self, output) -> Decision:
         reply = turns.parse(self.protocol, output.text)
         return Decision(reply.actions, reply.reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs,
-                        output.usage)
+                        output.usage, output.finish_reason == "length")
 
 # %% ../nbs/08_policies.ipynb #8285a591
 class Tutored:
@@ -278,8 +278,6 @@ class ServerPolicy:
     def close(self) -> None:
         "Give up what is in flight, and report replies that were of no use."
         self.engine.close()
-        if self.engine.cut_off:
-            notify(f"{self.engine.cut_off} of {self.engine.replies} replies were cut off; raise max_new_tokens")
         if self.unusable:
             notify(f"{self.unusable} of {self.decided} turns: no usable action in the reply, so noop was played")
 
@@ -342,4 +340,4 @@ class ServerPolicy:
         self.decided, self.unusable = self.decided + 1, self.unusable + (not reply.valid)
         reason = self.engine.endpoint.clean(reply.reason)  # once more: JSON in the text may have had a secret in another spelling
         return Decision(reply.actions, reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs,
-                        _sum(usages))
+                        _sum(usages), output.finish_reason == "length")
