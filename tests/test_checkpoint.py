@@ -22,6 +22,7 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 END = 551  # <|im_end|> of tiny
 LATER = "<|im_start|>assistant\\n"  # where its template asks for a reply
 THINKING = "<think>\\n".join([LATER, ""]).join((TINY / "chat_template.jinja").read_text().rsplit(LATER, 1))
+DROPS = "{%- set messages = messages[1:] if messages|length > 1 and messages[0].role == 'system' else messages %}"  # the system's message
 MESSAGES = [{"role": "system", "content": "play crafter"},
             {"role": "user", "content": [{"type": "image", "image": np.random.default_rng(0).integers(0, 256, (144, 144, 3), dtype=np.uint8)},
                                          {"type": "text", "text": "next"}]}]
@@ -167,8 +168,7 @@ REFUSED = {
     "an unknown filter": (lambda f: f.json("preprocessor_config.json", resample=77), "Unknown resampling filter"),
     "a template without system": (lambda f: f.text("chat_template.jinja", "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
                                                                           "{%- endif %}" + THINKING), "chat template cannot be used"),
-    "a template that drops it": (lambda f: f.text("chat_template.jinja", "{%- set messages = messages[1:] if messages|length > 1 and messages[0].role == 'system' else "
-                                                                         "messages %}" + THINKING), "leaves out the system's message"),
+    "a template that drops it": (lambda f: f.text("chat_template.jinja", DROPS + THINKING), "leaves out the system's message"),
     "a template that asks for nothing": (lambda f: f.text("chat_template.jinja", THINKING.replace("if add_generation_prompt", "if false")),
                                          "leaves out the beginning of a reply"),
     "a template in a list": (lambda f: f.text("chat_template.json", "[]"), "chat_template.json: not a JSON object"),
