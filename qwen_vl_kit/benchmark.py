@@ -164,7 +164,6 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     with (threads(config.threads), contextlib.closing(meter) if meter else contextlib.nullcontext(),
           contextlib.closing(Players(config, out.parent, meter)) as players, contextlib.ExitStack() as stack):
         players.ready()
-
         store = stack.enter_context(Store(out / "rollouts.db"))
         if others := set(sessions(out / "rollouts.db").get("run", ())) - {name}:
             raise InputError(f"holds episodes of other adapters ({', '.join(others)})", out / "rollouts.db", "give --force, or another --out")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .core import InputError, digest, nearest, resolve, write_json
+from .core import InputError, digest, nearest, one_line, resolve, write_json
 
 # %% ../nbs/05b_checkpoint.ipynb #b43b895e
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def find(name: str | Path, revision: str = "") -> Checkpoint:
         folder = tiny_folder() if name == "tiny" else resolve(name)
         is_folder, exists = folder.is_dir(), folder.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, not readable, a loop of links
-        raise InputError(f"cannot be looked at ({_first_line(error)})", name[:100], NAMES) from None
+        raise InputError(f"cannot be looked at ({one_line(error)})", name[:100], NAMES) from None
     if is_folder:
         commit = _commit_of(folder)
         if revision and not (commit and commit.startswith(revision.lower())):
@@ -172,7 +172,6 @@ def _full_commit(name: str, revision: str) -> str:
         raise InputError(f"revision {revision!r} of {name} may be {' or '.join(matches)}", mend="write more of its digits")
     return matches[0] if matches else revision.lower() if len(revision) == 40 else revision
 
-
 # %% ../nbs/05b_checkpoint.ipynb #7bf3cd39
 def _download(name: str, revision: str) -> Path:
     "The snapshot of a hub name in the cache, completed from the hub where there is a network. Raises `InputError` with the reason."
@@ -198,11 +197,7 @@ def _download(name: str, revision: str) -> Path:
         raise InputError(f"model {name!r}{at} is not in the cache, and the hub does not answer",
                          mend=f"set revision to what the cache has of it: {held}" if held else offline) from None
     except Exception as error:  # whatever a network, a proxy or a disk does
-        raise InputError(f"model {name!r}{at} cannot be loaded ({_first_line(error)})", mend=offline) from None
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"model {name!r}{at} cannot be loaded ({one_line(error)})", mend=offline) from None
 
 # %% ../nbs/05b_checkpoint.ipynb #6f6cf887
 TYPES = {"qwen3_vl_moe": "a mixture of experts", "qwen2_5_vl": "Qwen2.5-VL", "qwen2_vl": "Qwen2-VL", "qwen3_vl_text": "a Qwen3-VL without eyes"}
@@ -213,8 +208,8 @@ def check(folder: Path) -> dict:
     _check_files(folder)
     config = read_object(folder / "config.json")
     if (kind := config.get("model_type")) != "qwen3_vl":
-        told = f"model_type {kind!r}" + (f" ({TYPES[kind]})" if isinstance(kind, str) and kind in TYPES else "")
-        raise InputError(f"{told}, and the kit plays dense Qwen3-VL ('qwen3_vl')", folder / "config.json", "name a Qwen3-VL of 2B, 4B, 8B or 32B")
+        found = f"model_type {kind!r}" + (f" ({TYPES[kind]})" if isinstance(kind, str) and kind in TYPES else "")
+        raise InputError(f"{found}, and the kit plays dense Qwen3-VL ('qwen3_vl')", folder / "config.json", "name a Qwen3-VL of 2B, 4B, 8B or 32B")
     parts = [config, *(part for name in ("text_config", "vision_config") if isinstance(part := config.get(name), dict))]
     if found := [part[name] for part in parts for name in ("quantization_config", "compression_config") if part.get(name)]:
         method = found[0].get("quant_method", "some way") if isinstance(found[0], dict) else found[0]
@@ -304,7 +299,7 @@ def _loading_report(folder: Path) -> tuple[set, set, set]:
             _, report = Qwen3VLForConditionalGeneration.from_pretrained(
                 folder, local_files_only=True, device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # a config that cannot be built raises whatever its values lead to
-        raise InputError(f"transformers makes no model of it ({_first_line(error)})", folder, COPY_AGAIN) from None
+        raise InputError(f"transformers makes no model of it ({one_line(error)})", folder, COPY_AGAIN) from None
     return set(report["missing_keys"]), set(report["unexpected_keys"]), {name for name, *_ in report["mismatched_keys"]}
 
 # %% ../nbs/05b_checkpoint.ipynb #56b8057c
@@ -351,7 +346,7 @@ def _check_template(processor, folder: Path) -> None:
         added = tokenizer(texts[1])["input_ids"] != prompt
         words = tokenizer.decode([token for token in assistant_labels(whole, processor) if token != -100])
     except Exception as error:  # a template is a program
-        raise InputError(f"its chat template cannot be used ({_first_line(error)})", folder, COPY_AGAIN) from None
+        raise InputError(f"its chat template cannot be used ({one_line(error)})", folder, COPY_AGAIN) from None
     if added:
         raise InputError("its tokenizer puts tokens of its own around a text, and Qwen3-VL's puts none", folder / "tokenizer.json", COPY_AGAIN)
     if prompt.count(processor.image_token_id) != 1 or whole.count(processor.image_token_id) != 1 or not words.endswith("b<|im_end|>"):
@@ -473,7 +468,7 @@ def _try_images(images, side: int, folder: Path) -> None:
         if not np.isfinite(patches).all():
             raise ValueError("a black frame's patches are not finite: image_std, image_mean")
     except Exception as error:  # whatever its values lead to
-        raise InputError(f"its image settings cannot be used ({_first_line(error)})", folder, COPY_AGAIN) from None
+        raise InputError(f"its image settings cannot be used ({one_line(error)})", folder, COPY_AGAIN) from None
 
 
 def _tokenizer(folder: Path):
@@ -483,7 +478,7 @@ def _tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its values lead to
-        raise InputError(f"its tokenizer does not load ({_first_line(error)})", folder, COPY_AGAIN) from None
+        raise InputError(f"its tokenizer does not load ({one_line(error)})", folder, COPY_AGAIN) from None
 
 
 def _template(folder: Path, tokenizer) -> str:
@@ -493,7 +488,7 @@ def _template(folder: Path, tokenizer) -> str:
     try:
         template = Qwen3VLProcessor.get_processor_dict(folder, local_files_only=True)[0].get("chat_template") or tokenizer.chat_template
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"its chat template cannot be read ({str(error).splitlines()[0][:200]})", folder, COPY_AGAIN) from None
+        raise InputError(f"its chat template cannot be read ({one_line(error)})", folder, COPY_AGAIN) from None
     template = template.get("default") if isinstance(template, dict) else template
     if not template:
         raise InputError("there is no chat template (chat_template.jinja)", folder, COPY_AGAIN)

@@ -122,17 +122,16 @@ class Protocol(Stage):
         "The protocol that an adapter was trained under. Raises `InputError` when its card does not tell it."
         folder = adapter_folder(folder)
         card = read_json(folder / "qvk.json") if (folder / "qvk.json").is_file() or not folder.is_dir() else {}
-        told, name = (card.get("protocol"), card.get("prompt_hash")) if isinstance(card, dict) else (None, None)
-        if not isinstance(told, dict):
+        settings, name = (card.get("protocol"), card.get("prompt_hash")) if isinstance(card, dict) else (None, None)
+        if not isinstance(settings, dict):
             known = f"only the hash of its prompt, {str(name)[:12]}" if name else "nothing of the prompt it was trained with"
             raise InputError(f"the adapter's card tells {known}", folder,
                              "write the Protocol yourself" + f"; it is the one whose prompt_hash begins with {str(name)[:12]}" * bool(name))
         try:
-            return Protocol(**told)
+            return Protocol(**settings)
         except (ValidationError, TypeError):
             raise InputError("the protocol on the adapter's card is not one that this version knows", folder / "qvk.json",
                              "play it with the version that trained it") from None
-
 
 # %% ../nbs/01_config.ipynb #f7fd56af
 class CollectConfig(Protocol):

@@ -607,8 +607,8 @@ def turn_tokens(protocol: Protocol, completion: int = 24) -> dict:
     "Tokens of one turn: image, prompt (image included), completion. Text counts one token for 4 characters, each past action 3."
     image = image_tokens(protocol.render_size) * protocol.frames if protocol.observe != "text" else 0
     state = 30 if protocol.observe != "image" else 0
-    told = 30 if protocol.progress else 0  # which turn it is, and half a dozen achievements by name
-    text = state + told + len(system(protocol)) // 4 + 3 * protocol.history + 20
+    progress = 30 if protocol.progress else 0  # which turn it is, and half a dozen achievements by name
+    text = state + progress + len(system(protocol)) // 4 + 3 * protocol.history + 20
     return {"image": image, "prompt": image + text, "completion": completion}
 
 

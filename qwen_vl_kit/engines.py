@@ -7,7 +7,7 @@ __all__ = ['HEAD', 'EMBEDDING', 'SHOWN', 'OPENAI', 'OPTIONAL', 'MOST_TEXT', 'CUT
            'Sampling', 'Output', 'uniforms', 'Engine', 'EngineDied', 'Versions', 'card_of', 'prefill', 'shared_prefix',
            'prefill_shared', 'draw', 'distinct', 'decode', 'Replayed', 'LowRank', 'Beside', 'changes', 'read_adapter',
            'checked_adapter', 'HFEngine', 'usage_of', 'collapsed', 'seed_of', 'there', 'check', 'stored', 'roomy',
-           'language_only', 'VLLMEngine', 'first_line', 'is_loopback', 'proxy_of', 'access', 'secret_texts', 'redacted',
+           'language_only', 'VLLMEngine', 'is_loopback', 'proxy_of', 'access', 'secret_texts', 'redacted',
            'in_one_line', 'CallFailed', 'QuotaExceeded', 'Passing', 'Relearnt', 'retry_after', 'in_words', 'backoff',
            'read_error', 'refused_parameter', 'read_usage', 'size', 'content_text', 'reply_text', 'finish_of',
            'read_reply', 'error_in', 'read_tokens', 'read_body', 'from_json', 'place_of', 'Answer', 'Endpoint',
@@ -45,7 +45,7 @@ from types import MappingProxyType
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from . import models, turns
-from .core import InputError, adapter_folder, clean_text, digest, notify, read_json
+from .core import InputError, adapter_folder, clean_text, digest, one_line, notify, read_json
 from .models import Loaded, encode, positions
 
 # %% ../nbs/07_engines.ipynb #e2a857fa
@@ -706,7 +706,7 @@ class VLLMEngine:
         try:
             self.llm.llm_engine.add_lora(request)
         except Exception as error:
-            raise InputError(f"vLLM cannot take the adapter ({first_line(error)})", folder, "name the base it was trained on") from error
+            raise InputError(f"vLLM cannot take the adapter ({one_line(error)})", folder, "name the base it was trained on") from error
         self.versions[name] = request
         return name
 
@@ -722,7 +722,7 @@ class VLLMEngine:
             answers = self.llm.generate([self._prompt(sample) for sample in samples], [self._drawn(sampling, request) for request in requests],
                                         lora_request=[self.versions.get(name) for name in names], use_tqdm=False)
         except Exception as error:
-            raise EngineDied(f"vLLM failed while it generated ({first_line(error)})") from error
+            raise EngineDied(f"vLLM failed while it generated ({one_line(error)})") from error
         seconds = (time.perf_counter() - began) / len(requests)
         return [self._output(sample, answer, seconds) for sample, answer in zip(samples, answers, strict=True)]
 
@@ -761,11 +761,6 @@ class VLLMEngine:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._scratch.cleanup()
-
-
-def first_line(error: Exception) -> str:
-    "The kind of an error and the first line of what it says."
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 # %% ../nbs/07_engines.ipynb #d17f4a1d
 def _is_address(url: str) -> bool:

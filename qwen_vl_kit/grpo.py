@@ -577,7 +577,6 @@ def _fit(config, out, adapter, loaded, store, updates, last, before, meter, serv
         engine = _playing(config, out, adapter, serving, stack)
         sync, judge = Sync(config, engine, loaded, out / "policies"), None
         if config.judge == "remote":
-
             judge = stack.enter_context(contextlib.closing(RemoteJudge(config.judge_model, out / "answers.jsonl", meter)))
         ahead = one_before(last, updates * config.epochs, adapter) if config.overlap else None
         player = stack.enter_context(contextlib.closing(Player(config, engine, store, sync, share_sight(loaded, engine), judge, ahead)))

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from . import traces
 from .config import CollectConfig
-from .core import InputError, OverBudget, Result, digest, nearest, resolve
+from .core import InputError, OverBudget, Result, digest, one_line, nearest, resolve
 from .costs import Journal, Meter, own_rows
-from .engines import CallFailed, Request, Sampling, ServerEngine, first_line
+from .engines import CallFailed, Request, Sampling, ServerEngine
 from .env import ACHIEVEMENTS
 from .episodes import Episode, Turn, replayed
 from .expert import named
@@ -180,7 +180,7 @@ class RemoteJudge:
         if error := common_error(results):
             raise error
         if results and all(isinstance(result, Exception) for result in results):
-            raise CallFailed(f"the judge has scored none of {len(results)} episodes ({first_line(results[0])})")
+            raise CallFailed(f"the judge has scored none of {len(results)} episodes ({one_line(results[0])})")
         return [None if isinstance(result, Exception) else result for result in results]
 
     def results(self, episodes: list[Episode]) -> list[float | Exception]:
@@ -276,7 +276,7 @@ def _unfinished(results: list, total: int) -> Exception | None:
     if isinstance(error, OverBudget):
         return OverBudget(f"{error}; {scored} of {total} episodes are judged; with a larger budget the same command goes on")
     if error is None and failed:
-        return CallFailed(f"{len(failed)} of {total} episodes are not judged ({first_line(failed[0])}); the same command asks about them again")
+        return CallFailed(f"{len(failed)} of {total} episodes are not judged ({one_line(failed[0])}); the same command asks about them again")
     if error is None and results and not scored:
         return CallFailed(f"the judge has scored none of {total} episodes ({results[0]})")
     return error

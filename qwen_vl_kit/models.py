@@ -26,7 +26,7 @@ from pathlib import Path
 
 from .checkpoint import (CHANGES, Checkpoint, assistant_labels, check, end_token_ids, find, make_processor, read_processor,
                                     tiny_folder, truncation)
-from .core import InputError, adapter_folder, digest, parse_seeds, read_json, resolve, write_json
+from .core import InputError, adapter_folder, digest, one_line, parse_seeds, read_json, resolve, write_json
 from .env import ACHIEVEMENTS, ACTIONS
 from .expert import GOALS
 
@@ -546,6 +546,7 @@ def load(name: str | Path, revision: str = "", adapter: str | Path | None = None
         loaded.model.to("cuda")
     return loaded
 
+
 def _described(checkpoint: Checkpoint) -> Loaded:
     "What a checked folder says of its model, without the model. Raises `InputError` for a folder that holds no whole Qwen3-VL."
     config = check(checkpoint.folder)
@@ -730,7 +731,7 @@ def check_tensors(folder: Path, config) -> None:
     try:
         expected, base = _laid_out(settings.read_text(), json.dumps(plain, default=str))
     except ValueError as error:
-        raise InputError(f"does not fit this model ({str(error).splitlines()[0][:200]})", settings, "name the base it was trained on") from None
+        raise InputError(f"does not fit this model ({one_line(error)})", settings, "name the base it was trained on") from None
     mend = "name the base it was trained on, copy the folder again, or train it again"
     if missing := sorted(set(expected) - set(stored)):
         raise InputError(f"{len(missing)} of its tensors are missing ({missing[0]})", folder, mend)
@@ -760,7 +761,7 @@ def _laid_out(settings: str, config: str) -> tuple[dict, dict]:
         try:
             model = get_peft_model(Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(json.loads(config))), described, low_cpu_mem_usage=True)
         except (KeyError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(one_line(error)) from error
         expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
         base = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if "embed_tokens" in name or "lm_head" in name}
     return expected, base
@@ -821,7 +822,7 @@ def with_adapter(model, folder: Path, trainable: bool = False):
         try:
             carrying = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
-            raise InputError(f"PEFT cannot load it ({str(error).splitlines()[0][:200]})", folder, "train it again") from None
+            raise InputError(f"PEFT cannot load it ({one_line(error)})", folder, "train it again") from None
     if trainable:  # what comes of it is this base's
         carrying.peft_config["default"].base_model_name_or_path = model.name_or_path
     return carrying
@@ -1007,8 +1008,8 @@ def notices(loaded: Loaded, protocol) -> list[str]:
         lines.append(f"a frame of {size} pixels takes {tokens} tokens, not one for each of its {TILES}x{TILES} tiles; "
                      f"with render_size = {TILES * images.patch_size * images.merge_size} a tile is a token")
     if loaded.sampling:
-        told = ", ".join(f"{name} {value}" for name, value in loaded.sampling.items())
-        lines.append(f"{loaded.name}'s own generation_config.json draws with {told}; here tokens are drawn from the whole distribution, "
+        settings = ", ".join(f"{name} {value}" for name, value in loaded.sampling.items())
+        lines.append(f"{loaded.name}'s own generation_config.json draws with {settings}; here tokens are drawn from the whole distribution, "
                      "so that log-probabilities are those of what is sampled")
     return lines
 

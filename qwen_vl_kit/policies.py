@@ -51,8 +51,7 @@ def check_policy(policy, protocol: Protocol) -> None:
     "Raise `InputError` unless a policy plays under this protocol, and its adapter, if it has one, was trained for it."
     own = getattr(policy, "protocol", protocol)
     if turns.prompt_hash(own) != turns.prompt_hash(protocol):
-        theirs, ours = own.fields(), protocol.fields()
-        other = ", ".join(f"{name} = {theirs[name]!r} and not {ours[name]!r}" for name in ours if theirs[name] != ours[name])
+        other = turns.differences(own.fields(), protocol.fields())
         raise InputError(f"{policy.name} was made for another protocol than is to be played: {other}", mend="give both the same")
     for part in (policy, getattr(policy, "student", None)):
         if hasattr(part, "check"):

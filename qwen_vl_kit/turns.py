@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOOL', 'ALIASES', 'system', 'user_text', 'data_url', 'messages', 'with_urls', 'prompt', 'checked_images', 'tools',
-           'call_text', 'prompt_hash', 'check_prompt', 'Reply', 'answer', 'without_thinking', 'parse']
+           'call_text', 'prompt_hash', 'differences', 'check_prompt', 'Reply', 'answer', 'without_thinking', 'parse']
 
 # %% ../nbs/03_turns.ipynb #04d28064
 import base64
@@ -135,13 +135,18 @@ def prompt_hash(protocol: Protocol) -> str:
     return digest(said + (tools(protocol) or []))
 
 
+def differences(settings: dict, others: dict) -> str:
+    "In which settings one protocol's `fields` differ from another's, in words; those that the first does not name are passed over."
+    return ", ".join(f"{name} = {json.dumps(settings[name])} and not {json.dumps(value)}" for name, value in others.items()
+                     if settings.get(name, value) != value)
+
+
 def check_prompt(card: dict, protocol: Protocol, where: object = None) -> None:
     "Raise `InputError` when an adapter's card names another prompt than `protocol` makes. A card that names none says nothing against it."
-    expected, known, own = prompt_hash(protocol), card.get("prompt_hash"), protocol.fields()
+    expected, known = prompt_hash(protocol), card.get("prompt_hash")
     if known in (None, expected):
         return
-    told = card.get("protocol") if isinstance(card.get("protocol"), dict) else {}
-    other = ", ".join(f"{name} = {json.dumps(told[name])} and not {json.dumps(own[name])}" for name in own if told.get(name, own[name]) != own[name])
+    other = differences(card["protocol"], protocol.fields()) if isinstance(card.get("protocol"), dict) else ""
     what = f"the adapter was trained with prompt {str(known)[:12]}, this protocol makes {expected[:12]}"
     raise InputError(what + f" ({other})" * bool(other), where,
                      "take Protocol.from_adapter(…), or give this stage the same prompt, form, observe, history, frames, progress (with it, horizon) "
