@@ -10,7 +10,7 @@ import contract
 import pytest
 import torch
 
-from qwen_vl_kit import benchmark, engines, grpo, models, sft
+from qwen_vl_kit import benchmark, engines, grpo, models, policies
 from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
 from qwen_vl_kit.core import InputError, read_json, write_json
 
@@ -207,7 +207,7 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     numbers = benchmark.run(config, tmp_path / "benchmark").numbers
     assert numbers["seeds_not_told"] == ["sft", "grpo"] and numbers["adapters_name_base"] == {"sft": "somebody/else"}
     assert numbers["unknown_of_adapters"]["grpo"] == ["base weights", "prompt", "seeds"]
-    assert sft.checked_card(foreign, config)["prompt_hash"] is None
+    assert policies.checked_card(foreign, config)["prompt_hash"] is None
 
 
 def test_the_command_says_what_no_card_tells(tmp_path, capsys):
