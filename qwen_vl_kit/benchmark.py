@@ -148,10 +148,8 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     """
     began, out = time.perf_counter(), resolve(out)
     adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, out.parent))}
-    for path in adapters.values():
-        policies.checked_card(path, config)  # told before hours are spent on the other arms
+    cards = {arm: policies.checked_card(path, config) for arm, path in adapters.items()}  # told before hours are spent on the other arms
     seeds = unseen(parse_seeds(config.seeds), config.model, adapters)
-    cards = {arm: models.read_card(path) for arm, path in adapters.items()}
     unknown = {arm: parts for arm, card in cards.items() if (parts := models.unknown(card))}
     untold = [arm for arm, parts in unknown.items() if "seeds" in parts]  # nobody can say whether these have seen them
     in_4_bits = [arm for arm, card in cards.items() if card.get("quantization")]  # and play in 16

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COPY_AGAIN', 'FILES', 'NAMES', 'TYPES', 'CHANGES', 'Checkpoint', 'weight_files', 'read_object', 'refuse_pointer',
-           'tiny_folder', 'find', 'check', 'assistant_labels', 'chat_template', 'make_processor', 'read_processor',
-           'end_token_ids', 'truncation']
+           'read_header', 'tiny_folder', 'find', 'check', 'check_whole', 'tensor_files', 'assistant_labels',
+           'chat_template', 'make_processor', 'read_processor', 'end_token_ids', 'truncation']
 
 # %% ../nbs/05b_checkpoint.ipynb #e7a9424a
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from .core import InputError, digest, nearest, one_line, resolve, write_json
@@ -40,7 +40,15 @@ class Checkpoint:
 def _sha256(file: Path) -> str:
     "sha256 of a file. In the hub's cache a large file is a link to a blob of that name, so nothing is read."
     blob = file.resolve()
-    return blob.name if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) else digest(file)
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
+    return _sha256_at(blob, blob.stat().st_size, blob.stat().st_mtime_ns)
+
+
+@cache
+def _sha256_at(file: Path, size: int, changed: int) -> str:
+    "sha256 of a file as it stands. A stage loads its model more than once, and the file has gigabytes."
+    return digest(file)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -99,7 +107,21 @@ def refuse_pointer(path: Path) -> None:
     "Raise `InputError` for a file that git-lfs would have replaced by what it points to."
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise InputError("a pointer of git-lfs, not the file itself", path, "run `git lfs pull` there, or download the model again")
+            raise InputError("a pointer of git-lfs, not the file itself", path, "run `git lfs pull` there, or download it again")
+
+
+def read_header(file: Path, mend: str = COPY_AGAIN) -> dict[str, tuple[str, tuple]]:
+    """Type and shape of each tensor in a safetensors file, from its header alone. Raises `InputError` for a pointer of git-lfs, and for a file that
+    is damaged or cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    refuse_pointer(file)
+    try:
+        with safe_open(file, "numpy") as stored:
+            tensors = {name: stored.get_slice(name) for name in stored.keys()}
+            return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in tensors.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"damaged or cut short ({error})", file, mend) from None
 
 # %% ../nbs/05b_checkpoint.ipynb #f3493900
 FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]  # what is downloaded of a model
@@ -219,7 +241,7 @@ def check(folder: Path) -> dict:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "processor_config.json", "chat_template.json", "vocab.json"):
         if (folder / name).exists():
             read_object(folder / name)
-    _check_tensors(folder, config)
+    check_whole(folder, config)
     return config
 
 
@@ -240,9 +262,9 @@ def _check_files(folder: Path) -> None:
             refuse_pointer(path)
 
 # %% ../nbs/05b_checkpoint.ipynb #d077df8f
-def _check_tensors(folder: Path, config: dict) -> None:
+def check_whole(folder: Path, config: dict) -> None:
     "Raise `InputError` unless a folder's weights are whole files that hold all tensors of its model, each once, and no others."
-    places = _stored(folder)
+    places = tensor_files(folder)
     for part, count, name in (("text_config", "num_hidden_layers", "layers"), ("vision_config", "depth", "blocks")):  # a million would be made
         asked = config[part].get(count) if isinstance(config.get(part), dict) else None
         held = len({found[0] for tensor in places if (found := re.search(rf"\b{name}\.\d+", tensor))})
@@ -255,17 +277,11 @@ def _check_tensors(folder: Path, config: dict) -> None:
                          "save the model whole (an adapter merged and unloaded), with transformers' save_pretrained")
 
 
-def _stored(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     "The file of each tensor. Raises `InputError` for a file that is cut short, a tensor that is not of floats, and one that lies in two files."
-    from safetensors import SafetensorError, safe_open
-
     places = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as stored:
-                kinds = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"damaged or cut short ({error})", file, COPY_AGAIN) from None
+        kinds = {name: kind for name, (kind, _) in read_header(file).items()}
         if odd := [name for name, kind in kinds.items() if kind not in ("F32", "BF16", "F16", "F64")]:
             raise InputError(f"{odd[0]} is stored as {kinds[odd[0]]}, not as floats of 16 bits or more", file, "name the model in bf16")
         if twice := sorted(set(kinds) & set(places)):

@@ -429,15 +429,15 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
     return found
 
 
-def checked_adapter(folder: str | Path, base: Loaded, config) -> Path:
-    """The folder of an adapter that is a PEFT one and whole, on a base with this `config`. Raises `InputError` when it is not, or when its card, if
-    it has one, names another base."""
+def checked_adapter(folder: str | Path, base: Loaded, config) -> tuple[Path, dict]:
+    """Folder and card of an adapter that is a PEFT one and whole, on a base with this `config`. Raises `InputError` when it is not, or when its card,
+    if it has one, names another base."""
     folder = adapter_folder(folder)
-    models.same_base(base, folder)
+    card = models.same_base(base, folder)
     if not (folder / "adapter_config.json").is_file():
         raise InputError("no adapter here", folder, "name the folder that a trainer saved one in")
     models.check_tensors(folder, config)
-    return folder
+    return folder, card
 
 # %% ../nbs/07_engines.ipynb #65e9f0c6
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"  # one matrix in small models
@@ -485,15 +485,13 @@ class HFEngine:
 
     def set_policy(self, version: int, folder: str | Path) -> str:
         "Take over a PEFT adapter from its folder; returns the name of this version."
-        folder = checked_adapter(folder, self.loaded, self.config)
-        odd = set(models.adapter_parts(folder)) - models.PATTERNS
-        if odd and self.beside:
-            raise InputError(f"a base in 4 bits cannot take this part of an adapter: {', '.join(sorted(odd))}", folder,
-                             "play it on the base in 16 bits")
-        found = self._merged(folder) if odd else read_adapter(folder)
+        folder, card = checked_adapter(folder, self.loaded, self.config)
+        if self.beside:
+            models.check_beside(folder)
+        found = read_adapter(folder) if models.PATTERNS.issuperset(models.adapter_parts(folder)) else self._merged(folder)
         if {HEAD, EMBEDDING} & set(found) and self._tied():
             self._untie()
-        name = self.versions.named(version, card=models.read_card(folder))
+        name = self.versions.named(version, card=card)
         for old in self.versions.oldest():
             del self.versions[old]
         self.versions[name] = found
@@ -693,11 +691,11 @@ class VLLMEngine:
         "Take over a PEFT adapter from its folder, which may change afterwards; returns the name of this version."
         from vllm.lora.request import LoRARequest
 
-        folder = checked_adapter(folder, self.loaded, self.config)
+        folder, card = checked_adapter(folder, self.loaded, self.config)
         found = language_only(folder)
         if (rank := max(change.a.shape[0] for change in found.values())) > self.lora_rank:
             raise InputError(f"an adapter of rank {rank}, and vLLM was started for {self.lora_rank}", folder, "start it with a higher lora_rank")
-        name = self.versions.named(version, card=models.read_card(folder))
+        name = self.versions.named(version, card=card)
         for old in self.versions.oldest():
             self.llm.llm_engine.remove_lora(self.versions.pop(old).lora_int_id)
         own = shutil.copytree(folder, Path(self._scratch.name) / name)  # vLLM may read it again, whatever the trainer has made of the folder
@@ -751,8 +749,6 @@ class VLLMEngine:
     def close(self) -> None:
         "Let go of the GPU's memory."
         if self.llm is not None:
-            import gc
-
             import torch
 
             self.llm.llm_engine.engine_core.shutdown()

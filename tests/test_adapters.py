@@ -168,6 +168,12 @@ def test_files_that_are_not_where_peft_puts_them(tmp_path):
     shutil.copytree(folder, tmp_path / "several" / "two")
     with pytest.raises(InputError, match="in each of its folders one, two; name one of them"):
         models.read_card(tmp_path / "several")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(InputError, match=f"{name}: a pointer of git-lfs"):
+            models.read_card(folder)
+        (folder / name).write_bytes(kept)
     torch.save({}, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="adapter_model.bin: weights in a pickle"):

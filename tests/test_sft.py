@@ -210,6 +210,8 @@ def test_an_error_in_one_of_several_processes_is_told(rows, tmp_path, monkeypatc
 
 
 def test_whole_weights_are_trained_and_played(rows, tmp_path):
+    from safetensors.torch import load_file, save_file
+
     result = sft.run(SFTConfig(**FAST | {"variety": "full", "learning_rate": 1e-3}, **rows), tmp_path / "sft")
     assert result.numbers["parameters"]["trained"] == result.numbers["parameters"]["total"]
     base, trained = models.load("random:tiny"), models.load("random:tiny", adapter=tmp_path / "sft" / "adapter")
@@ -219,6 +221,11 @@ def test_whole_weights_are_trained_and_played(rows, tmp_path):
         models.load("random:tiny", adapter=tmp_path / "sft" / "adapter", trainable=True)
     played = benchmark.run(BenchmarkConfig(**PLAY, model="random:tiny", arms=["sft"], seeds="1000000-1000001", bf16=False), tmp_path / "benchmark")
     assert played.numbers
+    weights = tmp_path / "sft" / "adapter" / "model.safetensors"
+    held = load_file(weights)
+    save_file({name: weight for name, weight in held.items() if "layers.1.mlp" not in name}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"3 missing \(.*layers\.1\.mlp"):
+        models.load("random:tiny", adapter=tmp_path / "sft" / "adapter")
 
 
 def test_a_student_plays_and_the_expert_says_what_it_would_do(rows, tmp_path):
