@@ -150,8 +150,8 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: cos
         store.begin("collect", config, facts)
         rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency,
                 sink=_keeper(store, out, policy.name, replies), done=done, keep=False, what=what)
-    if told := replies.notices():
-        plan["notices"] = told
+    if found := replies.notices():
+        plan["notices"] = found
     return plan
 
 

@@ -92,8 +92,8 @@ class Replies:
 
     def notices(self, who: str = "") -> list[str]:
         "The line for a reader of results, if there is anything to tell."
-        told = f"{self.cut_off} of {self.replies} replies were cut off; raise max_new_tokens"
-        return [f"{who}: {told}" if who else told] if self.cut_off else []
+        line = f"{self.cut_off} of {self.replies} replies were cut off; raise max_new_tokens"
+        return [f"{who}: {line}" if who else line] if self.cut_off else []
 
 
 def rollout(policy, protocol: Protocol, seeds: list[int], members: int | range = 1, noise: float = 0.0, seed: int = 0, concurrency: int = 64,

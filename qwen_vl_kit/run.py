@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 from . import config as configs
-from .core import (InputError, Result, absent, adapter_folder, atomic, misplaced, parse_seeds, read_json, read_text, remove_empty,
-                              resolve, root, site, usable, write_json)
+from .core import (InputError, Result, absent, adapter_folder, atomic, misplaced, notify, parse_seeds, read_json, read_text,
+                              remove_empty, resolve, root, site, usable, write_json)
 
 # %% ../nbs/21_run.ipynb #76bd323f
 STAGES = tuple(configs.STAGES)
@@ -364,7 +364,7 @@ def check_access(settings: configs.Stage) -> None:
         book = prices()
         for model in models:
             if listed(model, book) is None:
-                _say(f"note: no price for '{model}': its tokens are counted, its dollars are not; configs/README.md says how to add one")
+                notify(f"no price for '{model}': its tokens are counted, its dollars are not; configs/README.md says how to add one")
 
 
 def check_devices(settings: configs.Stage) -> None:
@@ -375,11 +375,11 @@ def check_devices(settings: configs.Stage) -> None:
     if any(getattr(settings, name, least) > least for name, least in (("processes", 1), ("machines", 1), ("deepspeed_stage", 0), ("fsdp", False))):
         from qwen_vl_kit.sft import devices
         for line in devices(settings)[1]:
-            _say(f"note: {line}")
+            notify(line)
     if getattr(settings, "gpus_for_vllm", 0):
         from qwen_vl_kit.grpo import served
         for line in served(settings)[1]:
-            _say(f"note: {line}")
+            notify(line)
 
 
 def check_adapters(stage: str, settings: configs.Stage) -> None:
@@ -387,7 +387,7 @@ def check_adapters(stage: str, settings: configs.Stage) -> None:
     from qwen_vl_kit.models import read_card, unknown
     for field in SOURCES.get(stage, {}):
         if "adapter" in field and (path := getattr(settings, field)) and (parts := unknown(read_card(path))):
-            _say(f"note: {field} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), so they are not checked")
+            notify(f"{field} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), so they are not checked")
 
 
 @contextlib.contextmanager
@@ -536,8 +536,8 @@ def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, a
     (out / MARKER).unlink()
     numbers = read_json(out / "manifest.json")["numbers"]
     _say(f"{stage:<10} {time.perf_counter() - began:.0f} s  {_headline(stage, numbers)}")
-    for line in (*numbers.get("not_applied", ()), *numbers.get("notices", ())):
-        _say(f"{stage:<10} note: {line}")
+    for line in numbers.get("notices", ()):  # what is `not_applied` was told before
+        notify(f"{stage}: {line}")
 
 
 def _undone(stage: str, out: Path, anew: bool, error: BaseException) -> BaseException:
@@ -572,7 +572,7 @@ def notices(*several: configs.Stage) -> None:
     "Tell the notices of configs on standard error."
     for settings in several:
         for line in settings.notices:
-            _say(f"note: {line}")
+            notify(line)
 
 
 def run_folder(path: str, out: str = "") -> Path:
@@ -606,7 +606,7 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     renew = False
     for stage in stages:
         if found[stage] == "stale" and not renew:  # this command, or another one, was stopped between the stage that makes its inputs and this one
-            _say(f"note: {stage} was made from other inputs than there are now, and is done again")
+            notify(f"{stage} was made from other inputs than there are now, and is done again")
             renew = True
         renew |= run_stage(stage, loaded[stage], run / stage, force, renew, told=True)
     return run
@@ -880,7 +880,7 @@ def _import_synth(args) -> int:
     target = resolve(args.out) if args.out else resolve(site("outputs")) / Path(args.path).stem / "rollouts.db"
     count = traces.import_synth(args.path, target)
     for reason, sessions in count["skipped"].items():
-        _say(f"note: left out {sessions} sessions: {reason}")
+        notify(f"left out {sessions} sessions: {reason}")
     print(f"{_told(target)}: {count['episodes']} episodes, {count['turns']} turns; {count['known']} were there already, "
           f"{sum(count['skipped'].values())} left out")
     return 0

@@ -566,16 +566,16 @@ def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | No
     loaded.model = trainer.model
     numbers = {**best_figures(trainer.state, config.keep_best), **loaded.identity, "updates": steps, "rows": count,
                "samples": steps * per_step, "processes": world, "prompt_hash": train.prompt_hash, "parameters": parameters}
-    protocol = {"protocol": train.protocol().fields()} if train.rows[0]["metadata"].get("protocol") else {}
-    with contextlib.suppress(InputError):  # rows of others do not say how they are played
-        numbers |= {"notices": found} if (found := models.notices(loaded, train.protocol())) else {}
+    protocol = train.protocol() if train.rows[0]["metadata"].get("protocol") else None  # rows of others do not say how they are played
+    if protocol and (found := models.notices(loaded, protocol)):
+        numbers["notices"] = found
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(out / "adapter"))
     elif trainer.is_world_process_zero():
         trainer.model.save_pretrained(out / "adapter")
     if trainer.is_world_process_zero():
         models.write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=count, updates=steps, seeds=seeds,
-                          **protocol)
+                          **({"protocol": protocol.fields()} if protocol else {}))
     return numbers
 
 
