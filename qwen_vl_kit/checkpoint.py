@@ -50,7 +50,7 @@ def _sha256_at(file: Path, size: int, changed: int) -> str:
     "sha256 of a file as it stands. A stage loads its model more than once, and the file has gigabytes."
     return digest(file)
 
-
+# %% ../nbs/05b_checkpoint.ipynb #20f64457
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files that hold a model's weights, as its index names them. Raises `InputError` when one is missing."
     index = folder / "model.safetensors.index.json"
@@ -135,7 +135,7 @@ def tiny_folder() -> Path:
     import qwen_vl_kit
     return Path(qwen_vl_kit.__file__).with_name("tiny")
 
-
+# %% ../nbs/05b_checkpoint.ipynb #68c21ee7
 def find(name: str | Path, revision: str = "") -> Checkpoint:
     """The files of `tiny`, of a folder, or of a hub name at a revision; what is not in the cache is downloaded.
 
@@ -404,7 +404,7 @@ def _joined(images, tokenizer, template: str):
 
     return ImagesOnly(image_processor=images, tokenizer=tokenizer, video_processor=None, chat_template=template)
 
-
+# %% ../nbs/05b_checkpoint.ipynb #afd0e407
 CHANGES = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}  # what is done to a frame, as Qwen3-VL has it
 
 
@@ -448,7 +448,7 @@ def read_processor(folder: Path, config: dict):
     _check_template(processor, folder)
     return processor
 
-
+# %% ../nbs/05b_checkpoint.ipynb #e91fa5f2
 def _image_processor(folder: Path):
     "A folder's image processor, from preprocessor_config.json or, as transformers 5 saves it, from processor_config.json."
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -85,7 +85,7 @@ Time = Annotated[str, BeforeValidator(_checked_time)]
 
 EngineName = Literal["auto", "hf", "vllm", "server"]  # here by transformers or by vLLM, or at an endpoint; auto: vllm where it and a GPU are there
 
-
+# %% ../nbs/01_config.ipynb #46741107
 class Stage(BaseModel):
     "A stage's settings. Unknown keys and wrong types are errors, and a value that was set later is checked too."
 
@@ -100,7 +100,7 @@ class Stage(BaseModel):
         "One line for each key of the file that does not act here, or was understood with a warning."
         return self._notices
 
-
+# %% ../nbs/01_config.ipynb #b2483a8b
 class Protocol(Stage):
     "What the model is shown each turn, and what it is expected to say."
 

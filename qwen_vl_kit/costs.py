@@ -378,7 +378,7 @@ def _checked(row: dict) -> dict:
         raise ValueError("not a row of calls")
     return row
 
-
+# %% ../nbs/11_costs.ipynb #0d574de8
 class CallCounts:
     "How many calls of models were made, and what they have used and cost, from the rows of a journal."
 

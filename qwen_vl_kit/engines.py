@@ -356,7 +356,7 @@ class LowRank:
         a, b = (x.to(weight.device).float() for x in (self.a, self.b))
         return (weight.float() + (b @ a) * self.scale).to(weight.dtype)
 
-
+# %% ../nbs/07_engines.ipynb #d5f6aa58
 class Beside:
     "Adds a LoRA to the output of a layer whose weight cannot hold it, as PEFT does. Its matrices stay where they are in memory."
 
@@ -391,7 +391,7 @@ class Beside:
             return output + linear(linear(x, self.a), self.b)
         return output + linear(linear(x.float(), self.a), self.b).to(output.dtype)
 
-
+# %% ../nbs/07_engines.ipynb #46e94f2e
 def changes(model) -> dict:
     "What a model that is being trained changes, by parameter: the `LowRank` of its adapter, or the weights themselves if all are trained."
     from peft import PeftModel
@@ -991,7 +991,7 @@ def size(messages: list[dict], tools: list[dict] | None = None) -> tuple[int, in
     texts = [part["text"] for part in parts if part["type"] == "text"]
     return len(parts) - len(texts), sum(map(len, texts)) + (len(json.dumps(tools)) if tools else 0)
 
-
+# %% ../nbs/07_engines.ipynb #c386c6dc
 def content_text(content) -> str:
     "The text of a message's content: a string, a part or a list of parts, but for parts that are thinking; '' for anything else."
     parts = content if isinstance(content, list) else [content]
@@ -1102,7 +1102,7 @@ class Answer(typing.NamedTuple):
     headers: dict
     value: object
 
-
+# %% ../nbs/07_engines.ipynb #9b3f7f22
 class Endpoint:
     """Where requests go, by an `access`: JSON is posted there and nowhere else, and what comes back can be cleaned of the secrets that opened it.
     `reached` says whether it has ever answered."""

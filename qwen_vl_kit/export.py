@@ -504,7 +504,7 @@ def _name(value) -> str:
     "What a JSON value is, in words."
     return {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object"}.get(type(value), "a number")
 
-
+# %% ../nbs/13_export.ipynb #f8e7163f
 def _part(part, who: str) -> dict:
     "A part of a message's content as `text` or `image_url`, whichever API it was written for. Raises `InputError` for others."
     kind = part.get("type") if isinstance(part, dict) else None
@@ -591,7 +591,7 @@ def _messages(row) -> list[dict]:
 # %% ../nbs/13_export.ipynb #cac22fe1
 KINDS = {"run": str, "arm": str, "seed": int, "member": int, "turn": int, "prompt_hash": str, "protocol": str}  # what is read from metadata
 
-
+# %% ../nbs/13_export.ipynb #786e3b4f
 @functools.lru_cache(16)
 def _protocol(text: str) -> tuple[Protocol, str, str]:
     "The protocol that metadata tells, the hash of its prompt, and its system prompt."

@@ -257,7 +257,7 @@ def judged(result: Result, config: CollectConfig) -> Result:
     numbers |= {"judge": name, "judged": len(scores) - scores.count(None), "not_judged": scores.count(None)}
     return dataclasses.replace(result, numbers=result.numbers | numbers, usage=usage)
 
-
+# %% ../nbs/15_judge.ipynb #96eb38c7
 def _asked(out: Path, config: CollectConfig, episodes: list[Episode]) -> tuple[list, list[dict], dict]:
     "Results of a remote judge, and what the collection's calls have used and cost with them."
     meter = Meter(config.budget_usd, config.budget_calls, journal=out / "calls.jsonl")

@@ -448,7 +448,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
-
+# %% ../nbs/06_models.ipynb #7036e403
 @dataclass
 class Loaded:
     "A model with its processor, and what is needed to say later which one it was."
@@ -546,7 +546,7 @@ def load(name: str | Path, revision: str = "", adapter: str | Path | None = None
         loaded.model.to("cuda")
     return loaded
 
-
+# %% ../nbs/06_models.ipynb #ac486d98
 def _described(checkpoint: Checkpoint) -> Loaded:
     "What a checked folder says of its model, without the model. Raises `InputError` for a folder that holds no whole Qwen3-VL."
     config = check(checkpoint.folder)
@@ -586,7 +586,7 @@ def in_4_bits(model) -> bool:
     "Whether a model's linear layers are held in 4 bits, see `nf4`."
     return bool(getattr(model, "is_loaded_in_4bit", False))
 
-
+# %% ../nbs/06_models.ipynb #4e4d7e72
 def write_card(folder: str | Path, loaded: Loaded, prompt_hash: str | None, **more) -> Path:
     """Write `qvk.json` beside an adapter. Of `more`, `seeds` are those of the worlds that it was trained on, see `trained_on`; `seeds_incomplete`
     says that there may be others."""
@@ -618,7 +618,7 @@ def read_card(folder: str | Path) -> dict:
     tensor_files(folder) if card.get("variety") == "full" else check_adapter(folder)
     return card
 
-
+# %% ../nbs/06_models.ipynb #bd6c2065
 def trained_on(card: dict) -> list[int]:
     "Seeds of the worlds that an adapter was trained on, or chosen by; none where its card does not tell."
     return parse_seeds(card["seeds"]) if card.get("seeds") else []
@@ -687,7 +687,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple]:
     "Shapes of the tensors in an adapter's file. Raises `InputError` when it is damaged."
     return {name: shape for name, (_, shape) in read_header(file, TRAIN_AGAIN).items()}
 
-
+# %% ../nbs/06_models.ipynb #c6d49e54
 def check_adapter(folder: Path) -> None:
     "Raise `InputError` unless an adapter's folder has its files, neither of them cut short, and parts that can be played."
     settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -795,7 +795,7 @@ def check_beside(folder: Path) -> None:
     if odd := [part for part in adapter_parts(folder) if part not in PATTERNS]:
         raise InputError(f"a base in 4 bits cannot take this part of an adapter: {', '.join(odd)}", folder, "play it on the base in 16 bits")
 
-
+# %% ../nbs/06_models.ipynb #c6b17900
 def _bare(model, folder: Path):
     "A base without the adapter that it may carry. Raises `InputError` when that one has changed the base for good."
     from peft import PeftModel
@@ -825,7 +825,7 @@ def with_adapter(model, folder: Path, trainable: bool = False):
         carrying.peft_config["default"].base_model_name_or_path = model.name_or_path
     return carrying
 
-
+# %% ../nbs/06_models.ipynb #19b38cf3
 def merge(model):
     "The base of a `PeftModel` with its adapter merged, in place."
     import warnings
@@ -920,7 +920,7 @@ class Encoded:
         "The same for samples that show the same frames, given in the same way, and hold the same tokens."
         return tuple(self.input_ids), tuple(self.frame_keys())
 
-
+# %% ../nbs/06_models.ipynb #cb9c6e76
 def image_tokens(processor, frame) -> int:
     "How many tokens one frame takes, after the processor's own resizing."
     images = processor.image_processor

@@ -203,7 +203,7 @@ def _sum(usages: list[dict]) -> dict:
         total.pop("usd", None)
     return total
 
-
+# %% ../nbs/08_policies.ipynb #b78ef368
 class ServerPolicy:
     """A model behind an OpenAI-compatible endpoint.
 

@@ -526,7 +526,7 @@ def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
             raise InputError("best_by = \"dev.achievement_rate\" plays seeds, and dev_seeds names none", mend="set dev_seeds, such as 900000-900015")
     return train, val
 
-
+# %% ../nbs/14_sft.ipynb #d8dd2d21
 def _processor(config: SFTConfig):
     "The processor of a config's model, whose weights are not loaded yet."
     if config.model.startswith("random:"):
