@@ -282,3 +282,68 @@ def test_a_server_of_our_own_ends_replies_where_the_model_does(monkeypatch):
     body = engines.create("server", "tiny", tokens=True)._body(request, sampling, 0)
     assert body["stop_token_ids"] == [END] and body["return_token_ids"]
     assert "stop_token_ids" not in engines.create("server", "tiny")._body(request, sampling, 0)
+
+
+@pytest.fixture
+def answering(hub, monkeypatch):
+    "What a hub on this machine answers to everything: `answering.status`, `.headers` and `.body`."
+    import http.server
+    import threading
+
+    from huggingface_hub import constants
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        status, headers_out, body = 200, {}, b"<html>sign in</html>"
+
+        def do_GET(self):
+            self.send_response(Answer.status)
+            for name, value in {**Answer.headers_out, "Content-Length": str(len(Answer.body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(Answer.body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        yield Answer
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status, headers, words", [
+    (401, {}, "401"), (403, {"X-Error-Code": "GatedRepo"}, "asks for consent"), (404, {"X-Error-Code": "RepoNotFound"}, "has no model"),
+    (404, {"X-Error-Code": "RevisionNotFound"}, "no revision 'main'"), (500, {}, "500"), (200, {}, "JSONDecodeError"),
+    (302, {"Location": "/"}, "redirects")])
+def test_whatever_the_hub_answers(answering, tmp_path, monkeypatch, status, headers, words):
+    "A model that is in the cache loads, unless the hub says that there is no such revision; another is refused in its words."
+    from huggingface_hub import constants
+
+    answering.status, answering.headers_out = status, headers
+    if headers.get("X-Error-Code") != "RevisionNotFound":
+        assert checkpoint.find("own/model").commit == COMMITS[0]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(InputError) as raised:
+        checkpoint.find("own/model")
+    assert words in str(raised.value) and str(raised.value).isprintable()
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(hub, tmp_path, monkeypatch):
+    "It takes a connection, and that is all: a model in the cache loads all the same, and another is refused."
+    import socket
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(checkpoint, "ANSWER", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert checkpoint.find("own/model").commit == COMMITS[0]
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+        with pytest.raises(InputError, match="cannot be had from the hub .ReadTimeout"):
+            checkpoint.find("own/model")
