@@ -26,7 +26,7 @@ def student(config: CollectConfig) -> policies.EnginePolicy:
     "The model that plays under a teacher's eyes. Raises `InputError` when its adapter was trained under another prompt."
     card = policies.checked_card(config.student, config)
     sampling = engines.Sampling(config.temperature, config.max_new_tokens, config.seed)
-    engine = engines.HFEngine(models.load(card["base"], adapter=config.student, bf16=True), bf16=True)
+    engine = engines.HFEngine(models.load(*models.base_of(card), config.student, bf16=True), bf16=True)
     return policies.EnginePolicy(engine, config, sampling, "student")
 
 
@@ -126,6 +126,9 @@ def run(config: CollectConfig, out: str | Path) -> Result:
     totals = _totals(out / "rollouts.db")
     numbers = {**totals, "achievement_rate": round(totals["achievements"] / 22 / totals["episodes"], 6), "teacher": policy.name,
                "prompt_hash": turns.prompt_hash(config), **plan, **(meter.numbers() if meter else {})}
+    if loaded := getattr(getattr(policy, "engine", None), "loaded", None):  # a teacher that is played here
+        numbers |= loaded.identity
+        numbers |= {"notices": told} if (told := models.notices(loaded, config) + plan.get("notices", [])) else {}
     seconds = plan.get("earlier_seconds", 0.0) + time.perf_counter() - began
     inputs = {"student": adapter_folder(config.student)} if config.student else {}
     return Result("collect", out, seconds, numbers, inputs, meter.usage() if meter else [])

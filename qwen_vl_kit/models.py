@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'NO_PART', 'PATTERNS', 'MERGED', 'TRAINED', 'TRAIN_AGAIN', 'TILES', 'tiny_tokenizer',
            'tiny_config', 'make_tiny', 'quicken_tower', 'attention_kernel', 'Spans', 'attend', 'register_attention',
            'Sight', 'quicken', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'without_weights', 'lora_config',
-           'in_4_bits', 'write_card', 'read_card', 'trained_on', 'unknown', 'other_base', 'trained_weights',
+           'in_4_bits', 'write_card', 'read_card', 'trained_on', 'base_of', 'unknown', 'other_base', 'trained_weights',
            'same_base', 'adapter_parts', 'tensor_shapes', 'check_adapter', 'check_tensors', 'attach', 'check_beside',
            'with_adapter', 'merge', 'untie', 'cut', 'patchify', 'Encoded', 'image_tokens', 'encode', 'frame_key',
            'decode_url', 'notices', 'window', 'windows', 'positions', 'lay_out', 'pack', 'image_inputs', 'answers_only',
@@ -622,6 +622,12 @@ def read_card(folder: str | Path) -> dict:
 def trained_on(card: dict) -> list[int]:
     "Seeds of the worlds that an adapter was trained on, or chosen by; none where its card does not tell."
     return parse_seeds(card["seeds"]) if card.get("seeds") else []
+
+
+def base_of(card: dict) -> tuple[str, str]:
+    "The name of the base that a card tells, and its revision: the commit on the hub that the adapter was trained on, '' where there is none."
+    weights = card["base_weights"] or ""
+    return card["base"], weights if len(weights) == 40 and not resolve(card["base"]).is_dir() else ""
 
 
 def unknown(card: dict) -> list[str]:

@@ -661,7 +661,8 @@ def resolve_cli_path(path: str) -> str:
 def resolve_model(name: str) -> str:
     "The name of a model, or the path of a folder in which one lies, seen from the current folder."
     here = Path(resolve_new_path(name))
-    return _told(here) if name not in ("", "tiny") and (here / "config.json").is_file() else name
+    meant = name.startswith((".", "~")) and here.exists()
+    return _told(here) if name not in ("", "tiny") and (meant or (here / "config.json").is_file()) else name
 
 
 def resolve_set(pairs: list[str]) -> dict:
