@@ -16,6 +16,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'qwen_vl_kit.benchmark.Players.ready': ('benchmark.html#players.ready', 'qwen_vl_kit/benchmark.py'),
                                        'qwen_vl_kit.benchmark.adapter_of': ('benchmark.html#adapter_of', 'qwen_vl_kit/benchmark.py'),
                                        'qwen_vl_kit.benchmark.arm_row': ('benchmark.html#arm_row', 'qwen_vl_kit/benchmark.py'),
+                                       'qwen_vl_kit.benchmark.dollars': ('benchmark.html#dollars', 'qwen_vl_kit/benchmark.py'),
                                        'qwen_vl_kit.benchmark.episode_row': ('benchmark.html#episode_row', 'qwen_vl_kit/benchmark.py'),
                                        'qwen_vl_kit.benchmark.run': ('benchmark.html#run', 'qwen_vl_kit/benchmark.py'),
                                        'qwen_vl_kit.benchmark.unseen': ('benchmark.html#unseen', 'qwen_vl_kit/benchmark.py'),

@@ -1,6 +1,7 @@
 "What calls of endpoints cost: the journal, budgets, unknown prices and usage, a judge's paid answers. Real HTTP on loopback, real processes."
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 from pydantic import ValidationError
 from servers import Endpoint, images, refuses, says
 
-from qwen_vl_kit import collect, judge, manifest, run, traces
-from qwen_vl_kit.config import CollectConfig
+from qwen_vl_kit import benchmark, collect, judge, manifest, run, show, traces
+from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
 from qwen_vl_kit.costs import BOOK, Meter
 from qwen_vl_kit.engines import CallFailed
@@ -271,7 +272,18 @@ def test_what_was_learnt_of_long_replies_is_known_to_the_next_run(tmp_path):
     again = Meter(0.1, journal=tmp_path / "calls.jsonl", book=BOOK)
     again.send("gpt-4o-mini", 0, 500, 64)
     assert again.aside == again.cost("gpt-4o-mini", 900, 4000)
-    assert not again.fits("other", 0, 500, 64) or again.bounds["other"](0, 500, 64) == [250, 64]  # of another model nothing is known
+    assert again.bound("other")(0, 500, 64) == [250, 64]  # of another model nothing is known
+
+
+def test_an_arm_of_the_benchmark_whose_dollars_are_unknown_did_not_cost_nothing(at, tmp_path):
+    shown = {name: PLAY[name] for name in ("prompt", "render_size", "horizon", "engine")}
+    for model, known in (("gpt-4o-mini", True), ("my-model", False)):
+        with Endpoint() as endpoint:
+            at(endpoint.url)
+            benchmark.run(BenchmarkConfig(**shown, model=model, arms=["random", "base"], seeds="1000000-1000001"), tmp_path / model)
+        chance, base = show.read_arms(tmp_path / model / "arms.csv").usd
+        assert chance == 0 and (base > 0 if known else math.isnan(base))
+        assert show.text_table(show.arms_table(tmp_path / model / "arms.csv")).endswith("–") != known
 
 
 def test_calls_of_a_probe_that_failed_count(at, tmp_path):
