@@ -26,7 +26,8 @@ def student(config: CollectConfig) -> policies.EnginePolicy:
     "The model that plays under a teacher's eyes. Raises `InputError` when its adapter was trained under another prompt."
     card = policies.checked_card(config.student, config)
     sampling = engines.Sampling(config.temperature, config.max_new_tokens, config.seed)
-    engine = engines.HFEngine(models.load(*models.base_of(card), config.student, bf16=True), bf16=True)
+    base = (config.model, config.revision) if config.model else models.base_of(card)
+    engine = engines.HFEngine(models.load(*base, config.student, bf16=True), bf16=True)
     return policies.EnginePolicy(engine, config, sampling, "student")
 
 
@@ -42,7 +43,8 @@ def teacher(config: CollectConfig, meter: costs.Meter | None = None):
         engine = engines.ServerEngine(config.model, config.concurrency, config.detail, config.retries, config.call_seconds, meter,
                                       longest_wait=min(600.0, config.episode_seconds))
         return policies.ServerPolicy(engine, config, sampling, config.model, config.asks, config.episode_seconds)
-    return policies.EnginePolicy(engines.create(config.engine, config.model, concurrency=config.concurrency), config, sampling, config.model)
+    engine = engines.create(config.engine, config.model, config.revision, concurrency=config.concurrency)
+    return policies.EnginePolicy(engine, config, sampling, config.model)
 
 # %% ../nbs/12_collect.ipynb #7c885916
 def bought(config: CollectConfig, out: Path) -> costs.Meter | None:

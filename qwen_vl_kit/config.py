@@ -138,7 +138,8 @@ class CollectConfig(Protocol):
     "A teacher plays; every turn lands in `rollouts.db`."
 
     teacher: Literal["expert", "random", "model"] = "expert"
-    model: str = ""  # for teacher = "model": a hub name, a folder, `tiny`, or a name that the endpoint knows
+    model: str = ""  # of a teacher: a hub name, a folder, `tiny`, or an endpoint's name; of a student: its base, by default the one its card names
+    revision: str = ""  # of a hub name
     engine: EngineName = "hf"  # of a model; server: an OpenAI-compatible endpoint
     seeds: Seeds = "0-399"
     student: str = ""  # an adapter's folder: its model plays, and the expert's answer to each state is stored (DAgger)

@@ -157,7 +157,7 @@ def read_json(path: str | Path):
         raise InputError("no such file", path, "check the path, or run the stage that writes it")
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", path, "run the stage that writes it again") from None
 
 # %% ../nbs/00_core.ipynb #48393cea

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from .checkpoint import (CHANGES, Checkpoint, assistant_labels, check, check_whole, end_token_ids, find, make_processor, read_header,
                                     read_object, read_processor, refuse_pointer, tensor_files, tiny_folder, truncation)
-from .core import InputError, adapter_folder, digest, one_line, parse_seeds, read_json, resolve, write_json
+from .core import InputError, adapter_folder, digest, one_line, parse_seeds, read_json, read_text, resolve, write_json
 from .env import ACHIEVEMENTS, ACTIONS
 from .expert import GOALS
 
@@ -538,6 +538,8 @@ def load(name: str | Path, revision: str = "", adapter: str | Path | None = None
     else:
         checkpoint = find(name, revision)
         loaded = _described(checkpoint)
+        if adapter is not None:
+            _check_before(loaded, checkpoint.folder, adapter, trainable, qlora)
         loaded.model = _weights(checkpoint.folder, bf16 and checkpoint.folder != tiny_folder(), qlora)
     quicken(loaded.model, loaded.processor)
     if adapter is not None:
@@ -553,6 +555,14 @@ def _described(checkpoint: Checkpoint) -> Loaded:
     processor = read_processor(checkpoint.folder, config)
     ends = end_token_ids(checkpoint.folder, processor.tokenizer)
     return Loaded(None, processor, checkpoint.name, checkpoint.weights, checkpoint.digest, ends, checkpoint.commit, truncation(checkpoint.folder))
+
+
+def _check_before(loaded: Loaded, folder: Path, adapter: str | Path, trainable: bool, qlora: bool) -> None:
+    "Raise `InputError` for an adapter that cannot be put on a model whose weights, in `folder`, are still to be loaded."
+    from transformers import Qwen3VLConfig
+
+    if same_base(loaded, adapter).get("variety") != "full":
+        _check_attachable(Qwen3VLConfig.from_pretrained(folder), adapter_folder(adapter), trainable, qlora)
 
 
 def _weights(folder: Path, bf16: bool, qlora: bool):
@@ -591,7 +601,19 @@ def write_card(folder: str | Path, loaded: Loaded, prompt_hash: str | None, **mo
     """Write `qvk.json` beside an adapter. Of `more`, `seeds` are those of the worlds that it was trained on, see `trained_on`; `seeds_incomplete`
     says that there may be others."""
     card = {"base": loaded.name, "base_weights": loaded.weights, "base_digest": loaded.digest, "prompt_hash": prompt_hash, **more}
+    _name_base(Path(folder), loaded)
     return write_json(Path(folder) / "qvk.json", card | ({"quantization": "nf4"} if in_4_bits(loaded.model) else {}))
+
+
+def _name_base(folder: Path, loaded: Loaded) -> None:
+    "Let PEFT's config of an adapter name a base from the hub as the hub does, so that it loads elsewhere: PEFT writes where it lay in the cache."
+    settings = folder / "adapter_config.json"
+    if not loaded.commit or resolve(loaded.name).is_dir() or not settings.is_file():
+        return
+    described, readme = read_json(settings), folder / "README.md"
+    write_json(settings, described | {"base_model_name_or_path": loaded.name, "revision": loaded.commit})
+    if readme.is_file() and (place := described.get("base_model_name_or_path")):
+        readme.write_text(readme.read_text(encoding="utf-8").replace(place, loaded.name), encoding="utf-8")
 
 
 def read_card(folder: str | Path) -> dict:
@@ -609,7 +631,8 @@ def read_card(folder: str | Path) -> dict:
         check_adapter(folder)
         return {"base": read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "", "base_weights": None, "prompt_hash": None}
     card = read_json(folder / "qvk.json")
-    if not isinstance(card, dict) or not {"base", "base_weights", "prompt_hash"} <= set(card):
+    if not isinstance(card, dict) or not {"base", "base_weights", "prompt_hash"} <= set(card) or not isinstance(card["base"], str) or not all(
+            isinstance(card.get(name), str | None) for name in ("base_weights", "base_digest", "prompt_hash")):
         raise InputError("is no card of an adapter", folder / "qvk.json", "copy the adapter's whole folder again")
     try:
         trained_on(card)
@@ -713,7 +736,8 @@ def check_adapter(folder: Path) -> None:
 def _check_lora(folder: Path, described: dict) -> None:
     "Raise `InputError` for an adapter of another kind than LoRA, and for a part of it that no engine plays."
     settings, kind, rank = folder / "adapter_config.json", described.get("peft_type"), described.get("r")
-    if kind != "LORA" or type(rank) is not int or rank < 1 or not isinstance(described.get("lora_alpha", 8), int | float):
+    if kind != "LORA" or type(rank) is not int or rank < 1 or not isinstance(described.get("lora_alpha", 8), int | float) or not isinstance(
+            described.get("base_model_name_or_path"), str | None):
         raise InputError("does not describe a LoRA" + (f" (peft_type = {json.dumps(kind)})" if kind != "LORA" else ""), settings,
                          "copy the folder again, or train a LoRA")
     if odd := [part for part in adapter_parts(folder) if part not in MERGED | PATTERNS]:
@@ -726,7 +750,7 @@ def check_tensors(folder: Path, config) -> None:
     stored, settings = tensor_shapes(folder / "adapter_model.safetensors"), folder / "adapter_config.json"
     plain = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
     try:
-        expected, base = _laid_out(settings.read_text(), json.dumps(plain, default=str))
+        expected, base = _laid_out(read_text(settings), json.dumps(plain, default=str))
     except ValueError as error:
         raise InputError(f"does not fit this model ({one_line(error)})", settings, "name the base it was trained on") from None
     mend = f"name the base it was trained on, {TRAIN_AGAIN}"
@@ -752,12 +776,13 @@ def _laid_out(settings: str, config: str) -> tuple[dict, dict]:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     known = set(inspect.signature(LoraConfig).parameters) - {"init_lora_weights", "task_type", "runtime_config"}
-    described = LoraConfig(**{name: value for name, value in json.loads(settings).items() if name in known and not name.endswith("_config")})
+    named = {name: value for name, value in json.loads(settings).items() if name in known and not name.endswith("_config")}
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
-            model = get_peft_model(Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(json.loads(config))), described, low_cpu_mem_usage=True)
-        except (KeyError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+            bare = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(json.loads(config)))
+            model = get_peft_model(bare, LoraConfig(**named), low_cpu_mem_usage=True)
+        except Exception as error:  # whatever their values lead to
             raise ValueError(one_line(error)) from error
         expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
         base = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if "embed_tokens" in name or "lm_head" in name}
@@ -771,7 +796,7 @@ def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Load
     """
     card, folder = same_base(loaded, adapter), adapter_folder(adapter)
     if card.get("variety") != "full":
-        _check_attachable(loaded.model, folder, trainable)
+        _check_attachable(loaded.model.config, folder, trainable, in_4_bits(loaded.model))
         loaded.model = with_adapter(_bare(loaded.model, folder), folder, trainable)
     elif trainable:
         raise InputError("these are whole weights, and what trains on is an adapter", folder, 'train sft with variety = "lora"')
@@ -785,14 +810,15 @@ def attach(loaded: Loaded, adapter: str | Path, trainable: bool = False) -> Load
     return loaded
 
 
-def _check_attachable(model, folder: Path, trainable: bool) -> None:
-    "Raise `InputError` for an adapter that this model cannot carry, or that is to be trained and has parts which the trainers leave out."
-    check_tensors(folder, model.config)
+def _check_attachable(config, folder: Path, trainable: bool, in_4_bits: bool) -> None:
+    """Raise `InputError` for an adapter that a model of this `config` cannot carry, or that is to be trained and has parts which the trainers leave
+    out."""
+    check_tensors(folder, config)
     parts = adapter_parts(folder)
     if trainable and (odd := [part for part in parts if part not in TRAINED]):
         raise InputError(f"training does not go on from this part of an adapter: {', '.join(odd)}", folder,
                          "train from a LoRA without it, such as one that sft makes")
-    if in_4_bits(model):
+    if in_4_bits:
         check_beside(folder)
 
 
@@ -825,7 +851,7 @@ def with_adapter(model, folder: Path, trainable: bool = False):
         warnings.simplefilter("ignore")  # embedding and head share a matrix: see `merge`
         try:
             carrying = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-        except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+        except Exception as error:  # whatever its values lead to
             raise InputError(f"PEFT cannot load it ({one_line(error)})", folder, "train it again") from None
     if trainable:  # what comes of it is this base's
         carrying.peft_config["default"].base_model_name_or_path = model.name_or_path

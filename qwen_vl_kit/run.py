@@ -382,11 +382,11 @@ def check_devices(settings: configs.Stage) -> None:
             notify(line)
 
 
-def check_adapters(stage: str, settings: configs.Stage) -> None:
+def check_adapters(settings: configs.Stage) -> None:
     "Tell what nobody knows of the adapters that a config names. Raises `InputError` for one that is none, or damaged."
     from qwen_vl_kit.models import read_card, unknown
-    for field in SOURCES.get(stage, {}):
-        if "adapter" in field and (path := getattr(settings, field)) and (parts := unknown(read_card(path))):
+    for field in ("student", "adapter", "sft_adapter", "grpo_adapter"):
+        if (path := getattr(settings, field, "")) and (parts := unknown(read_card(path))):
             notify(f"{field} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), so they are not checked")
 
 
@@ -495,7 +495,7 @@ def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool 
     check_sources(stage, settings, out)
     check_access(settings)
     check_devices(settings)
-    check_adapters(stage, settings)
+    check_adapters(settings)
     with _claimed(out, option):
         if not force and state(stage, settings, out, option) != found:
             raise InputError("has just been written by another process", _told(out), "give the same command again")

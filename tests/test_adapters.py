@@ -220,10 +220,10 @@ def test_the_command_says_what_no_card_tells(tmp_path, capsys):
     from qwen_vl_kit.run import check_adapters
 
     foreign = lora(tmp_path / "adapter")
-    check_adapters("benchmark", BenchmarkConfig(sft_adapter=str(foreign)))
+    check_adapters(BenchmarkConfig(sft_adapter=str(foreign)))
     assert "the base weights, prompt, seeds that it was trained with are not on a card" in capsys.readouterr().err
     write_json(foreign / "qvk.json", {"base": "tiny", "base_weights": "0", "prompt_hash": "0", "seeds": "1-9"})
-    check_adapters("benchmark", BenchmarkConfig(sft_adapter=str(foreign)))
+    check_adapters(BenchmarkConfig(sft_adapter=str(foreign)))
     assert not capsys.readouterr().err
 
 
@@ -292,3 +292,37 @@ def test_a_base_in_4_bits_is_not_for_the_other_engines():
         with pytest.raises(ValueError, match="trains on a base in 4 bits"):
             GRPOConfig(variety="qlora", engine=engine)
     assert grpo.served(GRPOConfig(variety="qlora", gpus_for_vllm=2))[0] == 0
+
+
+@pytest.mark.parametrize("key, value", [("base_model_name_or_path", 5), ("base_model_name_or_path", ["x"]), ("arrow_config", {}),
+                                        ("rank_pattern", [1]), ("target_parameters", ""), ("use_bdlora", False),
+                                        ("layers_to_transform", "x"), ("r", "8")])
+def test_a_config_with_a_value_of_another_type_is_refused_in_a_line(key, value, tmp_path):
+    folder = described(lora(tmp_path / "adapter"), **{key: value})
+    with pytest.raises(InputError):
+        models.load("tiny", adapter=folder)
+
+
+@pytest.mark.parametrize("key, value", [("base", 5), ("base", None), ("base_weights", 7), ("base_digest", []), ("prompt_hash", {})])
+def test_a_card_with_a_value_of_another_type_is_refused_in_a_line(key, value, tmp_path):
+    folder = lora(tmp_path / "adapter")
+    write_json(folder / "qvk.json", {"base": "tiny", "base_weights": None, "prompt_hash": None, key: value})
+    with pytest.raises(InputError, match="card"):
+        models.read_card(folder)
+
+
+@pytest.mark.parametrize("text", ['{"a":' + "[" * 100_000, "", "\0", "[]"])
+def test_a_config_that_is_not_json_is_refused_in_a_line(text, tmp_path):
+    folder = lora(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(InputError):
+        models.read_card(folder)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_are_read(tmp_path, monkeypatch):
+    foreign = tensors(lora(tmp_path / "adapter"), lambda held: held.pop(next(iter(held))))
+    read = []
+    monkeypatch.setattr(models, "_weights", lambda *_: read.append(1))
+    with pytest.raises(InputError, match="1 of its tensors are missing"):
+        models.load("tiny", adapter=foreign)
+    assert not read

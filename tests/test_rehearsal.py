@@ -159,6 +159,14 @@ def test_the_adapter_is_plain_peft(run, stock):
     assert (wanted - torch.tensor(played.logprobs)).abs().max() < 1e-4
 
 
+def test_an_adapter_names_its_base_as_the_hub_does(cache, run):
+    "So that PEFT, vLLM and the hub find it on another machine: not the folder in this one's cache."
+    for stage in ("sft", "grpo"):
+        described = read_json(run / stage / "adapter" / "adapter_config.json")
+        assert (described["base_model_name_or_path"], described["revision"]) == (rehearsal.NAME, rehearsal.COMMIT)
+        assert str(cache) not in (run / stage / "adapter" / "README.md").read_text()
+
+
 def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(cache, run, tmp_path):
     from qwen_vl_kit import models
 

@@ -240,6 +240,8 @@ def test_a_student_plays_and_the_expert_says_what_it_would_do(rows, tmp_path):
     assert said and all(text.endswith(answers[key]) for key, text in said.items())
     with pytest.raises(InputError, match="trained with prompt"):
         collect.run(CollectConfig(**dict(config) | {"history": 2}), tmp_path / "other")
+    with pytest.raises(InputError, match="made for random:tiny"):
+        collect.run(CollectConfig(**dict(config) | {"model": "tiny"}), tmp_path / "other")
     with pytest.raises(InputError, match="only the expert"):
         collect.run(CollectConfig(**dict(config) | {"teacher": "random"}), tmp_path / "other")
 
