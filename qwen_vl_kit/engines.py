@@ -574,7 +574,7 @@ class HFEngine:
     def _output(self, sample, ids, logprobs, seconds):
         n = next((i for i, token in enumerate(ids, 1) if token in self.end_ids), None)
         finish, ids, logprobs = ("length", ids, logprobs) if n is None else ("stop", ids[:n], logprobs[:n])
-        if any(map(math.isnan, logprobs)):
+        if not self.speaks and not self.taken and any(map(math.isnan, logprobs)):  # the base alone; of what is trained, the trainer tells
             raise InputError("the model computes no numbers (NaN)", self.loaded.name, "its weights, or values in its config.json, are damaged")
         return Output(self.processor.tokenizer.decode(ids, skip_special_tokens=True), sample.input_ids, ids, logprobs, finish,
                       usage_of(sample, len(ids), self.processor, seconds))
