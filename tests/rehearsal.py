@@ -121,3 +121,14 @@ def lay(cache: Path, contents: dict[str, bytes] | None = None, name: str = NAME,
         (repository / "blobs" / blob).write_bytes(data)
         (snapshot / file).symlink_to(f"../../blobs/{blob}")
     return snapshot
+
+
+def prompt(seed: int = 0, size: int = 288) -> list[dict]:
+    "What configs/h200 shows: its rules, and a frame."
+    import numpy as np
+
+    from qwen_vl_kit import turns
+    from qwen_vl_kit.config import Protocol
+
+    frame = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return turns.messages(Protocol(prompt="rules", render_size=size, progress=True), [frame], ["do", "move_left"], urls=False)

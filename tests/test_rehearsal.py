@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import rehearsal
 import servers
@@ -29,29 +28,13 @@ def options(settings: dict) -> list[str]:
 def qvk(*words, cwd=None, **variables):
     "Run the command; what it printed. It has to end well."
     command = [sys.executable, "-c", "from qwen_vl_kit.run import main; raise SystemExit(main())", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=os.environ | variables)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    "A hub cache that holds the model, which this process and all that it starts look into; no network is asked."
-    from huggingface_hub import constants
-
-    folder, patched = tmp_path_factory.mktemp("hub"), pytest.MonkeyPatch()
-    rehearsal.lay(folder)
-    patched.setenv("HF_HUB_CACHE", str(folder))
-    patched.setenv("HF_HUB_OFFLINE", "1")
-    patched.setenv("OMP_NUM_THREADS", "1")
-    patched.setattr(constants, "HF_HUB_CACHE", str(folder))
-    patched.setattr(constants, "HF_HUB_OFFLINE", True)
-    yield folder
-    patched.undo()
-
-
-@pytest.fixture(scope="module")
-def run(cache, tmp_path_factory):
+def run(hub, tmp_path_factory):
     "configs/h200, all six stages."
     out = tmp_path_factory.mktemp("run") / "h200"
     qvk("run", "configs/h200", "--out", out, *options(SMALL))
@@ -59,26 +42,17 @@ def run(cache, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(cache):
+def loaded(hub):
     from qwen_vl_kit import models
     return models.load(rehearsal.NAME)
 
 
 @pytest.fixture(scope="module")
-def stock(cache):
+def stock(hub):
     "The same files in transformers, float32."
     import torch
     from transformers import Qwen3VLForConditionalGeneration
     return Qwen3VLForConditionalGeneration.from_pretrained(rehearsal.NAME, dtype=torch.float32).eval()
-
-
-def prompt(size: int = 288) -> list[dict]:
-    "What h200 shows: its rules, and a frame."
-    from qwen_vl_kit import turns
-    from qwen_vl_kit.config import Protocol
-
-    frame = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    return turns.messages(Protocol(prompt="rules", render_size=size, progress=True), [frame], ["do", "move_left"])
 
 
 def test_h200_runs_to_its_report_and_says_which_commit_it_was(run):
@@ -104,7 +78,7 @@ def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
 
     from qwen_vl_kit import models
 
-    messages = prompt()
+    messages = rehearsal.prompt()
     sample = models.encode(loaded.processor, messages)
     frame = Image.fromarray(sample.frames[0])
     bare = [{**message, "content": [part if part["type"] == "text" else {"type": "image", "image": frame} for part in message["content"]]
@@ -128,7 +102,7 @@ def test_a_reply_ends_with_each_of_the_models_end_tokens(loaded):
 
     assert loaded.end_ids == (rehearsal.IDS["<|endoftext|>"], rehearsal.IDS["<|im_end|>"])
     engine = engines.HFEngine(loaded)
-    request, sampling = engines.Request(prompt(), (0,)), engines.Sampling(1.0, 6)
+    request, sampling = engines.Request(rehearsal.prompt(), (0,)), engines.Sampling(1.0, 6)
     [whole] = engine.generate([request], sampling)
     assert (whole.finish_reason, len(whole.token_ids)) == ("length", 6)
     engine.end_ids = (whole.token_ids[4], whole.token_ids[2])  # a random model says neither by itself
@@ -145,8 +119,8 @@ def test_the_adapter_is_plain_peft(run, stock):
 
     folder = run / "grpo" / "adapter"
     engine = engines.HFEngine(models.load(rehearsal.NAME))
-    [played] = engine.generate([engines.Request(prompt(), (0,))], engines.Sampling(1.0, 6), engine.set_policy(1, folder))
-    sample = models.encode(engine.processor, prompt())
+    [played] = engine.generate([engines.Request(rehearsal.prompt(), (0,))], engines.Sampling(1.0, 6), engine.set_policy(1, folder))
+    sample = models.encode(engine.processor, rehearsal.prompt())
     images = engine.processor.image_processor(sample.frames, return_tensors="pt")
     ids = torch.tensor([sample.input_ids + played.token_ids])
     tuned = PeftModel.from_pretrained(stock, folder).eval()
@@ -159,6 +133,7 @@ def test_the_adapter_is_plain_peft(run, stock):
     assert (wanted - torch.tensor(played.logprobs)).abs().max() < 1e-4
 
 
+<<<<<<< HEAD
 def test_an_adapter_names_its_base_as_the_hub_does(cache, run):
     "So that PEFT, vLLM and the hub find it on another machine: not the folder in this one's cache."
     for stage in ("sft", "grpo"):
@@ -168,9 +143,12 @@ def test_an_adapter_names_its_base_as_the_hub_does(cache, run):
 
 
 def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(cache, run, tmp_path):
+=======
+def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(hub, run, tmp_path):
+>>>>>>> 35553ac (tests: vLLM and AutoProcessor play the rehearsal model by its name)
     from qwen_vl_kit import models
 
-    snapshot = cache / f"models--{rehearsal.NAME.replace('/', '--')}" / "snapshots" / rehearsal.COMMIT
+    snapshot = hub / f"models--{rehearsal.NAME.replace('/', '--')}" / "snapshots" / rehearsal.COMMIT
     (tmp_path / "link").symlink_to(snapshot)
     copied = shutil.copytree(snapshot, tmp_path / "copied")
     revisions = [(rehearsal.NAME, revision) for revision in ("", "main", rehearsal.COMMIT, rehearsal.COMMIT[:7])]
@@ -182,7 +160,7 @@ def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(cache,
 
 
 @pytest.mark.parametrize("form", ["tool", "plain"])
-def test_other_forms_of_reply_and_several_actions_a_turn(cache, tmp_path, form):
+def test_other_forms_of_reply_and_several_actions_a_turn(hub, tmp_path, form):
     "t50's plans, as a tool's call or bare, with the base's weights in 4 bits: collect, export, sft, grpo, benchmark."
     import importlib
 
@@ -196,7 +174,7 @@ def test_other_forms_of_reply_and_several_actions_a_turn(cache, tmp_path, form):
     assert [row["arm"] for row in rows] == ["base", "sft"] and (tmp_path / "grpo" / "adapter" / "qvk.json").is_file()
 
 
-def test_the_seed_documents_six_commands(cache, tmp_path):
+def test_the_seed_documents_six_commands(hub, tmp_path):
     "Its own lines and TOMLs, against an endpoint on this machine."
     for name in ("configs", "nbs"):
         (tmp_path / name).symlink_to(root() / name)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import contract
 import pytest
+import rehearsal
 from runs import student
 
 from qwen_vl_kit import benchmark, engines, models, traces
@@ -76,7 +77,7 @@ def test_a_vllm_that_fails_is_told_as_a_dead_engine(engine, monkeypatch):
         raise OSError("out of luck\nand more")
 
     monkeypatch.setattr(engine.llm.llm_engine, "step", broken)
-    with pytest.raises(engines.EngineDied, match=r"^vLLM failed while it generated \(OSError: out of luck\)$"):
+    with pytest.raises(engines.EngineDied, match=r"^vLLM failed while it generated \(OSError: out of luck and more\)$"):
         engine.generate(contract.requests(), contract.SAMPLING)
 
 
@@ -172,3 +173,26 @@ def test_a_server_that_dies_is_told(server, access):
     with pytest.raises(engines.CallFailed, match="the connection broke"):
         engine.generate(asked, contract.SAMPLING)
     engine.close()
+
+
+def test_a_model_of_the_hub_plays_in_vllm_as_in_transformers(hub):
+    "By its name, with its own files: 151,936 words, pictures that merge, two tokens that end a reply."
+    asked = [engines.Request(rehearsal.prompt(seed), (7, 0, seed)) for seed in range(3)]
+    vllm = engines.create("vllm", rehearsal.NAME, bf16=False, concurrency=4, longest=2048)
+    try:
+        assert (vllm.loaded.commit, vllm.loaded.end_ids) == (rehearsal.COMMIT, (151_643, 151_645))
+        ours = vllm.generate(asked, contract.SAMPLING)
+    finally:
+        vllm.close()
+    reference = contract.Reference(base=rehearsal.NAME)
+    assert max(map(reference.gap, asked, ours)) < 1e-4
+
+
+def test_prompts_are_those_of_autoprocessor(hub):
+    "AutoProcessor needs torchvision, which is here."
+    from transformers import AutoProcessor
+
+    processor, theirs = models.without_weights(rehearsal.NAME)[0].processor, AutoProcessor.from_pretrained(rehearsal.NAME)
+    for size in (64, 144, 288, 320):
+        stock = theirs.apply_chat_template(rehearsal.prompt(0, size), tokenize=True, return_dict=True, add_generation_prompt=True)
+        assert models.encode(processor, rehearsal.prompt(0, size)).input_ids == list(stock["input_ids"][0])
