@@ -68,7 +68,7 @@ def test_h200_runs_to_its_report_and_says_which_commit_it_was(run):
     assert re.search(r"(\d+) of \1 replies were cut off", " ".join(read_json(run / "grpo" / "manifest.json")["numbers"]["notices"]))
     arms = (run / "benchmark" / "arms.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in arms[1:]] == ["random", "base", "sft", "grpo", "expert"]
-    assert not any(row.get("ratio_max", 1) > 1.01 for row in read_jsonl(run / "grpo" / "metrics.jsonl"))
+    assert all(row["ratio_max"] < 1.02 and row["logprob_gap"] < 0.01 for row in read_jsonl(run / "grpo" / "metrics.jsonl"))  # nats a token, in bf16
 
 
 def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
@@ -133,19 +133,15 @@ def test_the_adapter_is_plain_peft(run, stock):
     assert (wanted - torch.tensor(played.logprobs)).abs().max() < 1e-4
 
 
-<<<<<<< HEAD
-def test_an_adapter_names_its_base_as_the_hub_does(cache, run):
+def test_an_adapter_names_its_base_as_the_hub_does(hub, run):
     "So that PEFT, vLLM and the hub find it on another machine: not the folder in this one's cache."
     for stage in ("sft", "grpo"):
         described = read_json(run / stage / "adapter" / "adapter_config.json")
         assert (described["base_model_name_or_path"], described["revision"]) == (rehearsal.NAME, rehearsal.COMMIT)
-        assert str(cache) not in (run / stage / "adapter" / "README.md").read_text()
+        assert str(hub) not in (run / stage / "adapter" / "README.md").read_text()
 
 
-def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(cache, run, tmp_path):
-=======
 def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(hub, run, tmp_path):
->>>>>>> 35553ac (tests: vLLM and AutoProcessor play the rehearsal model by its name)
     from qwen_vl_kit import models
 
     snapshot = hub / f"models--{rehearsal.NAME.replace('/', '--')}" / "snapshots" / rehearsal.COMMIT
