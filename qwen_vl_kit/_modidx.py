@@ -393,6 +393,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'qwen_vl_kit.engines._further_headers': ('engines.html#_further_headers', 'qwen_vl_kit/engines.py'),
                                      'qwen_vl_kit.engines._is_address': ('engines.html#_is_address', 'qwen_vl_kit/engines.py'),
                                      'qwen_vl_kit.engines._is_count': ('engines.html#_is_count', 'qwen_vl_kit/engines.py'),
+                                     'qwen_vl_kit.engines._no_json': ('engines.html#_no_json', 'qwen_vl_kit/engines.py'),
                                      'qwen_vl_kit.engines._status': ('engines.html#_status', 'qwen_vl_kit/engines.py'),
                                      'qwen_vl_kit.engines.access': ('engines.html#access', 'qwen_vl_kit/engines.py'),
                                      'qwen_vl_kit.engines.backoff': ('engines.html#backoff', 'qwen_vl_kit/engines.py'),

@@ -1026,9 +1026,16 @@ def read_reply(reply) -> tuple[str, str, dict]:
     "Text, finish reason and token counts (empty if it gives none) of a chat completion. Raises `Passing` when it is no such thing."
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices[:1]):
-        raise Passing(f"its reply is {'no JSON' if isinstance(reply, str) else 'no chat completion'}", billed=True)
+        raise Passing(f"its reply is {_no_json(reply) if isinstance(reply, str) else 'no chat completion'}", billed=True)
     choice = choices[0] if choices else {}
     return reply_text(choice), finish_of(choice), read_usage(reply.get("usage"))
+
+
+def _no_json(text: str) -> str:
+    "What to say of a reply that is text: how it begins; a page of HTML is what another address than the API's answers with."
+    beginning = in_one_line(text).strip()[:60]
+    hint = "; OPENAI_BASE_URL should be the address of its API, which mostly ends in /v1" if beginning.startswith("<") else ""
+    return f"no JSON, it begins with {beginning!r}{hint}" if beginning else "empty"
 
 
 def error_in(reply) -> dict | None:
@@ -1354,7 +1361,7 @@ class ServerEngine:
         try:
             async with asyncio.timeout(self.seconds):
                 reply = await self._post(transport, self._body(request, sampling, again, adapter))
-                text, finish, counts = read_reply(reply)
+                text, finish, counts = read_reply(self.endpoint.clean(reply) if isinstance(reply, str) else reply)
                 text = self.endpoint.clean(text)[:MOST_TEXT]
         except TimeoutError:
             raise Passing(f"no answer within {self.seconds:g} s", billed=True) from None

@@ -126,6 +126,15 @@ def test_a_judge_repeats_the_key(play):
     assert "***" in (out / "answers.jsonl").read_text()
 
 
+def test_a_page_in_place_of_an_answer_is_told_by_its_beginning(play):
+    "It is what a web interface answers with, where the address lacks the API's path."
+    page, stream = f"<!doctype html>\n<p>{hostile.KEY} Open WebUI", 'data: {"choices": []}\n\n'
+    for text, parts in ((page, ("begins with '<!doctype html> <p>***", "ends in /v1")), (stream, ("begins with 'data: {",)), ("", ("is empty",))):
+        with Hostile(lambda number, text=text: hostile.http(text)) as endpoint:
+            raised, _, _ = play(endpoint)
+        assert not [part for part in parts if part not in str(raised)], raised
+
+
 def test_an_endpoint_that_has_moved_on_its_host_is_followed(play):
     moved = hostile.http(b"", "308 Permanent Redirect", "Location: /v2/chat/completions")
     with Hostile(lambda number: moved if not number else says()) as endpoint:
