@@ -573,9 +573,9 @@ def _check_form(row) -> None:
         raise InputError(f"messages are not system, user, assistant but {', '.join(roles[:6]) or 'none'}", mend=ROW)
     for message in row["messages"]:
         read = {"role", "content"} | ({"tool_calls"} if message["role"] == "assistant" else set())
-        if more := next((key for key, value in message.items() if value and key not in read), ""):
+        if more := next((key for key, value in message.items() if key not in read and value not in (None, "", [], {})), ""):  # a weight of 0 speaks
             raise InputError(f"the {message['role']}'s message has {more[:40]!r}, which would not be learnt",
-                             mend="take it out, or write it into content")
+                             mend="take it out, write it into content, or leave the row out")
 
 
 def _messages(row) -> list[dict]:
