@@ -876,6 +876,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'qwen_vl_kit.models.attach': ('models.html#attach', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models.attend': ('models.html#attend', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models.attention_kernel': ('models.html#attention_kernel', 'qwen_vl_kit/models.py'),
+                                    'qwen_vl_kit.models.base_notices': ('models.html#base_notices', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models.base_of': ('models.html#base_of', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models.check_adapter': ('models.html#check_adapter', 'qwen_vl_kit/models.py'),
                                     'qwen_vl_kit.models.check_beside': ('models.html#check_beside', 'qwen_vl_kit/models.py'),

@@ -188,7 +188,9 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
             episodes += [episode_row(arm, episode) for episode in played]
             took += store.seconds(name, arm)
             append_jsonl(out / "metrics.jsonl", {"step": len(arms), **arms[-1], "seconds": round(took, 3)})
-    found = (models.notices(players.loaded, config) if players.loaded else []) + found
+    if players.loaded:
+        bases = [f"{arm}: {line}" for arm, card in cards.items() for line in models.base_notices(players.loaded, card)]
+        found = models.notices(players.loaded, config) + bases + found
     write_csv(out / "arms.csv", arms)
     write_csv(out / "episodes.csv", episodes)
     numbers = {"model": config.model, **(players.loaded.identity if players.loaded else {}),

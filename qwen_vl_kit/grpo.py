@@ -491,7 +491,8 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
                **({"unknown_of_adapter": unknown} if unknown else {}), **({"adapter_names_base": other} if other else {})}
     seconds = before + time.perf_counter() - began
     cut_off = Replies(*(int(sum(row.get(name, 0) for row in metrics)) for name in ("turns", "cut_off"))).notices()
-    numbers |= ({"notices": found} if (found := models.notices(loaded, config) + cut_off) else {})
+    bases = [f"adapter: {line}" for line in models.base_notices(loaded, card)]
+    numbers |= ({"notices": found} if (found := models.notices(loaded, config) + bases + cut_off) else {})
     numbers |= (meter.numbers() if meter.calls else {}) | ({"not_applied": told} if told else {})
     return Result("grpo", out, seconds, numbers, {"adapter": adapter}, costs.rent(device_name(), seconds, 1 + serving) + meter.usage())
 

@@ -6,11 +6,11 @@
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'NO_PART', 'PATTERNS', 'MERGED', 'TRAINED', 'TRAIN_AGAIN', 'TILES', 'tiny_tokenizer',
            'tiny_config', 'make_tiny', 'quicken_tower', 'attention_kernel', 'Spans', 'attend', 'register_attention',
            'Sight', 'quicken', 'quiet', 'Loaded', 'nf4', 'save_model', 'load', 'without_weights', 'lora_config',
-           'in_4_bits', 'write_card', 'read_card', 'trained_on', 'base_of', 'unknown', 'other_base', 'trained_weights',
-           'same_base', 'adapter_parts', 'tensor_shapes', 'check_adapter', 'check_tensors', 'attach', 'check_beside',
-           'with_adapter', 'merge', 'untie', 'cut', 'patchify', 'Encoded', 'image_tokens', 'encode', 'frame_key',
-           'decode_url', 'notices', 'window', 'windows', 'positions', 'lay_out', 'pack', 'image_inputs', 'answers_only',
-           'quicken_adapter', 'quicken_training', 'forward_flops', 'parameter_counts']
+           'in_4_bits', 'write_card', 'read_card', 'trained_on', 'base_of', 'unknown', 'other_base', 'base_notices',
+           'trained_weights', 'same_base', 'adapter_parts', 'tensor_shapes', 'check_adapter', 'check_tensors', 'attach',
+           'check_beside', 'with_adapter', 'merge', 'untie', 'cut', 'patchify', 'Encoded', 'image_tokens', 'encode',
+           'frame_key', 'decode_url', 'notices', 'window', 'windows', 'positions', 'lay_out', 'pack', 'image_inputs',
+           'answers_only', 'quicken_adapter', 'quicken_training', 'forward_flops', 'parameter_counts']
 
 # %% ../nbs/06_models.ipynb #3585f284
 import contextlib
@@ -670,6 +670,17 @@ def other_base(loaded: Loaded, card: dict) -> str:
             if {named.weights, named.digest} & {loaded.weights, loaded.digest}:
                 return ""
     return name
+
+
+def base_notices(loaded: Loaded, card: dict) -> list[str]:
+    "In what the base that an adapter was trained on differs from the one it is put on, as far as its card and its config tell; one line each."
+    lines, bits = [], {False: 16, True: 4}
+    if other := other_base(loaded, card):
+        lines.append(f"its adapter_config.json names {other} as its base, and it is put on {loaded.name}")
+    if card["base_weights"] and bool(card.get("quantization")) != in_4_bits(loaded.model):
+        before, now = bits[bool(card.get("quantization"))], bits[in_4_bits(loaded.model)]
+        lines.append(f"it was trained on a base in {before} bits, and is put on one in {now}, which makes it another policy")
+    return lines
 
 
 def trained_weights(adapter: str | Path) -> str:

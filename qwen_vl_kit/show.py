@@ -652,7 +652,7 @@ def trained(run: str | Path) -> dict:
     name = card["base"]
     counted = manifests(run).get("sft", {}).get("numbers", {}).get("parameters", {}).get("total")
     weights = (models.tiny_folder() if name == "tiny" else resolve(name)) / "model.safetensors"
-    return {"model": name, "weights": card["base_weights"], "prompt_hash": card["prompt_hash"],
+    return {"model": name, "commit": models.base_of(card)[1], "weights": card["base_weights"], "prompt_hash": card["prompt_hash"],
             "parameters": counted or (count_weights(weights) if weights.is_file() else None),
             "adapter_parameters": sum(map(count_weights, adapter.glob("*model*.safetensors")))}
 
@@ -661,7 +661,8 @@ def about(run: str | Path) -> Html:
     "A paragraph that says what was trained, and what it must not be taken for."
     model = trained(run)
     size = f"{model['parameters'] / 1e6:,.2f} million parameters" if model["parameters"] else "a size that its files do not tell here"
-    text = (f"The model trained here is <b>{html.escape(model['model'])}</b>: {size}, and an adapter of "
+    commit = f" at commit {html.escape(model['commit'][:12])}" if model["commit"] else ""
+    text = (f"The model trained here is <b>{html.escape(model['model'])}</b>{commit}: {size}, and an adapter of "
             f"{model['adapter_parameters'] / 1e6:,.2f} million that was trained on top.")
     if model["model"] == "tiny":
         text += (" It has Qwen3-VL's architecture and was made by this kit, small enough for a laptop. <b>It is not Qwen3-VL-2B</b>, and "

@@ -206,6 +206,7 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     result = trained(tmp_path, foreign)
     assert result.numbers["unknown_of_adapter"] == ["base weights", "prompt", "seeds"]
     assert result.numbers["adapter_names_base"] == "somebody/else"
+    assert "adapter: its adapter_config.json names somebody/else as its base, and it is put on tiny" in result.numbers["notices"]
     card = models.read_card(result.out)
     assert card["base"] == "tiny" and models.unknown(card) == ["seeds"] and models.trained_on(card) == [50, 51]
     config = BenchmarkConfig(model="tiny", arms=["sft", "grpo"], sft_adapter=str(foreign), grpo_adapter=str(result.out / "checkpoints/checkpoint-1"),
@@ -281,6 +282,9 @@ def test_a_base_in_4_bits_plays_an_adapter_as_peft_does_and_takes_it_away_again(
         assert outputs[0].logprobs != base[0].logprobs
         assert [o.logprobs for o in engine.generate(ASKED, SAMPLING)] == [o.logprobs for o in base]
     assert base[0].logprobs != engines.create("hf", "tiny", bf16=False).generate(ASKED, SAMPLING)[0].logprobs  # else it is none in 4 bits
+    for made, words in (({"quantization": "nf4"}, []), ({}, ["it was trained on a base in 16 bits, and is put on one in 4"])):
+        lines = models.base_notices(carrying, {"base": "tiny", "base_weights": "0", **made})
+        assert [line.partition(", which")[0] for line in lines] == words
     with pytest.raises(InputError, match="a base in 4 bits cannot take this part of an adapter: use_dora"):
         engine.set_policy(9, lora(tmp_path / "dora", use_dora=True))
 

@@ -165,7 +165,8 @@ def test_other_forms_of_reply_and_several_actions_a_turn(hub, tmp_path, form):
     values = SMALL | {"horizon": "t3", "collect.seeds": "0-2", "sft.max_steps": 1, "form": form, "sft.variety": "qlora", "grpo.max_new_tokens": 8,
                       "benchmark.max_new_tokens": 8, "benchmark.seeds": "1000000", "benchmark.arms": ["base", "sft"]}
     for stage in ("collect", "export", "sft", "grpo", "benchmark"):
-        importlib.import_module(f"qwen_vl_kit.{stage}").run(config.load("configs/h200", stage, values), tmp_path / stage)
+        result = importlib.import_module(f"qwen_vl_kit.{stage}").run(config.load("configs/h200", stage, values), tmp_path / stage)
+    assert any(line.startswith("sft: it was trained on a base in 4 bits, and is put on one in 16") for line in result.numbers["notices"])
     rows = list(read_jsonl(tmp_path / "benchmark" / "metrics.jsonl"))
     assert [row["arm"] for row in rows] == ["base", "sft"] and (tmp_path / "grpo" / "adapter" / "qvk.json").is_file()
 
