@@ -1236,6 +1236,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qwen_vl_kit.show.Several': ('show.html#several', 'qwen_vl_kit/show.py'),
                                   'qwen_vl_kit.show.Several._ipython_display_': ( 'show.html#several._ipython_display_',
                                                                                   'qwen_vl_kit/show.py'),
+                                  'qwen_vl_kit.show._about_played': ('show.html#_about_played', 'qwen_vl_kit/show.py'),
+                                  'qwen_vl_kit.show._about_trained': ('show.html#_about_trained', 'qwen_vl_kit/show.py'),
                                   'qwen_vl_kit.show._cell': ('show.html#_cell', 'qwen_vl_kit/show.py'),
                                   'qwen_vl_kit.show._chosen': ('show.html#_chosen', 'qwen_vl_kit/show.py'),
                                   'qwen_vl_kit.show._column': ('show.html#_column', 'qwen_vl_kit/show.py'),

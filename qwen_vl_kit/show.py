@@ -658,7 +658,25 @@ def trained(run: str | Path) -> dict:
 
 
 def about(run: str | Path) -> Html:
-    "A paragraph that says what was trained, and what it must not be taken for."
+    "What was trained, or else what played, and what it must not be taken for; below it, what the stages have noted."
+    found = manifests(run)
+    own = any((resolve(run) / stage / "adapter").is_dir() for stage in ("grpo", "sft"))
+    text = _about_played(found["benchmark"]) if "benchmark" in found and not own else _about_trained(run)
+    notes = [f"<li>{html.escape(f'{stage}: {line}')}</li>" for stage, made in found.items() for name in ("not_applied", "notices")
+             for line in made.get("numbers", {}).get(name, ())]
+    return Html(f"<p>{text}</p>" + f"<ul>{''.join(notes)}</ul>" * bool(notes))
+
+
+def _about_played(made: dict) -> str:
+    "Which model and adapters a benchmark of others' played, from its manifest."
+    numbers, inputs = made.get("numbers", {}), made.get("inputs", {})
+    commit = f" at commit {html.escape(numbers['model_commit'][:12])}" if numbers.get("model_commit") else ""
+    arms = "".join(f" Arm {html.escape(arm)} is the adapter in {html.escape(str(source.get('path')))}." for arm, source in inputs.items())
+    return f"The model that plays is <b>{html.escape(str(numbers.get('model')))}</b>{commit}; nothing was trained in this folder.{arms}"
+
+
+def _about_trained(run: str | Path) -> str:
+    "Which model a run trained. Raises `InputError` without an adapter."
     model = trained(run)
     size = f"{model['parameters'] / 1e6:,.2f} million parameters" if model["parameters"] else "a size that its files do not tell here"
     commit = f" at commit {html.escape(model['commit'][:12])}" if model["commit"] else ""
@@ -667,7 +685,7 @@ def about(run: str | Path) -> Html:
     if model["model"] == "tiny":
         text += (" It has Qwen3-VL's architecture and was made by this kit, small enough for a laptop. <b>It is not Qwen3-VL-2B</b>, and "
                  "nothing on this page says how the 2B would play.")
-    return Html(f"<p>{text}</p>")
+    return text
 
 # %% ../nbs/19_show.ipynb #4a455498
 def shown_path(path: Path) -> str:
