@@ -1040,8 +1040,8 @@ def _encode_text(processor, plain: str) -> tuple:
 TILES = 9  # on each side of the screen
 
 
-def notices(loaded: Loaded, protocol) -> list[str]:
-    "What a reader of results should know of a model under a protocol, one line each."
+def notices(loaded: Loaded, protocol, drawn: bool = True) -> list[str]:
+    "What a reader of results should know of a model under a protocol, one line each; `drawn`: whether tokens are drawn from it."
     import numpy as np
 
     lines, size = [], protocol.render_size
@@ -1049,7 +1049,7 @@ def notices(loaded: Loaded, protocol) -> list[str]:
         images = loaded.processor.image_processor
         lines.append(f"a frame of {size} pixels takes {tokens} tokens, not one for each of its {TILES}x{TILES} tiles; "
                      f"with render_size = {TILES * images.patch_size * images.merge_size} a tile is a token")
-    if loaded.sampling:
+    if loaded.sampling and drawn:
         settings = ", ".join(f"{name} {value}" for name, value in loaded.sampling.items())
         lines.append(f"{loaded.name}'s own generation_config.json draws with {settings}; here tokens are drawn from the whole distribution, "
                      "so that log-probabilities are those of what is sampled")

@@ -66,6 +66,7 @@ def test_h200_runs_to_its_report_and_says_which_commit_it_was(run):
     assert "top_p 0.8, top_k 20" in settings  # the official ones; a frame of 288 pixels is a token a tile, of which there is nothing to say
     assert cut == [f"{arm}: 12 of 12 replies were cut off; raise max_new_tokens" for arm in ("base", "sft", "grpo")]  # a random model never ends
     assert re.search(r"(\d+) of \1 replies were cut off", " ".join(read_json(run / "grpo" / "manifest.json")["numbers"]["notices"]))
+    assert "notices" not in read_json(run / "sft" / "manifest.json")["numbers"]  # which draws nothing
     arms = (run / "benchmark" / "arms.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in arms[1:]] == ["random", "base", "sft", "grpo", "expert"]
     assert all(row["ratio_max"] < 1.02 and row["logprob_gap"] < 0.01 for row in read_jsonl(run / "grpo" / "metrics.jsonl"))  # nats a token, in bf16
