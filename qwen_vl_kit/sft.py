@@ -567,7 +567,7 @@ def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | No
     numbers = {**best_figures(trainer.state, config.keep_best), **loaded.identity, "updates": steps, "rows": count,
                "samples": steps * per_step, "processes": world, "prompt_hash": train.prompt_hash, "parameters": parameters}
     protocol = train.protocol() if train.rows[0]["metadata"].get("protocol") else None  # rows of others do not say how they are played
-    if protocol and (found := models.notices(loaded, protocol)):
+    if protocol and (found := models.notices(loaded, protocol, bool(watchers))):
         numbers["notices"] = found
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(out / "adapter"))
