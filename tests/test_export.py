@@ -476,7 +476,7 @@ ONE = dict(role="user", content="next")
     (dict(assistant={"tool_calls": [{"function": {"arguments": "{}"}}], "content": ""}), "a tool call without a name"),
     (dict(assistant={"tool_calls": {"function": {}}}), "tool_calls are an object"),
     (dict(assistant={"reasoning_content": "hm"}), "the assistant's message has 'reasoning_content'"),
-    (dict(assistant={"weight": 0}), "the assistant's message has 'weight'"), (dict(assistant={"loss": False}), "message has 'loss'"),
+    (dict(assistant={"weight": 0}), "the assistant's message has 'weight'"), (dict(assistant={"loss": False}), "the assistant's message has 'loss'"),
     (dict(user=[]), "the user's content is empty"), (dict(user=None), "the user's content is null"),
     (dict(user=[{"type": "video", "video": "a.mp4"}]), "the user's content has a part of type 'video'"),
     (dict(user=text(None)), "a text part of the user's content holds null"), (dict(user="next"), "0 images where 1 is promised"),
