@@ -106,7 +106,7 @@ def test_an_adapter_in_a_notebook_is_played_under_its_own_prompt_or_not_at_all(d
         other = Protocol(**PLAY | {"progress": False})
         with pytest.raises(InputError, match="progress = true and not false"):
             EnginePolicy(engine, other, Sampling())
-        with pytest.raises(InputError, match="progress = True and not False"):
+        with pytest.raises(InputError, match="progress = true and not false"):
             rollout(player, other, [1000000])
 
 
