@@ -418,14 +418,14 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_stage", lambda stage, settings, out, *_, **__: called.append((stage, settings, Path(out))))
     monkeypatch.delenv("QVK_ROOT", raising=False)
     (tmp_path / "configs").symlink_to(root() / "configs")
-    (tmp_path / "work" / "rows").mkdir(parents=True)
+    (tmp_path / "desk" / "rows").mkdir(parents=True)
     (tmp_path / "settings.ini").write_text("[qvk]\noutputs = 50% off\n")
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "desk")
     return called
 
 
 def test_paths_of_a_command_are_seen_from_where_it_is_given(elsewhere, tmp_path):
-    work, rows = tmp_path / "work", "work/rows"  # told from the project's folder, so that a config is the same from everywhere
+    work, rows = tmp_path / "desk", "desk/rows"  # told from the project's folder, so that a config is the same from everywhere
     for name in ("rows/train.jsonl", "rows/val.jsonl", "rows/a.db", "other.db"):
         (work / name).write_text("")
     (tmp_path / "other.db").write_text("")
@@ -439,10 +439,10 @@ def test_paths_of_a_command_are_seen_from_where_it_is_given(elsewhere, tmp_path)
              {"train": f"{rows}/train.jsonl", "val": ""}),
             (f"train --config {sft}", "sft", tmp_path / "lora_adapters/qwen3vl_2b_crafter_gpt4o",  # a TOML's paths are the project's
              {"train": "traces/gpt4o_vision_100/sft/train.jsonl"}),
-            ("sft --config configs/demo --set train=rows/train.jsonl --set val=../work/rows/val.jsonl", "sft", tmp_path / "50% off/demo/sft",
+            ("sft --config configs/demo --set train=rows/train.jsonl --set val=../desk/rows/val.jsonl", "sft", tmp_path / "50% off/demo/sft",
              {"train": f"{rows}/train.jsonl", "val": f"{rows}/val.jsonl", "model": "tiny"}),
             ("export --config configs/demo --set traces=['rows/a.db','other.db']", "export", tmp_path / "50% off/demo/export",
-             {"traces": [f"{rows}/a.db", "work/other.db"]}),
+             {"traces": [f"{rows}/a.db", "desk/other.db"]}),
             ("benchmark --config configs/demo --set sft_adapter=rows --set grpo_adapter=none", "benchmark", tmp_path / "50% off/demo/benchmark",
              {"sft_adapter": rows, "grpo_adapter": str(tmp_path / "none")}),
             ("collect --config configs/demo --set student=configs", "collect", tmp_path / "50% off/demo/collect", {"student": "configs"})):
