@@ -13,8 +13,9 @@ import re
 from crafter import constants
 
 from .core import InputError
-from .env import ACHIEVEMENTS, DIRECTIONS, View, World
-from .episodes import Decision
+from .game.rules import ACHIEVEMENTS, DIRECTIONS
+from .game.world import View, World
+from .protocol.episodes import Decision
 
 # %% ../nbs/05_expert.ipynb #f0fa7017
 TOOLS = tuple(name.removeprefix("make_") for name in ACHIEVEMENTS if name.startswith("make_"))
@@ -854,9 +855,9 @@ class Expert(_Choice):
 
     def __init__(self, budget: int = 50, noise: float = 0.0, seed: int = 0):
         if not isinstance(budget, int) or budget < 1:
-            raise InputError(f"cannot plan for {budget!r} steps", mend="give the episode's length, from 1 up")
+            raise InputError(f"cannot plan for {budget!r} steps", fix="give the episode's length, from 1 up")
         if not noise >= 0:
-            raise InputError(f"noise {noise!r} is negative", mend="give 0 for none, 0.5 for much")
+            raise InputError(f"noise {noise!r} is negative", fix="give 0 for none, 0.5 for much")
         self.budget, self.noise, self.seed = budget, noise, seed
         self.reset()
 

@@ -36,12 +36,44 @@ import crafter
 import numpy as np
 from crafter import constants, engine, objects
 
-from . import checkpoint, collect, costs, engines, env, export, grpo, manifest, models, policies, sft, show, traces, turns
+from .engine import hf
+from .game import creatures
+from .engine import base, decode
+from .engine.base import Request, Sampling
+from .engine.hf import HFEngine
+from .engine.vllm import VLLMEngine
+from .game import paint
+from .game.paint import _faded, _night_loop, _night_sum, _vignette
+from .game.rules import DIRECTIONS
+from .game.worldgen import _compiled
+from .learn import training
+from .learn.batches import Packer, Rows
+from .learn.training import ThroughputMeter, device_name, on_one_device
+from .model import encode
+from .model.adapters import lora_config, write_card
+from .model.counts import forward_flops
+from .model.encode import decode_url, patchify
+from .model.fast import VisionFeatureCache, apply_training_fast_paths
+from .model.loading import load_model
+from .model.processor import chat_template
+from .model.tiny import KINDS, WORDS, tiny_tokenizer
+from .play.policies import EnginePolicy, ExpertPolicy
+from .protocol import turns
+from .protocol.turns import call_text, prompt_hash, user_text
+from .show.tables import text_table
+from .stages import collect, export, grpo
+from .stages.sft import arguments, trainer_class
+from .store import estimate, manifest
+from .store.provenance import provenance
+from .store.traces import Store, load_episodes
 from .config import CollectConfig, ExportConfig, GRPOConfig, Protocol, SFTConfig, horizon
 from .core import InputError, nearest, parse_seeds, progress, read_jsonl, resolve, write_json
-from .env import ACHIEVEMENTS, ACTIONS, GRAIN, View, World, compiled, decode_png, night_noise, png
+from .game.images import decode_png, png
+from .game.paint import GRAIN, compiled, night_noise
+from .game.rules import ACHIEVEMENTS, ACTIONS
+from .game.world import View, World
 from .expert import Expert
-from .rollout import rollout
+from .play import rollout as play_rollout
 
 # %% ../nbs/22_perf.ipynb #6420abaf
 def seconds_of(work, count: int = 1) -> float:
@@ -213,7 +245,7 @@ def _without_numba(seconds: float, sizes: tuple) -> list[dict]:
 
 
 def measure_env(seconds: float, sizes: tuple = (64, 288)) -> list[dict]:
-    "Episodes, steps, resets and PNG: `env.World` beside `crafter.Env`, `env.png` beside Pillow; without numba, and with it, if installed."
+    "Episodes, steps, resets and PNG: `world.World` beside `crafter.Env`, `images.png` beside Pillow; without numba, and with it, if installed."
     if not compiled():
         return _env_rows(seconds, sizes)
     plain, late = _without_numba(seconds / 2, sizes), {r["what"].removesuffix(_WITH): r for r in _env_rows(seconds / 2, sizes)}
@@ -227,15 +259,15 @@ def night_parts(size: int = 288, rounds: int = 15) -> list[dict]:
     world, stock = World(size), crafter.Env(size=(size, size), seed=0)
     frames = {when: world.reset(0).scene._replace(daylight=light) for when, light in (("day", 1.0), ("night", 0.1))}
     stock.reset()
-    stock._world.daylight, painter = 0.1, env.painter(size, size)
+    stock._world.daylight, painter = 0.1, paint.painter(size, size)
     ground = np.ascontiguousarray(painter.draw(frames["day"])[:7 * painter.unit[1], :9 * painter.unit[0]])
     grain, out = night_noise(0, 0, *ground.shape[:2]), np.empty_like(ground)
     parts = {"a frame by day": lambda: painter.draw(frames["day"]), "a frame by night": lambda: painter.draw(frames["night"]),
-             "- noise": lambda: night_noise(0, 0, *ground.shape[:2]), "- all sums, numpy": lambda: env._night_sum(ground, grain, 0.1),
+             "- noise": lambda: night_noise(0, 0, *ground.shape[:2]), "- all sums, numpy": lambda: _night_sum(ground, grain, 0.1),
              "  - fading alone, Pillow": lambda: np.asarray(ImageEnhance.Color(Image.fromarray(ground)).enhance(0.4))}
     if compiled():
-        sums = env._compiled(env._night_loop)
-        parts["- all sums, numba"] = lambda: sums(ground, grain, 0.1, env._vignette(*grain.shape), env._faded(), out)
+        sums = _compiled(_night_loop)
+        parts["- all sums, numba"] = lambda: sums(ground, grain, 0.1, _vignette(*grain.shape), _faded(), out)
     parts["stock's frame by night"] = stock.render
     return [{"what": f"{what}, {size} px", "ms": round(1e3 * statistics.median(seconds_of(part) for _ in range(rounds)), 3)}
             for what, part in parts.items()]
@@ -278,7 +310,7 @@ class Pair:
 
     def __init__(self, seed: int, size: int | tuple = 64, area: tuple = (64, 64)):
         self.seed, self.world, self.stock = seed, World(size, area=area), ReproducibleStock(seed, size, area)
-        self.kinds = [getattr(env, kind.__name__) for kind in _KINDS]
+        self.kinds = [getattr(creatures, kind.__name__) for kind in _KINDS]
         self._compare(0, {"frame": self.world.reset(seed).frame}, {"frame": self.stock.reset()})
 
     def _compare(self, step: int, ours: dict, stock: dict) -> None:
@@ -332,8 +364,8 @@ def _seen(step) -> set:
 def _bite(view: View) -> str:
     "The action that turns to a ripe plant beside the player, or eats it; or none."
     for way in view.ripe:
-        if way in env.DIRECTIONS:
-            return "do" if view.facing == way else f"move_{env.DIRECTIONS[way]}"
+        if way in DIRECTIONS:
+            return "do" if view.facing == way else f"move_{DIRECTIONS[way]}"
     return ""
 
 # %% ../nbs/22_perf.ipynb #d8121861
@@ -404,7 +436,7 @@ def _turn_time(policy, config: CollectConfig, seeds: list[int]) -> float:
     "Seconds a turn that playing takes, without storing anything."
     played = [0]
     began = time.perf_counter()
-    rollout(policy, config, seeds, noise=config.noise, keep=False, sink=lambda episode: played.append(len(episode.turns)))
+    play_rollout.rollout(policy, config, seeds, noise=config.noise, keep=False, sink=lambda episode: played.append(len(episode.turns)))
     return (time.perf_counter() - began) / sum(played)
 
 
@@ -412,8 +444,8 @@ def _shares(config: CollectConfig, write: tuple[float, float]) -> list[dict]:
     "Rows: the share of a collection's time that writing takes, when the expert plays and when a model does."
     few, rows = parse_seeds(config.seeds)[:8], []
     short = config.model_copy(update={"horizon": "s5", "prompt": "brief"})
-    model = policies.EnginePolicy(engines.HFEngine(models.load("random:tiny")), short, engines.Sampling(1.0, 24), "random:tiny")
-    for who, policy, played in (("the expert", policies.ExpertPolicy(config), config), ("a model (random:tiny)", model, short)):
+    model = EnginePolicy(HFEngine(load_model("random:tiny")), short, Sampling(1.0, 24), "random:tiny")
+    for who, policy, played in (("the expert", ExpertPolicy(config), config), ("a model (random:tiny)", model, short)):
         play = _turn_time(policy, played, few)
         rows.append(row(f"writing's share of a collection's time, {who} playing", *(100 * cost / (cost + play) for cost in write), "%"))
     return rows
@@ -424,13 +456,13 @@ def measure_store(seconds: float, seeds: str = "0-199", size: int = 64) -> list[
     with tempfile.TemporaryDirectory() as place:
         folder, names, written = Path(place), itertools.count(), {}
         config = _material(folder, seeds, horizon="s50", render_size=size)
-        episodes = list(traces.load(folder / "collect" / "rollouts.db"))
+        episodes = list(load_episodes(folder / "collect" / "rollouts.db"))
         few, total = episodes[:16], sum(len(episode.turns) for episode in episodes)
         count = sum(len(episode.turns) for episode in few)
 
         def ours() -> float:
             written["ours"] = folder / f"{next(names)}.db"
-            store = traces.Store(written["ours"])
+            store = Store(written["ours"])
             store.begin("perf", config)
             return seconds_of(lambda: [*map(store.add, few), store.close()], count)
 
@@ -439,7 +471,7 @@ def measure_store(seconds: float, seeds: str = "0-199", size: int = 64) -> list[
             return seconds_of(lambda: _naive(written["stock"], config, few), count)
 
         write = race(ours, stock, seconds / 2)
-        read = race(lambda: seconds_of(lambda: list(traces.load(written["ours"])), count),
+        read = race(lambda: seconds_of(lambda: list(load_episodes(written["ours"])), count),
                     lambda: seconds_of(lambda: _naive_rows(written["stock"]), count), seconds / 4)
         sizes = [written[who].stat().st_size / count for who in ("ours", "stock")]
         _naive(folder / "all.db", config, episodes)
@@ -552,7 +584,7 @@ def measure_teachers(seconds: float, at_once: int = 64, delay: float = 0.2, size
 
 # %% ../nbs/22_perf.ipynb #9b540393
 def as_stock(model):
-    "A model that `models.load` gave, as transformers has it (`models.quicken` undone, in place), and with no token that ends a reply."
+    "A model that `loading.load_model` gave, as transformers has it (`fast.apply_fast_paths` undone, in place), and with no token that ends a reply."
     for module in model.modules():
         vars(module).pop("forward", None)
     model.generation_config.eos_token_id = None
@@ -584,7 +616,7 @@ def stock_replies(model, processor, prompts: list, new_tokens: int) -> list[str]
 # %% ../nbs/22_perf.ipynb #b4b29344
 def _engine(model: str):
     "Our engine on a model, which never stops early."
-    engine = engines.HFEngine(models.load(model, bf16=_bf16()), bf16=_bf16())
+    engine = HFEngine(load_model(model, bf16=_bf16()), bf16=_bf16())
     engine.end_ids = (-1,)
     return engine
 
@@ -598,21 +630,21 @@ def _bf16() -> bool:
 def _prompts(folder: Path, count: int) -> list:
     "`count` prompts (at most 200) with one image each, from the expert's episodes."
     config = _material(folder, "0-3", **_SMALL)
-    episodes = list(traces.load(folder / "collect" / "rollouts.db"))
+    episodes = list(load_episodes(folder / "collect" / "rollouts.db"))
     return [turns.prompt(config, episode.turns[:t], turn.frame, turn.text, urls=False)
             for episode in episodes for t, turn in enumerate(episode.turns)][:count]
 
 
 def measure_generation(seconds: float, model: str = "random:tiny", batch: int = 32, new_tokens: int = 24) -> list[dict]:
-    "Decisions a second of `engines.HFEngine` beside `model.generate`."
+    "Decisions a second of `hf.HFEngine` beside `model.generate`."
     with tempfile.TemporaryDirectory() as place:
         prompts = _prompts(Path(place), batch)
-    engine, loaded = _engine(model), models.load(model, bf16=_bf16())
+    engine, loaded = _engine(model), load_model(model, bf16=_bf16())
     plain = as_stock(loaded.model).eval()
-    requests = [engines.Request(messages, (i,)) for i, messages in enumerate(prompts)]
+    requests = [Request(messages, (i,)) for i, messages in enumerate(prompts)]
 
     def ours():
-        replies = engine.generate(requests, engines.Sampling(1.0, new_tokens))
+        replies = engine.generate(requests, Sampling(1.0, new_tokens))
         assert all(len(reply.token_ids) == new_tokens for reply in replies)
 
     def stock():
@@ -648,7 +680,7 @@ def stock_rows(rows: list[dict]):
     from PIL import Image
 
     def one(told):
-        frames = [models.decode_url(part["image_url"]["url"]) for part in told[1]["content"] if part["type"] == "image_url"]
+        frames = [decode_url(part["image_url"]["url"]) for part in told[1]["content"] if part["type"] == "image_url"]
         words = [part["text"] for part in told[1]["content"] if part["type"] == "text"]
         prompt = [{"role": "system", "content": told[0]["content"]}, {"role": "user", "content": "\n".join(words)}]
         return {"prompt": prompt, "completion": [told[2]], "images": [Image.fromarray(frame) for frame in frames]}
@@ -663,18 +695,18 @@ def _trainers(config: SFTConfig, out: Path):
     "Our trainer and the stock one, on the rows of `config.train`."
     import trl
 
-    rows, ours, stock = sft.Rows(config.train), models.load(config.model, bf16=config.bf16), models.load(config.model, bf16=_bf16())
-    fixed = sft.arguments(config, out, config.max_steps) | {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False,
+    rows, ours, stock = Rows(config.train), load_model(config.model, bf16=config.bf16), load_model(config.model, bf16=_bf16())
+    fixed = arguments(config, out, config.max_steps) | {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False,
                                                            "logging_strategy": "no"}
     plain = fixed | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": SEED_BATCH, "bf16": _bf16(),
                      "gradient_checkpointing": _bf16(), "dataset_kwargs": None}
-    lora = models.lora_config(config.lora_rank, config.lora_alpha)
-    trainer = sft.trainer_class()(
-        model=ours.model, args=sft.on_one_device(trl.SFTConfig(**fixed)), train_dataset=rows.dataset(), processing_class=ours.processor,
-        data_collator=sft.Packer(ours.processor, config.sequence_length), peft_config=lora)
-    models.quicken_training(trainer.model)
-    yield trainer.meter(sft.Meter(ours.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
-    yield trl.SFTTrainer(model=as_stock(stock.model), args=sft.on_one_device(trl.SFTConfig(**plain)), train_dataset=stock_rows(rows.rows),
+    lora = lora_config(config.lora_rank, config.lora_alpha)
+    trainer = trainer_class()(
+        model=ours.model, args=on_one_device(trl.SFTConfig(**fixed)), train_dataset=rows.dataset(), processing_class=ours.processor,
+        data_collator=Packer(ours.processor, config.sequence_length), peft_config=lora)
+    apply_training_fast_paths(trainer.model)
+    yield trainer.meter(ThroughputMeter(ours.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
+    yield trl.SFTTrainer(model=as_stock(stock.model), args=on_one_device(trl.SFTConfig(**plain)), train_dataset=stock_rows(rows.rows),
                          processing_class=stock.processor, peft_config=lora)
 
 
@@ -692,7 +724,7 @@ def _sft_race(config: SFTConfig, out: Path, seconds: float) -> tuple[tuple, list
         trainer.add_callback(clock)
 
         def train() -> float:  # a row's seconds; the first update is not among them, it starts everything
-            trainer.model.get_base_model().model.sight = models.Sight(trainer.processing_class.image_processor)  # nothing has been seen yet
+            trainer.model.get_base_model().model.sight = VisionFeatureCache(trainer.processing_class.image_processor)  # nothing has been seen yet
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             trainer.train()
@@ -702,10 +734,10 @@ def _sft_race(config: SFTConfig, out: Path, seconds: float) -> tuple[tuple, list
         return train
 
     ours, stock = _trainers(config, out)
-    samples = [models.encode(ours.processing_class, r["messages"]) for r in sft.Rows(config.train).rows]
+    samples = [encode.encode(ours.processing_class, r["messages"]) for r in Rows(config.train).rows]
     lengths, answers = [len(sample.input_ids) for sample in samples], sum(label >= 0 for sample in samples for label in sample.labels)
-    grids = models.patchify(ours.processing_class, samples[0].frames)[1].tolist() * len(samples)
-    language, vision = models.forward_flops(ours.model.config, lengths, answers, grids)
+    grids = patchify(ours.processing_class, samples[0].frames)[1].tolist() * len(samples)
+    language, vision = forward_flops(ours.model.config, lengths, answers, grids)
     work = sum(lengths) / len(samples), (2 * language + vision) / len(samples)
     return race(contestant(0, ours), contestant(1, stock), seconds), memory, work
 
@@ -728,7 +760,7 @@ def measure_sft(seconds: float, model: str = "random:tiny", batch: int = 0, upda
             what = f"SFT, {model}, {batch} rows packed to {length}, {'bfloat16' if bf16 else 'float32'}"
             rows += [row(f"{what}, beside TRL's collator (1 x {SEED_BATCH} accumulated, {theirs})", *(1 / cost for cost in each), "samples/s"),
                      row(f"{what}: tokens, {tokens:.0f} a sample", *(tokens / cost for cost in each), "tokens/s")]
-            if peak := costs.peak(sft.device_name()):
+            if peak := estimate.peak(device_name()):
                 rows.append(row(f"{what}: MFU, % of {peak / 1e12:.0f} TFLOP/s", *(100 * flops / cost / peak for cost in each), "%/s") | {"unit": "%"})
             if any(memory):
                 rows.append(row(f"{what}: GPU memory at most", *memory, "GB"))
@@ -754,14 +786,14 @@ class Script:
 
     def call(self, key: tuple) -> list[int]:
         "A call of the tool `act`."
-        return [*self._ids(turns.call_text("act", json.dumps({"action": self.action(key)}))), self.tokenizer.eos_token_id]
+        return [*self._ids(call_text("act", json.dumps({"action": self.action(key)}))), self.tokenizer.eos_token_id]
 
     def reply(self, key: tuple) -> list[int]:
         "Things of the game, an arrow, and the action; no action where it waits."
         action, random = self.action(key), np.random.default_rng(key)
         end = [*self._ids(" -> " + ("tree" if action == "noop" else action)), self.tokenizer.eos_token_id]
         length = self.words or len(self.call(key))
-        return self._ids("".join(f" {models.KINDS[i]}" for i in random.integers(len(models.KINDS), size=length)))[:length - len(end)] + end
+        return self._ids("".join(f" {KINDS[i]}" for i in random.integers(len(KINDS), size=length)))[:length - len(end)] + end
 
 # %% ../nbs/22_perf.ipynb #d155aafc
 @contextlib.contextmanager
@@ -785,7 +817,7 @@ def _is_turn(key: tuple) -> bool:
 def _draws(script: Script) -> dict:
     "`uniforms` and `draw` for room engines: what is drawn is drawn, and the script's token takes its place."
     import torch
-    uniforms, draw = engines.uniforms, engines.draw
+    uniforms, draw = base.uniforms, decode.draw
 
     def told(sampling, key):
         free, ids = uniforms(sampling, key), script.reply(key) if _is_turn(key) else []
@@ -800,8 +832,8 @@ def _draws(script: Script) -> dict:
 
 
 def _heard(script: Script):
-    "`generate` for `engines.VLLMEngine`, with the script's text."
-    generate = engines.VLLMEngine.generate
+    "`generate` for `vllm.VLLMEngine`, with the script's text."
+    generate = VLLMEngine.generate
 
     def say(self, requests, *args, **more):
         outputs = generate(self, requests, *args, **more)
@@ -841,15 +873,15 @@ class StockGame:
 def _tool_words():
     """Within the block, the tokenizer of a random model knows the words of tool calls, as Qwen's does: it was made for the game's alone, and
     would spell all others, three times as many tokens."""
-    kept, tokenizer = list(models.WORDS), models.tiny_tokenizer()
+    kept, tokenizer = list(WORDS), tiny_tokenizer()
     call = {"type": "function", "function": {"name": "act", "arguments": {"action": "do"}}}
     told = [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": ""}]
-    text = tokenizer.apply_chat_template(told, tools=[StockGame().act], chat_template=checkpoint.chat_template(), tokenize=False)
-    models.WORDS += sorted(set(re.findall(r"[A-Za-z_]+|[^\sA-Za-z_\d]+", re.sub(r"<\|.*?\|>", " ", text))))
+    text = tokenizer.apply_chat_template(told, tools=[StockGame().act], chat_template=chat_template(), tokenize=False)
+    WORDS.extend(sorted(set(re.findall(r"[A-Za-z_]+|[^\sA-Za-z_\d]+", re.sub(r"<\|.*?\|>", " ", text)))))
     try:
         yield
     finally:
-        models.WORDS[:] = kept
+        WORDS[:] = kept
 
 # %% ../nbs/22_perf.ipynb #0ba3857f
 def _stock_arguments(config: GRPOConfig, out: Path) -> dict:
@@ -895,11 +927,11 @@ def stock_grpo_trainer(config: GRPOConfig, out: Path, script: Script, loaded):
     model, end = as_stock(loaded.model), [loaded.processor.tokenizer.eos_token_id]
     model.config.get_text_config().max_position_embeddings = 1_000_000
     generate, model.generate = model.generate, say
-    prompt = [{"role": "system", "content": turns.system(config)}, {"role": "user", "content": turns.user_text(config, [])}]
+    prompt = [{"role": "system", "content": turns.system(config)}, {"role": "user", "content": user_text(config, [])}]
     rows = [{"prompt": prompt, "seed": seed} for seed in range(config.groups * config.iterations)]
     trainer = Timed(
-        model=model, args=sft.on_one_device(trl.GRPOConfig(**_stock_arguments(config, out))), processing_class=loaded.processor,
-        environment_factory=type("Game", (StockGame,), {"size": config.render_size}), peft_config=models.lora_config(*_LORA),
+        model=model, args=on_one_device(trl.GRPOConfig(**_stock_arguments(config, out))), processing_class=loaded.processor,
+        environment_factory=type("Game", (StockGame,), {"size": config.render_size}), peft_config=lora_config(*_LORA),
         reward_funcs=lambda environments, **_: [game.reward + i for i, game in enumerate(environments)],  # never all alike
         train_dataset=datasets.Dataset.from_list(rows))
     return trainer
@@ -913,7 +945,7 @@ def _stock_grpo(config, out: Path) -> dict:
     of an update, and `memory`, the most gigabytes of a GPU."""
     from transformers import PrinterCallback
 
-    loaded = models.load(config.model, bf16=_bf16())
+    loaded = load_model(config.model, bf16=_bf16())
     trainer, clock = stock_grpo_trainer(config, out, Script(loaded.processor.tokenizer), loaded), _clock()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(clock)
@@ -933,13 +965,15 @@ def _our_grpo(config, out: Path, words: int) -> dict:
     `rest` is what is neither played nor trained: episodes are stored, samples made, a checkpoint is written."""
     from peft import get_peft_model
 
-    loaded = models.load(config.model, bf16=_bf16())
-    get_peft_model(loaded.model, models.lora_config(*_LORA)).save_pretrained(out / "adapter")
-    models.write_card(out / "adapter", loaded, turns.prompt_hash(config))
+    loaded = load_model(config.model, bf16=_bf16())
+    get_peft_model(loaded.model, lora_config(*_LORA)).save_pretrained(out / "adapter")
+    write_card(out / "adapter", loaded, prompt_hash(config))
     shape, loaded.model, script = loaded.model.config, None, Script(loaded.processor.tokenizer, words)
     said = max(len(script.reply((0, 0, t))) for t in range(100))
     config = config.model_copy(update={"adapter": str(out / "adapter"), "max_new_tokens": said})
-    with _replaced(engines, **_draws(script)), _replaced(engines.VLLMEngine, generate=_heard(script)):
+    draws = _draws(script)
+    with (_replaced(hf, uniforms=draws["uniforms"]), _replaced(decode, draw=draws["draw"]),
+          _replaced(VLLMEngine, generate=_heard(script))):
         grpo.run(config, out / "grpo")
     told = [line for line in read_jsonl(out / "grpo" / "metrics.jsonl") if "return_mean" in line]
     steps = config.groups * config.group_size * horizon(config.horizon).turns
@@ -950,15 +984,15 @@ def _our_grpo(config, out: Path, words: int) -> dict:
     each = {part: statistics.median(one[part] for one in spent) for part in spent[0]}
     each["rest"] = each.pop("all") - sum(each[part] for part in ("rollout", "update", "sync"))
     frame = np.zeros((config.render_size, config.render_size, 3), np.uint8)
-    read = len(models.encode(loaded.processor, turns.prompt(config, [], frame, urls=False)).input_ids)
-    flop = _update_flop(shape, [read + said], said, models.patchify(loaded.processor, [frame])[1].tolist())
+    read = len(encode.encode(loaded.processor, turns.prompt(config, [], frame, urls=False)).input_ids)
+    flop = _update_flop(shape, [read + said], said, patchify(loaded.processor, [frame])[1].tolist())
     flop *= statistics.median(line["turns_trained"] / line["turns"] for line in told[1:])  # turns that are alike are trained on once
     return {**each, "read": read, "said": said, "flop": flop, "memory": _most_memory()}
 
 
 def _update_flop(shape, lengths: list, answers: int, grids: list) -> float:
     "FLOP of an update: forward and once more backward through the language layers, forward through the frozen tower."
-    language, vision = models.forward_flops(shape, lengths, answers, grids)
+    language, vision = forward_flops(shape, lengths, answers, grids)
     return 2 * language + vision
 
 
@@ -1001,9 +1035,9 @@ def measure_grpo(seconds: float, model: str = "random:tiny", groups: int = 0, me
         leave the stock way out, which takes minutes where episodes are many and long; replies are as long as a tool call
     """
     if engine not in ("hf", "vllm"):
-        raise InputError(f"GRPO is not measured with engine {engine!r}", mend="give hf or vllm")
+        raise InputError(f"GRPO is not measured with engine {engine!r}", fix="give hf or vllm")
     if min(groups, members, steps) < 0 or members == 1:
-        raise InputError(f"{groups} groups of {members} episodes of {steps} turns", mend="give a group or more, of two members or more")
+        raise InputError(f"{groups} groups of {members} episodes of {steps} turns", fix="give a group or more, of two members or more")
     config = _grpo_config(model, groups or (2 if "tiny" in model else 8), members or (4 if "tiny" in model else 8), steps, engine)
     more = config.model_copy(update={"iterations": 4 if "tiny" in model else 2})  # ours are short
     runs = {"ours": lambda out: _our_grpo(more, out, 0)}
@@ -1043,7 +1077,7 @@ def _grpo_rows(what: str, total: int, ours: dict, stock: dict | None) -> list[di
             both("steps played", lambda side: 1 / side["rollout"], "steps/s"),
             both("tokens said", lambda side: side["said"] / whole(side), "tokens/s"),
             both("tokens read for a step", lambda side: side["read"], "tokens")]
-    if peak := costs.peak(sft.device_name()):
+    if peak := estimate.peak(device_name()):
         share = both(f"MFU of updates, % of {peak / 1e12:.0f} TFLOP/s", lambda side: 100 * side["flop"] / side["update"] / peak, "%/s")
         rows.append(share | {"unit": "%"})
     if ours["memory"]:
@@ -1071,17 +1105,17 @@ def measure(name: str, seconds: float = 10.0, threads: int = 1, **options) -> li
         see the function of each name for the rest
     """
     if name not in NAMES:
-        raise InputError(f"nothing to measure is called {name!r}", mend=nearest(name, NAMES))
+        raise InputError(f"nothing to measure is called {name!r}", fix=nearest(name, NAMES))
     if seconds < 0:
-        raise InputError(f"{seconds} seconds", mend="give how long to measure, in seconds from 0 up")
+        raise InputError(f"{seconds} seconds", fix="give how long to measure, in seconds from 0 up")
     if "model" in options and name not in _WITH_MODEL:
-        raise InputError(f"{name} has no model", mend=f"leave --model out; it is for {', '.join(_WITH_MODEL)}")
+        raise InputError(f"{name} has no model", fix=f"leave --model out; it is for {', '.join(_WITH_MODEL)}")
     for option, names in _FOR.items():
         if option in options and name not in names:
-            raise InputError(f"{name} has no {option} to choose", mend=f"leave --{option} out; it is for {', '.join(names)}")
+            raise InputError(f"{name} has no {option} to choose", fix=f"leave --{option} out; it is for {', '.join(names)}")
     if name not in _WITH_MODEL:
         return NAMES[name](seconds, **options)
-    with sft.threads(threads):
+    with training.threads(threads):
         return NAMES[name](seconds, **options)
 
 # %% ../nbs/22_perf.ipynb #cbcf5973
@@ -1103,7 +1137,7 @@ def hardware() -> str:
 
 def header(command: str, threads: int = 1) -> dict:
     "What a table needs beside it: hardware, load, versions, date, commit and command."
-    made = traces.provenance()
+    made = provenance()
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command,
             "commit": f"{made['commit'] or 'none'}{' with changes' if made['dirty'] else ''}",
@@ -1121,7 +1155,7 @@ def _numba() -> dict:
 def page(name: str, rows: list[dict], head: dict) -> str:
     "Title, header and table as Markdown that reads well in a terminal too."
     import pandas as pd
-    table = show.text_table(pd.DataFrame(rows))
+    table = text_table(pd.DataFrame(rows))
     beside = "" if "ours" in rows[0] and "stock" not in rows[0] else " beside the stock way"
     lines = [f"# {name}: ours{beside}", "", *(f"- {key}: {value}" for key, value in head.items()), ""]
     note = ["", "ratio: how many times better ours is."] if "ratio" in rows[0] else []

@@ -23,17 +23,20 @@ import threading
 import time
 from pathlib import Path
 
-from . import config as configs
-from .core import (InputError, Result, absent, adapter_folder, atomic, misplaced, notify, parse_seeds, read_json, read_text,
-                              remove_empty, resolve, root, site, usable, write_json)
+from . import config
+from .config import Stage, horizon, validate
+from .runner.configs import config_file, load_config, parse_set, read_toml, stage_of
+from .core import (InputError, Result, adapter_folder, as_input_error, atomic, missing_parents, notify,
+                              parse_seeds, read_json, read_text, remove_empty, reporting_os_errors, resolve, root,
+                              site, write_json)
 
 # %% ../nbs/21_run.ipynb #76bd323f
-STAGES = tuple(configs.STAGES)
+STAGES = tuple(config.STAGES)
 
 
-def parameters(stage: str, namespace: dict) -> configs.Stage:
+def parameters(stage: str, namespace: dict) -> Stage:
     "The config of `stage` from the variables of a notebook's parameters cell (`globals()`). Raises `InputError` on a bad one."
-    return configs.validate(stage, {name: namespace[name] for name in configs.STAGES[stage].model_fields if name in namespace})
+    return validate(stage, {name: namespace[name] for name in config.STAGES[stage].model_fields if name in namespace})
 
 
 def folder(stage: str, out: str = "") -> Path:
@@ -131,7 +134,7 @@ def _broken(name: str, words: str, executed: Path) -> Exception:
     if name == "InputError":
         return InputError(words)
     place = re.match(r"\[Errno (\d+)\] ([^:\n]*)(?:: '([^']*)')?", words)
-    if place and misplaced(error := OSError(int(place[1]), place[2], *filter(None, [place[3]]))):
+    if place and as_input_error(error := OSError(int(place[1]), place[2], *filter(None, [place[3]]))):
         return error
     last = (words.strip().splitlines() or [""])[-1]
     return RunFailed(f"{last if name in TOLD else f'{name}: {last}'}; see {_told(executed)}")
@@ -208,15 +211,16 @@ def clear(out: Path, keep: tuple = ()) -> None:
 
 def holds(stage: str, out: Path) -> bool:
     "Whether something was played, trained or paid for in `out` that a run of `stage` could go on with; so it is of what is damaged."
-    from qwen_vl_kit import costs, traces
+    from qwen_vl_kit.store.meter import Meter
+    from qwen_vl_kit.store.traces import load_episodes
 
     try:
-        meter = costs.Meter(journal=out / "calls.jsonl")
+        meter = Meter(journal=out / "calls.jsonl")
         if meter.billed:  # calls that were refused have bought nothing
             return True
         if "checkpoints" in RESUMED.get(stage, ()):  # what GRPO has played without one is forgotten
             return any((out / "checkpoints").glob("checkpoint-*"))
-        return (out / "rollouts.db").is_file() and any(True for _ in traces.load(out / "rollouts.db", frames=False))
+        return (out / "rollouts.db").is_file() and any(True for _ in load_episodes(out / "rollouts.db", frames=False))
     except (InputError, LookupError):
         return True
 
@@ -234,9 +238,10 @@ def bring_back(stage: str, out: Path) -> None:
     that began anew has played, trained or paid for stays in its place, to go on with."""
     import shutil
 
-    from qwen_vl_kit import manifest
+    from qwen_vl_kit.store import manifest
+    from qwen_vl_kit.store.manifest import NAME
 
-    marker, made = read_json(out / MARKER) if (out / MARKER).is_file() else {}, out / manifest.NAME
+    marker, made = read_json(out / MARKER) if (out / MARKER).is_file() else {}, out / NAME
     anew = marker.get("anew", False)
     if marker and made.is_file():  # the new one: it has ended, and was killed before it had tidied up
         return shutil.rmtree(out / BEFORE, ignore_errors=True)
@@ -255,7 +260,7 @@ def bring_back(stage: str, out: Path) -> None:
 
 
 def _elsewhere(stage: str, out: Path, option: str) -> str:
-    "How to mend a folder that is refused: another one, or what --force would delete."
+    "How to fix a folder that is refused: another one, or what --force would delete."
     there = [name for name in OUTPUTS if (out / name).exists() and name not in ("manifest.json", "run.ipynb", "run.html", MARKER, *STORE[1:])]
     join = " (qvk merge makes one of their stores)" if stage == "collect" else ""
     return f"name another folder with {option}{join}, or give --force to write it anew, which deletes {', '.join(there) or 'what is there'}"
@@ -272,32 +277,33 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _more(settings: configs.Stage, told: dict, others: list[str]) -> bool:
+def _more(settings: Stage, told: dict, others: list[str]) -> bool:
     "Whether a run with the config `told` goes on under these `settings`, which differ in `others`: more is asked of it, of seeds in the same order."
     known, seeds = (parse_seeds(spec) for spec in (told["seeds"], settings.seeds)) if "seeds" in others and "seeds" in told else ([], [])
     return set(others) <= settings.goes_on and seeds[:len(known)] == known
 
 
-def _finished(settings: configs.Stage, out: Path, mend: str) -> str:
+def _finished(settings: Stage, out: Path, fix: str) -> str:
     "`done`, `stale` (the inputs are others now) or `torn` (outputs are gone, or more is asked of it), from a manifest of the same config."
-    from qwen_vl_kit import manifest
+    from qwen_vl_kit.store import manifest
+    from qwen_vl_kit.store.manifest import changed_fields, config_hash, content_hash
 
     made = read_json(out / "manifest.json")
     if not {"config", "config_hash", "inputs", "outputs"} <= set(made):
-        raise InputError("is no manifest of this kit", _told(out / "manifest.json"), mend)
-    others = manifest.differing(settings, made["config"]) if made["config_hash"] != manifest.config_hash(settings) else []
+        raise InputError("is no manifest of this kit", _told(out / "manifest.json"), fix)
+    others = changed_fields(settings, made["config"]) if made["config_hash"] != config_hash(settings) else []
     more = others and _more(settings, made["config"], others)
     if others and not more:
-        raise InputError(f"an output folder of another run, whose config differs ({_named(others)})", _told(out), mend)
+        raise InputError(f"an output folder of another run, whose config differs ({_named(others)})", _told(out), fix)
     changes = manifest.changes(out, made)
     if changed := [line for line in changes if line.endswith("has changed")]:
-        raise InputError(f"{changed[0]} since it was written", _told(out), mend)
+        raise InputError(f"{changed[0]} since it was written", _told(out), fix)
     if more and not any((out / "checkpoints").glob("checkpoint-*")):
-        raise InputError(f"its config differs ({_named(others)}), and the checkpoints to go on from are gone", _told(out), mend)
+        raise InputError(f"its config differs ({_named(others)}), and the checkpoints to go on from are gone", _told(out), fix)
     if any(line.endswith("is missing") for line in changes):
         return "torn"
     paths = [(out.parent / given["path"], given["sha256"]) for given in made["inputs"].values()]
-    same = all(path.exists() and manifest.content_hash(path) == was for path, was in paths)
+    same = all(path.exists() and content_hash(path) == was for path, was in paths)
     return "stale" if not same else "torn" if more else "done"
 
 
@@ -306,30 +312,30 @@ def _named(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def state(stage: str, settings: configs.Stage, out: Path, option: str = "--out") -> str:
+def state(stage: str, settings: Stage, out: Path, option: str = "--out") -> str:
     """`new`, `done`, `stale` or `torn` (to be gone on with): what stands in a stage's folder, seen from this config.
 
     Raises `InputError` when it is another config's, was edited by hand, or is being written by another process; `option` is what the
     caller's own command names a folder with.
     """
-    from qwen_vl_kit.manifest import differing
+    from qwen_vl_kit.store.manifest import changed_fields
 
-    mend = _elsewhere(stage, out, option)
+    fix = _elsewhere(stage, out, option)
     marker = read_json(out / MARKER) if (out / MARKER).is_file() else None
     if marker and marker.get("pid") != os.getpid() and _alive(marker.get("pid", 0)):
         raise InputError(f"is being written by process {marker['pid']}", _told(out), f"wait for it, or name another folder with {option}")
     if (out / "manifest.json").is_file():
-        return _finished(settings, out, mend)
+        return _finished(settings, out, fix)
     if marker:
-        others = differing(settings, marker.get("config", {}))
+        others = changed_fields(settings, marker.get("config", {}))
         if _more(settings, marker.get("config", {}), others):
             return "torn"
         if holds(stage, out):
-            raise InputError(f"holds an unfinished run with another config ({_named(others)})", _told(out), mend)
+            raise InputError(f"holds an unfinished run with another config ({_named(others)})", _told(out), fix)
         return "new"
     found = [name for name in OUTPUTS if (out / name).exists()]
     if found:
-        raise InputError(f"an output folder of another run (it holds {found[0]}, and no manifest)", _told(out), mend)
+        raise InputError(f"an output folder of another run (it holds {found[0]}, and no manifest)", _told(out), fix)
     return "new"
 
 # %% ../nbs/21_run.ipynb #f4c05929
@@ -337,7 +343,7 @@ SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "e
            "benchmark": {"sft_adapter": "sft", "grpo_adapter": "grpo"}}
 
 
-def check_sources(stage: str, settings: configs.Stage, out: Path) -> None:
+def check_sources(stage: str, settings: Stage, out: Path) -> None:
     "Raise `InputError` when a folder that `stage` reads from was left unfinished."
     for field, writer in SOURCES.get(stage, {}).items():
         given = getattr(settings, field)
@@ -349,7 +355,7 @@ def check_sources(stage: str, settings: configs.Stage, out: Path) -> None:
                 raise InputError(f"is unfinished, and {stage} reads it", _told(source), f"run {writer} again first")
 
 
-def check_access(settings: configs.Stage) -> None:
+def check_access(settings: Stage) -> None:
     "Raise `InputError` when a stage is to call an endpoint and the environment does not say how; tell of models that have no price."
     models = []
     if getattr(settings, "engine", "") == "server" and getattr(settings, "teacher", "model") == "model":
@@ -357,8 +363,8 @@ def check_access(settings: configs.Stage) -> None:
     if getattr(settings, "judge", "") == "remote":
         models.append(settings.judge_model)
     if models:
-        from qwen_vl_kit.costs import check_prices, listed, prices
-        from qwen_vl_kit.engines import access
+        from qwen_vl_kit.store.prices import check_prices, listed, prices
+        from qwen_vl_kit.engine.access import access
         access(models[0])
         check_prices(settings)
         book = prices()
@@ -367,24 +373,24 @@ def check_access(settings: configs.Stage) -> None:
                 notify(f"no price for '{model}': its tokens are counted, its dollars are not; configs/README.md says how to add one")
 
 
-def check_devices(settings: configs.Stage) -> None:
+def check_devices(settings: Stage) -> None:
     "Tell what this machine cannot do of what a config asks. Raises `InputError` when that is not to be passed over."
     if getattr(settings, "report_to", "none") != "none":
-        from qwen_vl_kit.sft import check_tracker
+        from qwen_vl_kit.learn.training import check_tracker
         check_tracker(settings.report_to)
     if any(getattr(settings, name, least) > least for name, least in (("processes", 1), ("machines", 1), ("deepspeed_stage", 0), ("fsdp", False))):
-        from qwen_vl_kit.sft import devices
+        from qwen_vl_kit.learn.training import devices
         for line in devices(settings)[1]:
             notify(line)
     if getattr(settings, "gpus_for_vllm", 0):
-        from qwen_vl_kit.grpo import served
+        from qwen_vl_kit.stages.grpo import served
         for line in served(settings)[1]:
             notify(line)
 
 
-def check_adapters(settings: configs.Stage) -> None:
+def check_adapters(settings: Stage) -> None:
     "Tell what nobody knows of the adapters that a config names. Raises `InputError` for one that is none, or damaged."
-    from qwen_vl_kit.models import read_card, unknown
+    from qwen_vl_kit.model.adapters import read_card, unknown
     for field in ("student", "adapter", "sft_adapter", "grpo_adapter"):
         if (path := getattr(settings, field, "")) and (parts := unknown(read_card(path))):
             notify(f"{field} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), so they are not checked")
@@ -394,8 +400,8 @@ def check_adapters(settings: configs.Stage) -> None:
 def _claimed(out: Path, option: str):
     """Hold the folder `out` against other processes for as long as the block runs. It is made if it is not there, and what was made is taken
     away, if it is empty, when the block raises."""
-    with usable(out):
-        made = absent(out)
+    with reporting_os_errors(out):
+        made = missing_parents(out)
         out.mkdir(parents=True, exist_ok=True)
         held = os.open(out, os.O_RDONLY)
     try:
@@ -421,12 +427,13 @@ def _lock(held: int, out: Path, option: str) -> None:
         raise InputError("has just been taken away by another process", _told(out), "give the same command again")
 
 # %% ../nbs/21_run.ipynb #31ff353c
-def finish(result: Result, settings: configs.Stage) -> Result:
+def finish(result: Result, settings: Stage) -> Result:
     "Write the manifest of a stage that has just run, before anything is drawn that could fail; returns the result."
-    from qwen_vl_kit import manifest
-    from qwen_vl_kit.costs import rent
+    from qwen_vl_kit.store import manifest
+    from qwen_vl_kit.store.manifest import machine
+    from qwen_vl_kit.store.estimate import rent
 
-    gpus = manifest.machine()["gpus"]
+    gpus = machine()["gpus"]
     if gpus and not any(row["unit"] == "GPU-hour" for row in result.usage):  # a stage that does not say how many it took has held one
         result.usage += rent(gpus[0], result.seconds)
     manifest.write(result.out, result, settings)
@@ -465,7 +472,7 @@ def notebook_of(stage: str) -> Path:
     return path
 
 
-def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool = False, renew: bool = False, option: str = "--out",
+def run_stage(stage: str, settings: Stage, out: str | Path, force: bool = False, renew: bool = False, option: str = "--out",
               told: bool = False) -> bool:
     """Run one stage's notebook into `out`; False when it was done already. One line to standard error at its start and end.
 
@@ -477,7 +484,7 @@ def run_stage(stage: str, settings: configs.Stage, out: str | Path, force: bool 
     out = resolve(out)
     notebook = notebook_of(stage)
     recover(stage, out, option)
-    with usable(out):
+    with reporting_os_errors(out):
         found = "forced" if force else state(stage, settings, out, option)
     # Whoever started it was killed, and the notebook ran to its end unseen: once more, for its page.
     unseen = found == "done" and stage in RESUMED and not (out / "run.ipynb").is_file()
@@ -510,13 +517,13 @@ def recover(stage: str, out: Path, option: str = "--out") -> None:
             bring_back(stage, out)
 
 
-def _carry_out(stage: str, settings: configs.Stage, out: Path, notebook: Path, anew: bool) -> None:
+def _carry_out(stage: str, settings: Stage, out: Path, notebook: Path, anew: bool) -> None:
     "Run a stage's notebook in a folder that is ours, and go on with what stands there, or begin `anew`."
     import shutil
 
     began, marker = None, {"config": settings.model_dump(mode="json"), "pid": os.getpid(), "anew": anew}
     try:
-        with usable(out):
+        with reporting_os_errors(out):
             if anew:  # killed in between, old files have no marker of a new run
                 set_aside(out, (MARKER, *OUTPUTS))
             write_json(out / MARKER, marker)
@@ -560,15 +567,15 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/21_run.ipynb #c43153c9
-def load_all(path: str, stages: tuple = STAGES, overrides=()) -> dict[str, configs.Stage]:
+def load_all(path: str, stages: tuple = STAGES, overrides=()) -> dict[str, Stage]:
     "The configs of `stages` from a folder."
     if not resolve(path).is_dir():
         what = "is not a folder" if resolve(path).exists() else "no such folder"
         raise InputError(what, path, "name a folder of configs, such as configs/demo")
-    return {stage: configs.load(path, stage, overrides) for stage in stages}
+    return {stage: load_config(path, stage, overrides) for stage in stages}
 
 
-def notices(*several: configs.Stage) -> None:
+def notices(*several: Stage) -> None:
     "Tell the notices of configs on standard error."
     for settings in several:
         for line in settings.notices:
@@ -593,7 +600,7 @@ def selected(first: str, last: str) -> tuple:
 
 def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides=(), force: bool = False) -> Path:
     "Run the stages of a config folder in order; those that are done are passed over, those that are stale done again. Returns the run's folder."
-    from qwen_vl_kit.costs import check_prices
+    from qwen_vl_kit.store.prices import check_prices
     stages, run = selected(first, last), run_folder(path, out)
     loaded = load_all(path, stages, overrides)
     for stage in stages:
@@ -614,9 +621,9 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
 # %% ../nbs/21_run.ipynb #48d9eab1
 def shown(run: Path) -> str:
     "The table of arms of a run and where its report lies, as text. Raises `InputError` when it has no benchmark."
-    from qwen_vl_kit import show
+    from qwen_vl_kit.show.tables import arms_table, text_table
 
-    lines = [show.text_table(show.arms_table(run / "benchmark" / "arms.csv"))]
+    lines = [text_table(arms_table(run / "benchmark" / "arms.csv"))]
     if (run / "report" / "run.html").is_file():
         lines.append(f"report: {_told(run / 'report' / 'run.html')}")
     return "\n\n".join(lines)
@@ -626,14 +633,15 @@ def planned(path: str, overrides=()) -> str:
     "What a config folder will take on H200s and cost, before it runs: a table as text."
     import pandas as pd
 
-    from qwen_vl_kit import costs, show
+    from qwen_vl_kit.show.tables import text_table
+    from qwen_vl_kit.store import estimate
     loaded = load_all(path, STAGES, overrides)
     notices(*loaded.values())
     rates = [loaded["report"].gpu_usd_per_hour]
     collect = loaded["collect"]
-    turns = len(configs.parse_seeds(collect.seeds)) * configs.horizon(collect.horizon).turns
+    turns = len(parse_seeds(collect.seeds)) * horizon(collect.horizon).turns
     rows = max(1, round(turns * (1 - loaded["export"].val_fraction)))
-    plans = [costs.estimate(stage, loaded[stage], protocol=collect if stage == "sft" else None, rows=rows, usd_per_hour=rates[0])
+    plans = [estimate.estimate(stage, loaded[stage], protocol=collect if stage == "sft" else None, rows=rows, usd_per_hour=rates[0])
              for stage in STAGES]
     table = pd.DataFrame([{"stage": plan["stage"], "turns": plan["turns"], "tokens": plan["tokens"], "PFLOP": plan["flops"] / 1e15,
                            "GPU minutes": plan["gpu_seconds"] / 60, "usd": plan["usd"]} for plan in plans])
@@ -641,7 +649,7 @@ def planned(path: str, overrides=()) -> str:
     assumed = next((plan["assumed"] for plan in plans if plan["assumed"].get("mfu")), {})
     told = ["assumed: " + ", ".join(f"{name} {value}" for name, value in assumed.items() if name != "judge")]
     told += [f"{plan['stage']}: {plan['assumed']['judge']}" for plan in plans if "judge" in plan["assumed"]]
-    return "\n\n".join([show.text_table(table), *told])
+    return "\n\n".join([text_table(table), *told])
 
 # %% ../nbs/21_run.ipynb #bb108752
 def resolve_new_path(path: str) -> str:
@@ -667,7 +675,7 @@ def resolve_model(name: str) -> str:
 
 def resolve_set(pairs: list[str]) -> dict:
     "The values of `--set KEY=VALUE`, whose paths are those of a command line. Raises `InputError` for one that is not TOML."
-    paths, values = frozenset().union(*(model.paths for model in configs.STAGES.values())), dict(configs.parse_set(pair) for pair in pairs)
+    paths, values = frozenset().union(*(model.paths for model in config.STAGES.values())), dict(parse_set(pair) for pair in pairs)
     for key, value in values.items():
         field = key.rpartition(".")[2]
         resolved = resolve_model if field == "model" else resolve_cli_path if field in paths else lambda text: text
@@ -707,7 +715,7 @@ def environment(*paths: str) -> None:
         os.environ.setdefault(name, value)
 
 # %% ../nbs/21_run.ipynb #5cd3b43e
-def adapter_name(path: Path, stage: str, settings: configs.Stage) -> str:
+def adapter_name(path: Path, stage: str, settings: Stage) -> str:
     "The folder below lora_adapters for a training TOML: the words of its name, the model's first; GRPO adds its iterations."
     words = path.stem.split("_")
     model = [word for word in words if "qwen" in word.lower() or re.fullmatch(r"\d+b", word.lower())]
@@ -715,7 +723,7 @@ def adapter_name(path: Path, stage: str, settings: configs.Stage) -> str:
     return f"{name}_iter{settings.iterations}" if stage == "grpo" else name
 
 
-def seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str = "") -> Path:
+def seed_out(stage: str, path: Path, settings: Stage, trace_db: str = "") -> Path:
     "The folder that one of the seed's commands writes to. Raises `InputError` for the project's own."
     out = _seed_out(stage, path, settings, trace_db)
     if out.resolve() == root().resolve():
@@ -724,8 +732,8 @@ def seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str = ""
     return out
 
 
-def _seed_out(stage: str, path: Path, settings: configs.Stage, trace_db: str) -> Path:
-    document = configs.read_toml(path)
+def _seed_out(stage: str, path: Path, settings: Stage, trace_db: str) -> Path:
+    document = read_toml(path)
     section, keys = {"collect": ("eval", ("trace_db",)), "export": ("filter", ("output", "output_dir"))}.get(stage, ("", ()))
     named = {key: document[section][key] for key in keys if key in document.get(section, {})}
     if wrong := [key for key, value in named.items() if not isinstance(value, str)]:
@@ -778,7 +786,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="first", default="", choices=STAGES, help="first stage")
     run.add_argument("--to", dest="last", default="", choices=STAGES, help="last stage")
     for stage in STAGES:
-        does = re.split(r"[.:;]", configs.STAGES[stage].__doc__)[0]
+        does = re.split(r"[.:;]", config.STAGES[stage].__doc__)[0]
         one = command(stage, f"one stage: {does[0].lower()}{does[1:]}", _stage, config=True, sets=True, out=True)
         if stage in ("collect", "grpo", "benchmark"):  # those that may ask an endpoint
             one.add_argument("--env-file", action="append", default=[], metavar="FILE", type=resolve_cli_path, help=ENV_FILE)
@@ -825,14 +833,14 @@ def _run(args) -> int:
     return 0
 
 
-def _one(stage: str, settings: configs.Stage, out: Path, force: bool, option: str = "--out") -> int:
+def _one(stage: str, settings: Stage, out: Path, force: bool, option: str = "--out") -> int:
     run_stage(stage, settings, out, force, option=option)
     print(f"outputs: {_told(out)}")
     return 0
 
 
 def _stage(args) -> int:
-    settings = configs.load(args.config, args.command, args.set)
+    settings = load_config(args.config, args.command, args.set)
     return _one(args.command, settings, run_folder(args.config, args.out) / args.command, args.force)
 
 
@@ -845,16 +853,16 @@ def _check(args) -> int:
     if resolve(args.path).is_dir():
         loaded = load_all(args.path, STAGES, args.set)
     else:
-        stage = configs.stage_of(args.path)
-        loaded = {stage: configs.load(args.path, stage, args.set)}
+        stage = stage_of(args.path)
+        loaded = {stage: load_config(args.path, stage, args.set)}
     notices(*loaded.values())
-    print("\n\n".join(f"# {stage}: {configs.config_file(args.path, stage)}\n{configs.resolved(settings)}"
+    print("\n\n".join(f"# {stage}: {config_file(args.path, stage)}\n{config.resolved(settings)}"
                       for stage, settings in loaded.items()))
     return 0
 
 
 def _verify(args) -> int:
-    from qwen_vl_kit import manifest
+    from qwen_vl_kit.store import manifest
     problems = manifest.verify(resolve(args.path))
     for problem in problems:
         print(problem)
@@ -870,16 +878,16 @@ def _show(args) -> int:
 
 
 def _merge(args) -> int:
-    from qwen_vl_kit import traces
-    count = traces.merge(args.path, *args.sources)
+    from qwen_vl_kit.store.traces import merge_stores
+    count = merge_stores(args.path, *args.sources)
     print(f"{args.path}: {count['episodes']} episodes copied, {count['known']} were there already")
     return 0
 
 
 def _import_synth(args) -> int:
-    from qwen_vl_kit import traces
+    from qwen_vl_kit.foreign.synth import import_synth
     target = resolve(args.out) if args.out else resolve(site("outputs")) / Path(args.path).stem / "rollouts.db"
-    count = traces.import_synth(args.path, target)
+    count = import_synth(args.path, target)
     for reason, sessions in count["skipped"].items():
         notify(f"left out {sessions} sessions: {reason}")
     print(f"{_told(target)}: {count['episodes']} episodes, {count['turns']} turns; {count['known']} were there already, "
@@ -896,8 +904,8 @@ def _perf(args) -> int:
 # %% ../nbs/21_run.ipynb #52139433
 def _seed(stage: str, args, overrides: dict, trace_db: str = "") -> int:
     "Run one of the seed's commands."
-    path = configs.config_file(args.config, stage)
-    settings = configs.load(path, stage, args.set | overrides)
+    path = config_file(args.config, stage)
+    settings = load_config(path, stage, args.set | overrides)
     option = {"collect": "--trace-db", "export": "output in the TOML's [filter]"}.get(stage, "a TOML of another name")
     return _one(stage, settings, seed_out(stage, path, settings, trace_db), args.force, option)
 
@@ -908,7 +916,7 @@ def _eval(args) -> int:
         try:
             parse_seeds(args.seeds)
         except InputError as error:
-            raise InputError(error.what, "--seeds", error.mend) from None
+            raise InputError(error.what, "--seeds", error.fix) from None
         given["seeds"] = args.seeds
     return _seed("collect", args, given, args.trace_db)
 
@@ -918,7 +926,7 @@ def _filter(args) -> int:
 
 
 def _train(args) -> int:
-    stage = {"sft": "sft", "rl": "grpo"}.get(args.type) or configs.stage_of(args.config)
+    stage = {"sft": "sft", "rl": "grpo"}.get(args.type) or stage_of(args.config)
     if stage == "grpo" and args.dataset:
         raise InputError("GRPO plays the game itself and reads no rows", "--dataset", "leave it out, or give the TOML of an SFT")
     given = {"model": args.model, "train": args.dataset}
@@ -945,7 +953,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone; there is nobody to tell
         return 1
     except OSError as error:
-        code, said = (2, told) if (told := misplaced(error)) else (1, error)
+        code, said = (2, told) if (told := as_input_error(error)) else (1, error)
     except RunFailed as error:
         code, said = 1, error
     except KeyboardInterrupt:

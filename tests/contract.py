@@ -5,11 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_vl_kit import engines, models, turns
 from qwen_vl_kit.config import Protocol
+from qwen_vl_kit.engine.base import Request, Sampling
+from qwen_vl_kit.model import encode, packing
+from qwen_vl_kit.model.adapters import lora_config, write_card
+from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.protocol import turns
+from qwen_vl_kit.protocol.turns import prompt_hash
 
 BRIEF = Protocol(prompt="brief", render_size=144, horizon="s3")
-SAMPLING = engines.Sampling(0.7, 6, seed=5)
+SAMPLING = Sampling(0.7, 6, seed=5)
 
 
 def adapter(folder: Path, seed: int, base: str = "tiny", targets: str = "language", rank: int = 8,
@@ -18,18 +23,18 @@ def adapter(folder: Path, seed: int, base: str = "tiny", targets: str = "languag
     import torch
     from peft import get_peft_model
 
-    loaded = models.load(base)
-    peft = get_peft_model(loaded.model, models.lora_config(rank, 16, targets=targets))
+    loaded = load_model(base)
+    peft = get_peft_model(loaded.model, lora_config(rank, 16, targets=targets))
     with torch.no_grad():
         for number, (name, weight) in enumerate(peft.named_parameters()):
             if "lora_B" in name:
                 weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1000 * seed + number)) * std)
     peft.save_pretrained(folder)
-    models.write_card(folder, loaded, turns.prompt_hash(BRIEF))
+    write_card(folder, loaded, prompt_hash(BRIEF))
     return folder
 
 
-def requests() -> list[engines.Request]:
+def requests() -> list[Request]:
     "Different frames and texts, the same text with different frames, two frames, and none."
     random = np.random.RandomState(0)
 
@@ -41,26 +46,26 @@ def requests() -> list[engines.Request]:
     asked.append(turns.messages(BRIEF.model_copy(update={"frames": 2}), [frame(), frame()], ["noop"], urls=False))
     rules, user = asked[0]
     asked.append([rules, user | {"content": [part for part in user["content"] if part["type"] == "text"]}])
-    return [engines.Request(messages, (7, 0, i)) for i, messages in enumerate(asked)]
+    return [Request(messages, (7, 0, i)) for i, messages in enumerate(asked)]
 
 
 class Reference:
     "Plain forward passes of the base, or of one adapter on it, by PEFT."
 
     def __init__(self, folder: Path | None = None, base: str = "tiny"):
-        loaded = models.load(base, adapter=folder)
+        loaded = load_model(base, adapter=folder)
         self.model, self.processor = loaded.model.eval(), loaded.processor
 
     def gap(self, request, output, temperature=SAMPLING.temperature) -> float:
         "The most that a log-probability of the output differs, in nats."
         import torch
 
-        sample = models.encode(self.processor, request.messages)
+        sample = encode.encode(self.processor, request.messages)
         assert output.prompt_ids == sample.input_ids
         assert len(output.token_ids) == len(output.logprobs) == output.usage["completion_tokens"] > 0
         n, sample.input_ids = len(sample.input_ids), sample.input_ids + output.token_ids
         sample.labels = [0] * len(sample.input_ids)
-        batch = models.pack([sample], self.processor, len(sample.input_ids))
+        batch = packing.pack([sample], self.processor, len(sample.input_ids))
         with torch.no_grad():
             inputs = {k: v.to(self.model.device) for k, v in batch.items() if k not in ("labels", "where")}
             logits = self.model(**inputs).logits[0].cpu()
@@ -86,7 +91,7 @@ def check(engine, tmp_path: Path, limit: float = 1e-4) -> None:
     twins = engine.generate([asked[3], replace(asked[4], key=asked[3].key)], SAMPLING)  # the same text, and another frame
     assert close(twins[:1], cold[3:4]) and twins[0].logprobs != twins[1].logprobs
     assert {o.finish_reason for o in cold} <= {"stop", "length"}
-    greedy = engine.generate(asked, engines.Sampling(0.0, 6))
+    greedy = engine.generate(asked, Sampling(0.0, 6))
     assert max(base.gap(a, o, 1.0) for a, o in zip(asked, greedy)) < limit
 
     names = [engine.set_policy(version, folder) for version, folder in enumerate(folders[:2])]

@@ -45,8 +45,8 @@ def tokenizer():
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    from qwen_vl_kit import turns
     from qwen_vl_kit.config import Protocol
+    from qwen_vl_kit.protocol import turns
 
     made = Tokenizer(models.BPE())
     made.normalizer, made.decoder = normalizers.NFC(), decoders.ByteLevel()
@@ -68,7 +68,7 @@ def tokenizer():
 
 def template() -> str:
     "The official chat template."
-    from qwen_vl_kit.checkpoint import chat_template
+    from qwen_vl_kit.model.processor import chat_template
     return chat_template()
 
 
@@ -127,8 +127,8 @@ def prompt(seed: int = 0, size: int = 288) -> list[dict]:
     "What configs/h200 shows: its rules, and a frame."
     import numpy as np
 
-    from qwen_vl_kit import turns
     from qwen_vl_kit.config import Protocol
+    from qwen_vl_kit.protocol import turns
 
     frame = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return turns.messages(Protocol(prompt="rules", render_size=size, progress=True), [frame], ["do", "move_left"], urls=False)

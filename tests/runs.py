@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from qwen_vl_kit import collect, export, sft
 from qwen_vl_kit.config import CollectConfig, ExportConfig, SFTConfig
 from qwen_vl_kit.core import read_jsonl
+from qwen_vl_kit.stages import collect, export, sft
 
 
 def student(place: Path) -> Path:

@@ -10,12 +10,22 @@ import contract
 import pytest
 import torch
 
-from qwen_vl_kit import benchmark, engines, grpo, models, policies
 from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
 from qwen_vl_kit.core import InputError, read_json, write_json
+from qwen_vl_kit.engine.base import Sampling
+from qwen_vl_kit.engine.factory import create_engine
+from qwen_vl_kit.engine.hf import HFEngine
+from qwen_vl_kit.engine.vllm import language_only
+from qwen_vl_kit.model import loading
+from qwen_vl_kit.model.adapters import adapter_parts, attach, base_notices, read_card, trained_on, unknown
+from qwen_vl_kit.model.checkpoint import tiny_folder
+from qwen_vl_kit.model.loading import load_model, without_weights
+from qwen_vl_kit.play.policies import checked_card
+from qwen_vl_kit.stages import benchmark, grpo
+from qwen_vl_kit.stages.grpo import served
 
 ASKED = contract.requests()[:2]
-SAMPLING = engines.Sampling(1.0, 6)
+SAMPLING = Sampling(1.0, 6)
 PLAY = dict(prompt="brief", render_size=144, horizon="s3")
 LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 QUERIES, WORDS = r".*language_model.*\.q_proj", r".*language_model.*(q_proj|embed_tokens)"
@@ -24,7 +34,7 @@ QUERIES, WORDS = r".*language_model.*\.q_proj", r".*language_model.*(q_proj|embe
 def stock():
     "`tiny` as transformers loads it."
     from transformers import AutoModelForImageTextToText
-    return AutoModelForImageTextToText.from_pretrained(models.tiny_folder())
+    return AutoModelForImageTextToText.from_pretrained(tiny_folder())
 
 
 def lora(folder: Path, **settings) -> Path:
@@ -62,7 +72,7 @@ def gap(folder: Path, outputs: list) -> float:
     "The most that the log-probabilities of outputs differ from those of transformers and PEFT, in nats."
     from peft import PeftModel
 
-    processor, model = models.without_weights("tiny")[0].processor, PeftModel.from_pretrained(stock(), folder).eval()
+    processor, model = without_weights("tiny")[0].processor, PeftModel.from_pretrained(stock(), folder).eval()
     return max(contract.Reference.gap(_Stock(model, processor), *pair, SAMPLING.temperature) for pair in zip(ASKED, outputs, strict=True))
 
 
@@ -74,7 +84,7 @@ class _Stock:
 @pytest.fixture(scope="module")
 def engine():
     "One for all adapters: each finds the base as it was."
-    return engines.HFEngine(models.load("tiny"))
+    return HFEngine(load_model("tiny"))
 
 
 PLAYED = {
@@ -94,14 +104,14 @@ def test_what_is_played_is_played_as_peft_does(kind, engine, tmp_path):
     folder, base = lora(tmp_path / "adapter", **PLAYED[kind]), engine.generate(ASKED, SAMPLING)
     played = engine.generate(ASKED, SAMPLING, engine.set_policy(engine.versions.latest + 1, folder))
     assert gap(folder, played) < 5e-5
-    assert gap(folder, engines.create("hf", "tiny", adapter=folder, bf16=False).generate(ASKED, SAMPLING)) < 5e-5
+    assert gap(folder, create_engine("hf", "tiny", adapter=folder, bf16=False).generate(ASKED, SAMPLING)) < 5e-5
     assert all(ours.logprobs == theirs.logprobs for ours, theirs in zip(engine.generate(ASKED, SAMPLING), base))
 
 
 @pytest.mark.parametrize("kind", ["DoRA on all", "an embedding, its head as before", "patches", "OLoRA"])
 def test_a_model_that_carries_an_adapter_computes_what_peft_computes(kind, tmp_path):
     folder = lora(tmp_path / "adapter", **PLAYED[kind])
-    [output] = engines.create("hf", "tiny", adapter=folder, bf16=False).generate(ASKED[:1], SAMPLING)
+    [output] = create_engine("hf", "tiny", adapter=folder, bf16=False).generate(ASKED[:1], SAMPLING)
     assert contract.Reference(folder).gap(ASKED[0], output, SAMPLING.temperature) < 5e-5
 
 
@@ -118,7 +128,7 @@ WORDED = {  # where PEFT cannot make one here
 @pytest.mark.parametrize("part", [*REFUSED, *WORDED])
 def test_what_cannot_be_played_is_refused_by_its_name(part, engine, tmp_path):
     folder = described(lora(tmp_path / "adapter", **REFUSED.get(part, {})), **WORDED.get(part, {}))
-    for way in (lambda: engine.set_policy(10**6, folder), lambda: models.load("tiny", adapter=folder), lambda: benchmark.run(
+    for way in (lambda: engine.set_policy(10**6, folder), lambda: load_model("tiny", adapter=folder), lambda: benchmark.run(
             BenchmarkConfig(model="tiny", arms=["random", "sft"], sft_adapter=str(folder), seeds="7", **PLAY), tmp_path / "benchmark")):
         with pytest.raises(InputError) as refused:
             way()
@@ -130,7 +140,7 @@ def test_what_cannot_be_played_is_refused_by_its_name(part, engine, tmp_path):
                                         ("biases", "bias"), ("LoRA on the head", "embeddings"), ("OLoRA", "olora")])
 def test_vllm_is_given_nothing_that_it_would_play_otherwise(kind, part, tmp_path):
     with pytest.raises(InputError, match=part):
-        engines.language_only(lora(tmp_path / "adapter", **PLAYED[kind]))
+        language_only(lora(tmp_path / "adapter", **PLAYED[kind]))
 
 
 def _cut(held: dict) -> None:
@@ -156,7 +166,7 @@ def _narrow(held: dict) -> None:
 def test_tensors_are_those_that_the_config_asks_for(change, says, engine, tmp_path):
     folder = tensors(lora(tmp_path / "adapter"), change)
     played = BenchmarkConfig(model="tiny", arms=["random", "sft"], sft_adapter=str(folder), seeds="7", bf16=False, engine="hf", **PLAY)
-    for way in (lambda: engine.set_policy(10**6, folder), lambda: models.load("tiny", adapter=folder, trainable=True),
+    for way in (lambda: engine.set_policy(10**6, folder), lambda: load_model("tiny", adapter=folder, trainable=True),
                 lambda: benchmark.run(played, tmp_path / "benchmark")):
         with pytest.raises(InputError, match=says):
             way()
@@ -167,24 +177,24 @@ def test_files_that_are_not_where_peft_puts_them(tmp_path):
     folder = lora(tmp_path / "several" / "one")
     shutil.copytree(folder, tmp_path / "several" / "two")
     with pytest.raises(InputError, match="in each of its folders one, two; name one of them"):
-        models.read_card(tmp_path / "several")
+        read_card(tmp_path / "several")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         kept = (folder / name).read_bytes()
         (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
         with pytest.raises(InputError, match=f"{name}: a pointer of git-lfs"):
-            models.read_card(folder)
+            read_card(folder)
         (folder / name).write_bytes(kept)
     torch.save({}, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="adapter_model.bin: weights in a pickle"):
-        models.read_card(folder)
+        read_card(folder)
 
 
 @pytest.mark.parametrize("kind, part", [("biases", "bias"), ("LoRA on the embedding", "embeddings"), ("PiSSA", "pissa"),
                                         ("some words", "trainable_token")])
 def test_training_does_not_go_on_from_what_the_trainer_would_leave_out(kind, part, tmp_path):
     with pytest.raises(InputError, match=f"training does not go on from .*{part}"):
-        models.load("tiny", adapter=lora(tmp_path / "adapter", **PLAYED[kind]), trainable=True)
+        load_model("tiny", adapter=lora(tmp_path / "adapter", **PLAYED[kind]), trainable=True)
 
 
 def trained(tmp_path: Path, adapter: Path, **more):
@@ -198,7 +208,7 @@ def trained(tmp_path: Path, adapter: Path, **more):
 def test_grpo_goes_on_from_parts_that_are_merged_to_be_played(kind, beta, tmp_path):
     result = trained(tmp_path, lora(tmp_path / "adapter", **PLAYED[kind]), beta=beta)
     [row] = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
-    assert row["logprob_gap"] < 1e-5 and set(models.adapter_parts(result.out / "adapter")) == set(models.adapter_parts(tmp_path / "adapter"))
+    assert row["logprob_gap"] < 1e-5 and set(adapter_parts(result.out / "adapter")) == set(adapter_parts(tmp_path / "adapter"))
 
 
 def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_knows_is_reported(tmp_path):
@@ -207,14 +217,14 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     assert result.numbers["unknown_of_adapter"] == ["base weights", "prompt", "seeds"]
     assert result.numbers["adapter_names_base"] == "somebody/else"
     assert "adapter: its adapter_config.json names somebody/else as its base, and it is put on tiny" in result.numbers["notices"]
-    card = models.read_card(result.out)
-    assert card["base"] == "tiny" and models.unknown(card) == ["seeds"] and models.trained_on(card) == [50, 51]
+    card = read_card(result.out)
+    assert card["base"] == "tiny" and unknown(card) == ["seeds"] and trained_on(card) == [50, 51]
     config = BenchmarkConfig(model="tiny", arms=["sft", "grpo"], sft_adapter=str(foreign), grpo_adapter=str(result.out / "checkpoints/checkpoint-1"),
                              seeds="7-8", bf16=False, engine="hf", threads=1, max_new_tokens=8, **PLAY)
     numbers = benchmark.run(config, tmp_path / "benchmark").numbers
     assert numbers["seeds_not_told"] == ["sft", "grpo"] and numbers["adapters_name_base"] == {"sft": "somebody/else"}
     assert numbers["unknown_of_adapters"]["grpo"] == ["base weights", "prompt", "seeds"]
-    assert policies.checked_card(foreign, config)["prompt_hash"] is None
+    assert checked_card(foreign, config)["prompt_hash"] is None
 
 
 def test_the_command_says_what_no_card_tells(tmp_path, capsys):
@@ -235,16 +245,16 @@ def held(model) -> list:
 
 def test_an_adapter_that_follows_another_takes_its_place(tmp_path):
     one, two = contract.adapter(tmp_path / "one", 1), contract.adapter(tmp_path / "two", 2)
-    loaded = models.attach(models.load("tiny", adapter=one), two)
-    [output] = engines.create("hf", "tiny", adapter=two, bf16=False).generate(ASKED[:1], SAMPLING)
+    loaded = attach(load_model("tiny", adapter=one), two)
+    [output] = create_engine("hf", "tiny", adapter=two, bf16=False).generate(ASKED[:1], SAMPLING)
     reference = _Stock(loaded.model.eval(), loaded.processor)
     assert contract.Reference.gap(reference, ASKED[0], output, SAMPLING.temperature) < 1e-5
     with pytest.raises(InputError, match="has changed its base"):
-        models.attach(models.load("tiny", adapter=lora(tmp_path / "three", init_lora_weights="olora")), two)
+        attach(load_model("tiny", adapter=lora(tmp_path / "three", init_lora_weights="olora")), two)
 
 
 def test_an_engine_that_is_closed_holds_nothing(tmp_path):
-    engine = engines.create("hf", "tiny", adapter=contract.adapter(tmp_path / "one", 1), bf16=False)
+    engine = create_engine("hf", "tiny", adapter=contract.adapter(tmp_path / "one", 1), bf16=False)
     engine.generate(ASKED, SAMPLING, engine.set_policy(0, lora(tmp_path / "two", use_dora=True)))
     weights = held(engine.model)
     gc.disable()
@@ -260,10 +270,10 @@ def test_a_model_that_was_let_go_of_is_gone_when_the_next_is_loaded(tmp_path):
     gc.collect()
     gc.disable()  # it comes when it likes, and the weights of a second model may not fit before
     try:
-        first = models.load("tiny", adapter=folders[0])
+        first = load_model("tiny", adapter=folders[0])
         weights = held(first.model)
         del first
-        second = models.load("tiny", adapter=folders[1])
+        second = load_model("tiny", adapter=folders[1])
         assert second.model is not None and not any(weight() is not None for weight in weights)
     finally:
         gc.enable()
@@ -272,18 +282,18 @@ def test_a_model_that_was_let_go_of_is_gone_when_the_next_is_loaded(tmp_path):
 def test_a_base_in_4_bits_plays_an_adapter_as_peft_does_and_takes_it_away_again(tmp_path):
     folders = [contract.adapter(tmp_path / str(i), i, targets=targets, rank=rank) for i, (targets, rank) in
                enumerate((("language", 8), ("all-linear", 4), ("language", 16)))]
-    engine = engines.create("hf", "tiny", bf16=False, qlora=True)
+    engine = create_engine("hf", "tiny", bf16=False, qlora=True)
     base = engine.generate(ASKED, SAMPLING)
     for version, folder in enumerate(folders):
-        carrying = models.load("tiny", adapter=folder, qlora=True, trainable=True)
+        carrying = load_model("tiny", adapter=folder, qlora=True, trainable=True)
         reference = _Stock(carrying.model.train(), carrying.processor)  # as GRPO's trainer holds it
         outputs = engine.generate(ASKED, SAMPLING, engine.set_policy(version, folder))
         assert max(contract.Reference.gap(reference, *pair, SAMPLING.temperature) for pair in zip(ASKED, outputs)) < 1e-4
         assert outputs[0].logprobs != base[0].logprobs
         assert [o.logprobs for o in engine.generate(ASKED, SAMPLING)] == [o.logprobs for o in base]
-    assert base[0].logprobs != engines.create("hf", "tiny", bf16=False).generate(ASKED, SAMPLING)[0].logprobs  # else it is none in 4 bits
+    assert base[0].logprobs != create_engine("hf", "tiny", bf16=False).generate(ASKED, SAMPLING)[0].logprobs  # else it is none in 4 bits
     for made, words in (({"quantization": "nf4"}, []), ({}, ["it was trained on a base in 16 bits, and is put on one in 4"])):
-        lines = models.base_notices(carrying, {"base": "tiny", "base_weights": "0", **made})
+        lines = base_notices(carrying, {"base": "tiny", "base_weights": "0", **made})
         assert [line.partition(", which")[0] for line in lines] == words
     with pytest.raises(InputError, match="a base in 4 bits cannot take this part of an adapter: use_dora"):
         engine.set_policy(9, lora(tmp_path / "dora", use_dora=True))
@@ -292,10 +302,10 @@ def test_a_base_in_4_bits_plays_an_adapter_as_peft_does_and_takes_it_away_again(
 def test_a_base_in_4_bits_is_not_for_the_other_engines():
     for engine in ("vllm", "server"):
         with pytest.raises(InputError, match="in 16"):
-            engines.create(engine, "tiny", qlora=True)
+            create_engine(engine, "tiny", qlora=True)
         with pytest.raises(ValueError, match="trains on a base in 4 bits"):
             GRPOConfig(variety="qlora", engine=engine)
-    assert grpo.served(GRPOConfig(variety="qlora", gpus_for_vllm=2))[0] == 0
+    assert served(GRPOConfig(variety="qlora", gpus_for_vllm=2))[0] == 0
 
 
 @pytest.mark.parametrize("key, value", [("base_model_name_or_path", 5), ("base_model_name_or_path", ["x"]), ("arrow_config", {}),
@@ -304,7 +314,7 @@ def test_a_base_in_4_bits_is_not_for_the_other_engines():
 def test_a_config_with_a_value_of_another_type_is_refused_in_a_line(key, value, tmp_path):
     folder = described(lora(tmp_path / "adapter"), **{key: value})
     with pytest.raises(InputError):
-        models.load("tiny", adapter=folder)
+        load_model("tiny", adapter=folder)
 
 
 @pytest.mark.parametrize("key, value", [("base", 5), ("base", None), ("base_weights", 7), ("base_digest", []), ("prompt_hash", {})])
@@ -312,7 +322,7 @@ def test_a_card_with_a_value_of_another_type_is_refused_in_a_line(key, value, tm
     folder = lora(tmp_path / "adapter")
     write_json(folder / "qvk.json", {"base": "tiny", "base_weights": None, "prompt_hash": None, key: value})
     with pytest.raises(InputError, match="card"):
-        models.read_card(folder)
+        read_card(folder)
 
 
 @pytest.mark.parametrize("text", ['{"a":' + "[" * 100_000, "", "\0", "[]"])
@@ -320,13 +330,13 @@ def test_a_config_that_is_not_json_is_refused_in_a_line(text, tmp_path):
     folder = lora(tmp_path / "adapter")
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(InputError):
-        models.read_card(folder)
+        read_card(folder)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_are_read(tmp_path, monkeypatch):
     foreign = tensors(lora(tmp_path / "adapter"), lambda held: held.pop(next(iter(held))))
     read = []
-    monkeypatch.setattr(models, "_weights", lambda *_: read.append(1))
+    monkeypatch.setattr(loading, "_weights", lambda *_: read.append(1))
     with pytest.raises(InputError, match="1 of its tensors are missing"):
-        models.load("tiny", adapter=foreign)
+        load_model("tiny", adapter=foreign)
     assert not read

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qwen_vl_kit import run
-from qwen_vl_kit.core import root
+from qwen_vl_kit.core import InputError, Result, root, write_json
+from qwen_vl_kit.run import BEFORE, MARKER, OUTPUTS, STAGES, RunFailed, main, run_all, run_stage, set_aside, state
 
 QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.cli import main; sys.exit(main())"]
 SMALL = ["--config", "configs/demo", "--set", "teacher=random", "--set", "seeds=0-2", "--set", "horizon=s5"]
@@ -74,10 +75,10 @@ def contents(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(), RuntimeError("a bug"),
-                                   run.InputError("no rows"), run.RunFailed("RuntimeError: broken; see run.ipynb")])
+                                   InputError("no rows"), RunFailed("RuntimeError: broken; see run.ipynb")])
 def test_force_deletes_nothing_when_the_run_does_not_end(collected, small, monkeypatch, error):
     def broken(notebook, values, out, threads):
-        assert {path.name for path in out.iterdir()} == {run.BEFORE, run.MARKER}
+        assert {path.name for path in out.iterdir()} == {BEFORE, MARKER}
         (out / "run.ipynb").write_text("its notebook")
         (out / "calls.jsonl").write_text('{"call":1,"model":"m","worst":[9,9],"key":[],"again":0}\n{"call":1,"billed":false,"answered":false}\n')
         raise error
@@ -85,10 +86,10 @@ def test_force_deletes_nothing_when_the_run_does_not_end(collected, small, monke
     monkeypatch.setattr(run, "execute", broken)
     out, before = collected / "collect", contents(collected)
     with pytest.raises(type(error)) as caught:
-        run.run_stage("collect", small, out, force=True)
-    if isinstance(error, run.RunFailed):
+        run_stage("collect", small, out, force=True)
+    if isinstance(error, RunFailed):
         assert "failed.ipynb" in str(caught.value) and (out / "failed.ipynb").read_text() == "its notebook"
-        assert run.state("collect", small, out) == "done"
+        assert state("collect", small, out) == "done"
         (out / "failed.ipynb").unlink()
     assert contents(collected) == before
 
@@ -109,50 +110,50 @@ def test_force_that_was_killed_is_undone_by_the_next_command(collected, small, m
             patch.setattr(run, "bring_back", killed)  # nothing is tidied up
             patch.setattr(place, name, stop)
             with pytest.raises(Killed):
-                run.run_stage("collect", small, out, force=True)
+                run_stage("collect", small, out, force=True)
         assert contents(collected) != before
-        with pytest.raises(run.InputError, match="another run, whose config differs"):
-            run.run_stage("collect", small.model_copy(update={"seed": 5}), out)
+        with pytest.raises(InputError, match="another run, whose config differs"):
+            run_stage("collect", small.model_copy(update={"seed": 5}), out)
         assert contents(collected) == before
 
 
 def test_a_run_that_was_killed_after_its_end_has_ended(tmp_path, small):
-    from qwen_vl_kit import manifest
+    from qwen_vl_kit.store import manifest as store_manifest
 
     for name in ("rollouts.db", "run.ipynb", "run.html"):
         (tmp_path / name).write_text("old")
-    run.set_aside(tmp_path, run.OUTPUTS)
-    run.write_json(tmp_path / run.MARKER, {"anew": True, "pid": 2**22 + 1, "config": {}})
+    set_aside(tmp_path, OUTPUTS)
+    write_json(tmp_path / MARKER, {"anew": True, "pid": 2**22 + 1, "config": {}})
     for name in ("rollouts.db", "run.ipynb", "run.html"):
         (tmp_path / name).write_text("new")
-    manifest.write(tmp_path, run.Result("collect", tmp_path, 1.0), small)
-    assert run.run_stage("collect", small, tmp_path) is False
+    store_manifest.write(tmp_path, Result("collect", tmp_path, 1.0), small)
+    assert run_stage("collect", small, tmp_path) is False
     assert (tmp_path / "rollouts.db").read_text() == "new" and {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_what_stands_in_a_folder_without_a_manifest_comes_back(tmp_path, small, monkeypatch):
     def refused(*_):
-        raise run.InputError("no rows")
+        raise InputError("no rows")
 
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "weights").write_text("copied here")
     monkeypatch.setattr(run, "execute", refused)
     before = contents(tmp_path)
-    with pytest.raises(run.InputError, match="no rows"):
-        run.run_stage("collect", small, tmp_path, force=True)
+    with pytest.raises(InputError, match="no rows"):
+        run_stage("collect", small, tmp_path, force=True)
     assert contents(tmp_path) == before
 
 
 def test_a_finished_run_that_goes_on_and_does_not_end_is_finished_still(tmp_path, monkeypatch):
-    from qwen_vl_kit import manifest
     from qwen_vl_kit.config import GRPOConfig
+    from qwen_vl_kit.store import manifest as store_manifest
 
     (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
     for name in ("adapter/weights", "rollouts.db", "metrics.jsonl", "run.ipynb", "run.html", "checkpoints/checkpoint-9/weights"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     config = GRPOConfig(model="tiny", iterations=1)
-    manifest.write(tmp_path, run.Result("grpo", tmp_path, 1.0), config)
+    store_manifest.write(tmp_path, Result("grpo", tmp_path, 1.0), config)
     before = contents(tmp_path)
 
     def stopped(error, played):
@@ -163,22 +164,22 @@ def test_a_finished_run_that_goes_on_and_does_not_end_is_finished_still(tmp_path
             raise error
         monkeypatch.setattr(run, "execute", execute)
         with pytest.raises(type(error)):
-            run.run_stage("grpo", config.model_copy(update={"iterations": 2}), tmp_path)
+            run_stage("grpo", config.model_copy(update={"iterations": 2}), tmp_path)
 
-    for error in (KeyboardInterrupt(), run.InputError("the judge refuses"), OSError(errno.ENOSPC, "full")):
+    for error in (KeyboardInterrupt(), InputError("the judge refuses"), OSError(errno.ENOSPC, "full")):
         stopped(error, played=False)
         assert contents(tmp_path) == before
     stopped(KeyboardInterrupt(), played=True)
     assert (tmp_path / "adapter" / "weights").is_file() and not (tmp_path / "manifest.json").exists()
-    assert run.state("grpo", config, tmp_path) == "torn"
+    assert state("grpo", config, tmp_path) == "torn"
 
 
 def test_the_run_of_all_stages_does_a_stale_one_again(tmp_path, capsys, monkeypatch):
     ran = []
     monkeypatch.setattr(run, "run_stage", lambda stage, *args, **_: bool(ran.append((stage, args[3]))) or stage == "benchmark")
     monkeypatch.setattr(run, "state", lambda stage, *_: "stale" if stage == "benchmark" else "done")
-    run.run_all("configs/demo", str(tmp_path))
-    assert ran == [(stage, stage in ("benchmark", "report")) for stage in run.STAGES]
+    run_all("configs/demo", str(tmp_path))
+    assert ran == [(stage, stage in ("benchmark", "report")) for stage in STAGES]
     assert "note: benchmark was made from other inputs than there are now, and is done again" in capsys.readouterr().err
 
 
@@ -193,8 +194,8 @@ def test_force_onto_a_full_disk_deletes_nothing(collected, small, monkeypatch, s
 
     monkeypatch.setattr(run, step, full)
     before = {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()}
-    with pytest.raises(run.InputError, match="no space left on device"):
-        run.run_stage("collect", small, collected / "collect", force=True)
+    with pytest.raises(InputError, match="no space left on device"):
+        run_stage("collect", small, collected / "collect", force=True)
     assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
 
 
@@ -213,9 +214,9 @@ def test_a_truncated_store_is_bad_input_and_leaves_nothing(collected, tmp_path):
 
 
 def test_a_row_whose_image_does_not_decode_is_bad_input(tmp_path):
-    from qwen_vl_kit.config import load
-    from qwen_vl_kit.turns import answer, messages, prompt_hash
-    protocol = load("configs/demo", "collect")
+    from qwen_vl_kit.protocol.turns import answer, messages, prompt_hash
+    from qwen_vl_kit.runner.configs import load_config
+    protocol = load_config("configs/demo", "collect")
     said = [*messages(protocol, ["data:image/png;base64,AAAA"], []), {"role": "assistant", "content": answer(protocol, ["do"], "x")}]
     shown = protocol.model_dump(include=set(type(protocol).__mro__[1].model_fields))
     row = {"messages": said, "metadata": {"prompt_hash": prompt_hash(protocol), "protocol": shown, "seed": 1}}
@@ -281,7 +282,7 @@ def test_ctrl_c_while_the_command_loads_is_no_traceback(tmp_path):
 ])
 def test_bad_input_exits_2_with_one_line(args, says, capsys, monkeypatch):
     monkeypatch.chdir(root())
-    assert run.main(args) == 2
+    assert main(args) == 2
     out, error = capsys.readouterr()
     assert out == "" and says in one_line(error)
 
@@ -303,7 +304,7 @@ def test_the_seeds_lines_reach_the_stages(monkeypatch, capsys, tmp_path):
                  ["filter", "--config", "configs/seed/filter_vision_test.toml"],
                  ["train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"],
                  ["train", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml"]):
-        assert run.main(args) == 0
+        assert main(args) == 0
     (eval_, collect, traces), (filter_, _, rows), (sft, settings, adapter), (rl, rl_settings, rl_adapter) = called
     assert (eval_, filter_, sft, rl) == ("collect", "export", "sft", "grpo")
     assert (collect.seeds, collect.teacher, collect.model, collect.horizon, traces) == ("0-99", "model", "gpt-4o-mini", "t50", db.parent)
@@ -314,7 +315,7 @@ def test_the_seeds_lines_reach_the_stages(monkeypatch, capsys, tmp_path):
 
 def test_check_prints_every_value_and_tells_notices_apart(capsys, monkeypatch):
     monkeypatch.chdir(root())
-    assert run.main(["check", "configs/seed"]) == 0
+    assert main(["check", "configs/seed"]) == 0
     out, error = capsys.readouterr()
     assert "kl_coeff" not in out and "beta = 0.1" in out and "value_clip_range" in error
 
@@ -324,11 +325,11 @@ def test_notices_are_told_before_a_run_and_only_of_what_may_run(tmp_path, capsys
     monkeypatch.setattr(run, "run_stage", lambda stage, *_, told, **__: bool(ran.append((stage, told))))
     monkeypatch.setattr(run, "state", lambda stage, *_: "done" if stage in done else "new")
     monkeypatch.setattr(run.configs.Stage, "notices", property(lambda settings: [type(settings).__name__]))
-    run.run_all("configs/demo", str(tmp_path), last="benchmark")
+    run_all("configs/demo", str(tmp_path), last="benchmark")
     assert capsys.readouterr().err.splitlines() == ["note: SFTConfig", "note: GRPOConfig", "note: BenchmarkConfig"]
-    assert ran == [(stage, True) for stage in run.STAGES[:5]]
-    done.update(run.STAGES)
-    run.run_all("configs/demo", str(tmp_path))
+    assert ran == [(stage, True) for stage in STAGES[:5]]
+    done.update(STAGES)
+    run_all("configs/demo", str(tmp_path))
     assert not capsys.readouterr().err
 
 
@@ -336,31 +337,31 @@ def test_a_crash_exits_1_and_keeps_the_notebook(tmp_path, collected, capsys, mon
     monkeypatch.chdir(root())
 
     def broken(notebook, values, out, threads):
-        raise run.RunFailed("OSError: disk full; see run.ipynb")
+        raise RunFailed("OSError: disk full; see run.ipynb")
 
     monkeypatch.setattr(run, "execute", broken)
-    assert run.main(["collect", *SMALL, "--out", str(tmp_path)]) == 1
+    assert main(["collect", *SMALL, "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "qvk: OSError: disk full; see run.ipynb"
     assert (tmp_path / "collect" / ".running.json").exists()  # so that nothing takes what is there for good
 
 
 @pytest.fixture
 def small():
-    from qwen_vl_kit.config import load
-    return load("configs/demo", "collect", ["teacher=random", "seeds=0-2", "horizon=s5"])
+    from qwen_vl_kit.runner.configs import load_config
+    return load_config("configs/demo", "collect", ["teacher=random", "seeds=0-2", "horizon=s5"])
 
 
 def test_only_folders_that_the_command_made_are_taken_away(tmp_path, small, monkeypatch):
     def refused(*_):
-        raise run.InputError("no such file", "rollouts.db")
+        raise InputError("no such file", "rollouts.db")
 
     monkeypatch.setattr(run, "execute", refused)
     there, link = tmp_path / "there", tmp_path / "link"
     there.mkdir(mode=0o750)
     link.symlink_to(there)
     for out in (there, link, tmp_path / "new" / "x" / "sft"):
-        with pytest.raises(run.InputError, match="no such file"):
-            run.run_stage("collect", small, out)
+        with pytest.raises(InputError, match="no such file"):
+            run_stage("collect", small, out)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "link"} and not any(there.iterdir())
 
 
@@ -371,11 +372,11 @@ def test_of_two_that_start_together_one_runs(tmp_path, small, monkeypatch):
         ran.append(out)
         began.set()
         assert end.wait(30)
-        raise run.RunFailed("ended")
+        raise RunFailed("ended")
 
     def first():
-        with pytest.raises(run.RunFailed):
-            run.run_stage("collect", small, tmp_path)
+        with pytest.raises(RunFailed):
+            run_stage("collect", small, tmp_path)
 
     monkeypatch.setattr(run, "execute", slow)
     monkeypatch.setattr(run, "state", lambda *_: "new")  # both have looked before either began
@@ -384,8 +385,8 @@ def test_of_two_that_start_together_one_runs(tmp_path, small, monkeypatch):
     try:
         assert began.wait(30)
         for force in (False, True):
-            with pytest.raises(run.InputError, match="is being written by another process"):
-                run.run_stage("collect", small, tmp_path, force)
+            with pytest.raises(InputError, match="is being written by another process"):
+                run_stage("collect", small, tmp_path, force)
     finally:
         end.set()
         thread.join()
@@ -393,8 +394,8 @@ def test_of_two_that_start_together_one_runs(tmp_path, small, monkeypatch):
 
 
 def test_a_refused_folder_says_what_force_would_delete(collected, small):
-    with pytest.raises(run.InputError, match="another run") as error:
-        run.state("collect", small.model_copy(update={"seed": 9}), collected / "collect", "--trace-db")
+    with pytest.raises(InputError, match="another run") as error:
+        state("collect", small.model_copy(update={"seed": 9}), collected / "collect", "--trace-db")
     said = str(error.value)
     assert "--trace-db" in said and "qvk merge" in said and "deletes metrics.jsonl, rollouts.db" in said and "--out" not in said
 
@@ -406,7 +407,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_played(tmp_path, small, monk
 
     monkeypatch.setattr(run, "execute", full)
     monkeypatch.chdir(root())
-    assert run.main(["collect", *SMALL, "--out", str(tmp_path)]) == 2
+    assert main(["collect", *SMALL, "--out", str(tmp_path)]) == 2
     assert one_line(capsys.readouterr().err).endswith("rollouts.db: no space left on device; free some space, then give the same command again")
     assert (tmp_path / "collect" / "rollouts.db").is_file() and (tmp_path / "collect" / ".running.json").is_file()
 
@@ -446,7 +447,7 @@ def test_paths_of_a_command_are_seen_from_where_it_is_given(elsewhere, tmp_path)
             ("benchmark --config configs/demo --set sft_adapter=rows --set grpo_adapter=none", "benchmark", tmp_path / "50% off/demo/benchmark",
              {"sft_adapter": rows, "grpo_adapter": str(tmp_path / "none")}),
             ("collect --config configs/demo --set student=configs", "collect", tmp_path / "50% off/demo/collect", {"student": "configs"})):
-        assert run.main(line.split()) == 0, line
+        assert main(line.split()) == 0, line
         did, settings, place = elsewhere.pop()
         assert (did, place, {name: getattr(settings, name) for name in fields}) == (stage, out, fields), line
 
@@ -468,7 +469,7 @@ def test_names_that_cannot_be_are_one_line(tmp_path, out, says, capsys, monkeypa
     (tmp_path / "nowhere").symlink_to("not here")
     before = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.chdir(root())
-    assert run.main(["collect", *SMALL, "--out", f"{tmp_path}/{out}"]) == 2
+    assert main(["collect", *SMALL, "--out", f"{tmp_path}/{out}"]) == 2
     assert says in one_line(capsys.readouterr().err) and sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -490,5 +491,5 @@ def test_config_and_env_file_are_looked_for_where_the_user_stands(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "collect.toml").write_text('seeds = "7"\n')
     (tmp_path / "keys").write_text("QVK_TEST_B=here\n")
-    assert run.main(["collect", "--config", "collect.toml", "--env-file", "keys"]) == 0
+    assert main(["collect", "--config", "collect.toml", "--env-file", "keys"]) == 0
     assert called == ["7"] and os.environ["QVK_TEST_B"] == "here"

@@ -5,8 +5,10 @@ import tomllib
 
 import pytest
 
-from qwen_vl_kit import config
+from qwen_vl_kit.config import STAGES, resolved, validate
 from qwen_vl_kit.core import InputError, resolve
+from qwen_vl_kit.foreign.tomls import NESTED, _flat, translate
+from qwen_vl_kit.runner.configs import load_config, read_toml
 
 SEED = {"crafter_qwen3vl_2b_gpt4o.toml": "efd6e19911bf1a81035e54fb0018555a30ae4dffcce3f143fc8c9daacb9ff52e",
         "crafter_rl_qwen3vl_2b.toml": "afd79731fcc3073cee37c6f2aac25102810e8e7c4109cbe6cb81f9662b815d98"}
@@ -39,61 +41,61 @@ def written(tmp_path, text, name="sft.toml"):
 def test_bad_input_is_one_line_that_names_file_and_key(tmp_path, text, says):
     path = written(tmp_path, text)
     with pytest.raises(InputError) as error:
-        config.load(path, "sft")
+        load_config(path, "sft")
     assert str(error.value).startswith(str(path)) and says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_horizons_and_seeds_are_checked(tmp_path):
     for text, says in (('horizon = "50"', "unknown horizon '50'"), ('seeds = "9-3"', "run backwards"), ('seeds = "a"', "write seeds as")):
         with pytest.raises(InputError, match=says):
-            config.load(written(tmp_path, text, "collect.toml"), "collect")
+            load_config(written(tmp_path, text, "collect.toml"), "collect")
 
 
 def test_files_are_read_as_editors_leave_them(tmp_path):
     path = tmp_path / "sft.toml"
     path.write_bytes("\ufeffepochs = 2\r\n# é\r\nseed = 3\r\n".encode())
-    assert (config.load(path, "sft").epochs, config.load(path, "sft").seed) == (2, 3)
+    assert (load_config(path, "sft").epochs, load_config(path, "sft").seed) == (2, 3)
     path.write_text("epochs = 2", encoding="utf-16")
     with pytest.raises(InputError, match="cannot be read as TOML"):
-        config.load(path, "sft")
+        load_config(path, "sft")
 
 
 def test_a_missing_file_is_answered_with_the_nearest(tmp_path):
     written(tmp_path, "")
     with pytest.raises(InputError, match="stf.toml: no such file; did you mean 'sft.toml'"):
-        config.load(tmp_path / "stf.toml", "sft")
+        load_config(tmp_path / "stf.toml", "sft")
 
 
 def test_shared_keys_go_to_the_stages_that_have_them(tmp_path):
-    for stage in config.STAGES:
+    for stage in STAGES:
         written(tmp_path, "", f"{stage}.toml")
     written(tmp_path, 'model = "tiny"\nseed = 5\n', "run.toml")
-    assert [config.load(tmp_path, stage).model for stage in ("collect", "sft", "grpo", "benchmark")] == ["tiny"] * 4
-    assert config.load(tmp_path / "sft.toml", "sft").seed == 5
+    assert [load_config(tmp_path, stage).model for stage in ("collect", "sft", "grpo", "benchmark")] == ["tiny"] * 4
+    assert load_config(tmp_path / "sft.toml", "sft").seed == 5
     written(tmp_path, "sead = 5\n", "run.toml")
     with pytest.raises(InputError, match="run.toml: no stage has the key 'sead'; did you mean"):
-        config.load(tmp_path, "report")
+        load_config(tmp_path, "report")
 
 
 def test_set_goes_before_file_and_run_toml(tmp_path):
     written(tmp_path, "seed = 1\n", "run.toml")
     path = written(tmp_path, "seed = 2\nepochs = 4.0\n")
-    assert config.load(path, "sft").seed == 2
-    loaded = config.load(path, "sft", ["seed=3", "model=tiny"])
+    assert load_config(path, "sft").seed == 2
+    loaded = load_config(path, "sft", ["seed=3", "model=tiny"])
     assert (loaded.seed, loaded.model, loaded.epochs) == (3, "tiny", 4.0)
 
 
 @pytest.mark.parametrize("folder", ["demo", "h200", "seed"])
 def test_every_config_folder_is_whole_and_reads_back(folder):
-    for stage in config.STAGES:
-        loaded = config.load(f"configs/{folder}", stage)
-        assert config.validate(stage, tomllib.loads(config.resolved(loaded))).model_dump() == loaded.model_dump()
+    for stage in STAGES:
+        loaded = load_config(f"configs/{folder}", stage)
+        assert validate(stage, tomllib.loads(resolved(loaded))).model_dump() == loaded.model_dump()
 
 
 def test_all_stages_of_a_folder_show_the_same_prompt():
-    from qwen_vl_kit.turns import prompt_hash
+    from qwen_vl_kit.protocol.turns import prompt_hash
     for folder in ("demo", "h200", "seed"):
-        assert len({prompt_hash(config.load(f"configs/{folder}", stage)) for stage in ("collect", "grpo", "benchmark")}) == 1
+        assert len({prompt_hash(load_config(f"configs/{folder}", stage)) for stage in ("collect", "grpo", "benchmark")}) == 1
 
 
 @pytest.mark.parametrize("name", SEED)
@@ -102,7 +104,7 @@ def test_the_seeds_own_tomls_are_letter_for_letter(name):
 
 
 def test_the_seeds_sft_toml_means_what_it_says():
-    loaded = config.load("configs/seed/crafter_qwen3vl_2b_gpt4o.toml", "sft")
+    loaded = load_config("configs/seed/crafter_qwen3vl_2b_gpt4o.toml", "sft")
     assert (loaded.model, loaded.train) == ("Qwen/Qwen3-VL-2B-Instruct", "traces/gpt4o_vision_100/sft/train.jsonl")
     assert (loaded.variety, loaded.epochs, loaded.batch_size, loaded.gradient_accumulation_steps) == ("qlora", 3, 1, 16)
     assert (loaded.lora_rank, loaded.lora_alpha, loaded.lora_dropout, loaded.lora_targets) == (16, 32, 0.05, "all-linear")
@@ -114,7 +116,7 @@ def test_the_seeds_sft_toml_means_what_it_says():
 
 
 def test_the_seeds_rl_toml_means_what_it_says():
-    loaded = config.load("configs/seed/crafter_rl_qwen3vl_2b.toml", "grpo")
+    loaded = load_config("configs/seed/crafter_rl_qwen3vl_2b.toml", "grpo")
     assert (loaded.adapter, loaded.iterations, loaded.horizon) == ("lora_adapters/qwen3vl_2b_crafter_gpt4o", 20, "t50")
     assert loaded.groups * loaded.group_size == 50 and loaded.variety == "qlora"
     assert not any("use_qlora" in line for line in loaded.notices)
@@ -127,29 +129,29 @@ def test_keys_of_synth_ais_other_tomls_act(tmp_path):
     rl = """[algorithm]\ntype = "online"\nmethod = "policy_gradient"\nvariety = "gspo"\n[policy]\nmodel_name = "tiny"\ntrainer_mode = "lora"
         [training]\nnum_epochs = 2\niterations_per_epoch = 3\nmax_turns = 10\ngroup_size = 4\nlog_interval = 1\n[evaluation]\ninstances = 8
         [training.weight_sync]\nenable = true\n[rollout]\nepisodes_per_batch = 2\n[rollout.policy_config]\ntemperature = 0.6\nmax_tokens = 99"""
-    loaded = config.load(written(tmp_path, rl, "rl.toml"), "grpo")
+    loaded = load_config(written(tmp_path, rl, "rl.toml"), "grpo")
     assert (loaded.importance, loaded.model, loaded.iterations, loaded.horizon, loaded.group_size) == ("sequence", "tiny", 6, "t10", 4)
     assert (loaded.temperature, loaded.max_new_tokens) == (0.6, 99)
     for key, reason in (("variety", "its paper clips closer"), ("log_interval", "every iteration"), ("enable", "after every iteration"),
                         ("episodes_per_batch", "groups x group_size"), ("instances", "the benchmark plays unseen seeds")):
         assert any(f"{key}:" in line and reason in line for line in loaded.notices), key
     sft = '[algorithm]\nmethod = "sft"\n[job]\ndata = "x/train.jsonl"\n[hyperparameters.parallelism]\nload_best_model_at_end = false'
-    loaded = config.load(written(tmp_path, sft), "sft")
+    loaded = load_config(written(tmp_path, sft), "sft")
     assert not loaded.keep_best and any("load_best_model_at_end" in line and "[training.validation]" in line for line in loaded.notices)
     seen = '[eval]\nmodel = "m"\nprovider = "openai"\nseeds = [3, 1]\nmax_steps_per_episode = 20\nparallel_episodes = 5\ntrace_db = "t/rollouts.db"'
-    loaded = config.load(written(tmp_path, seen, "e.toml"), "collect")
+    loaded = load_config(written(tmp_path, seen, "e.toml"), "collect")
     assert (loaded.seeds, loaded.horizon, loaded.concurrency, loaded.engine) == ("3,1", "t20", 5, "server")
 
 
 @pytest.mark.parametrize("name, stage", [("crafter_qwen3vl_2b_gpt4o", "sft"), ("crafter_rl_qwen3vl_2b", "grpo"),
                                          ("eval_gpt4o_vision_proper", "collect"), ("filter_vision_test", "export")])
 def test_every_key_of_a_nested_toml_acts_or_is_named(name, stage):
-    document = config.read_toml(f"configs/seed/{name}.toml")
-    told = config.translate(document, stage)
+    document = read_toml(f"configs/seed/{name}.toml")
+    told = translate(document, stage)
     confirmed = {"type", "method", "variety", "mode", "train_kind", "evaluation_strategy", "metric_for_best_model", "max_llm_calls",
                  "use_vision", "image_only_mode", "use_qlora", "use_deepspeed", "deepspeed_stage",
                  "tensor_parallel_size"}  # say or decide another key's field
     acting = {key.rpartition(".")[2] for _, key in told.names.values()}
-    for dotted, _ in config._flat(document, config.NESTED[stage]):
+    for dotted, _ in _flat(document, NESTED[stage]):
         key = dotted.rpartition(".")[2]
         assert key in acting or key in confirmed or any(key in line for line in told.notices), dotted

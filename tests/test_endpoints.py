@@ -14,11 +14,13 @@ import hostile
 import pytest
 from hostile import AGAIN, ENDS, LOST, READ, Hostile, error, says, value
 
-from qwen_vl_kit import collect, judge, traces
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import InputError, read_jsonl
-from qwen_vl_kit.engines import CallFailed
-from qwen_vl_kit.rollout import LostEpisodes
+from qwen_vl_kit.engine.replies import CallFailed
+from qwen_vl_kit.learn.judge import judge_stores
+from qwen_vl_kit.play.rollout import LostEpisodes
+from qwen_vl_kit.stages import collect
+from qwen_vl_kit.store.traces import load_episodes, sources
 
 FAULTS = {
     (kind, name): answer
@@ -58,7 +60,7 @@ def play(monkeypatch, capfd):
             | changes
         )
         try:
-            numbers = judge.judged(collect.run(config, out), config).numbers
+            numbers = judge_stores(collect.run(config, out), config).numbers
         except TOLD as error:
             raised = error
         except Exception as error:
@@ -110,7 +112,7 @@ def test_every_passing_fault_once_in_a_run(play):
         assert raised is None and (numbers["turns"], numbers["invalid"]) == (400, 0)
         assert endpoint.asked > 2 * len(odd)  # each had its turn
         assert numbers["calls"] == endpoint.asked == 401 + again
-    for episode in traces.load(out / "rollouts.db", frames=False):
+    for episode in load_episodes(out / "rollouts.db", frames=False):
         for turn in episode.turns:
             words = turn.decision.text + turn.decision.reason
             assert not any(ord(letter) < 32 and letter not in "\t\n\r" or "\ud800" <= letter < "\ue000" for letter in words)
@@ -176,7 +178,7 @@ def test_what_is_refused_in_any_words_is_left_out(play):
         raised, numbers, out = play(endpoint, form="tool")
         assert raised is None and numbers["calls"] == endpoint.asked == len(refused) + 2
     left_out = dict.fromkeys(("seed", "detail", "temperature", "tools", "tool_choice")) | {"max_tokens": "max_completion_tokens"}
-    [source] = traces.sources(out / "rollouts.db").source
+    [source] = sources(out / "rollouts.db").source
     assert source["parameters_changed"] == left_out
 
 

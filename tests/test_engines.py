@@ -3,21 +3,27 @@
 import contract
 import pytest
 
-from qwen_vl_kit import engines, models, policies
 from qwen_vl_kit.core import InputError, read_json, write_json
+from qwen_vl_kit.engine import vllm as engine_vllm
+from qwen_vl_kit.engine.base import EngineDied
+from qwen_vl_kit.engine.decode import CudaGraphDecoder
+from qwen_vl_kit.engine.factory import choose_engine, create_engine
+from qwen_vl_kit.engine.hf import HFEngine
+from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.play.policies import Batched
 
 
 def test_hf_keeps_the_contract(tmp_path):
-    engine = engines.create("auto", "tiny", bf16=False)
+    engine = create_engine("auto", "tiny", bf16=False)
     contract.check(engine, tmp_path)
     engine.close()
 
 
 def test_hf_keeps_the_contract_in_buffers_that_stay(tmp_path):
-    engine = engines.create("hf", "tiny", bf16=False)
+    engine = create_engine("hf", "tiny", bf16=False)
     asked = contract.requests()
     grown = [engine.generate(asked[:count], contract.SAMPLING) for count in (2, 7)]
-    engine.decode = engines.Replayed(engine.model)
+    engine.decode = CudaGraphDecoder(engine.model)
     stayed = [engine.generate(asked[:count], contract.SAMPLING) for count in (2, 7)]
     assert all(map(contract.close, stayed, grown))
     contract.check(engine, tmp_path)
@@ -25,7 +31,7 @@ def test_hf_keeps_the_contract_in_buffers_that_stay(tmp_path):
 
 
 def test_adapters_that_cannot_be_played_are_refused_in_one_line(tmp_path):
-    engine = engines.HFEngine(models.load("random:tiny"))
+    engine = HFEngine(load_model("random:tiny"))
     other = contract.adapter(tmp_path / "other", 0)
     with pytest.raises(InputError, match="was made for tiny .* not for random:tiny"):
         engine.set_policy(0, other)
@@ -46,25 +52,25 @@ def test_an_engine_that_dies_concerns_all_episodes():
 
         def act(self, situations):
             self.calls += 1
-            raise engines.EngineDied("vLLM failed while it generated")
+            raise EngineDied("vLLM failed while it generated")
 
     dying = Dying()
-    source = policies.Batched(dying)
+    source = Batched(dying)
     source.submit([1, 2, 3])
-    with pytest.raises(engines.EngineDied):
+    with pytest.raises(EngineDied):
         source.ready()
     assert dying.calls == 1  # nobody asks a dead engine again, for each episode alone
 
 
 def test_a_missing_vllm_is_told(monkeypatch):
-    monkeypatch.setattr(engines, "there", lambda module: False)
-    assert engines.chosen("auto") == "hf"
+    monkeypatch.setattr(engine_vllm, "is_installed", lambda module: False)
+    assert choose_engine("auto") == "hf"
     with pytest.raises(InputError, match='make gpu installs it, for a GPU; or set engine = "hf"'):
-        engines.create("vllm", "tiny")
+        create_engine("vllm", "tiny")
 
 
 def test_what_a_frozen_tower_has_seen_is_kept_until_an_adapter_changes_the_tower(tmp_path):
-    engine, asked = engines.HFEngine(models.load("tiny")), contract.requests()
+    engine, asked = HFEngine(load_model("tiny")), contract.requests()
     engine.model.requires_grad_(False)
     sight = engine.model.model.sight
     first = engine.generate(asked, contract.SAMPLING)

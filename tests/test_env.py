@@ -10,9 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from qwen_vl_kit import env
 from qwen_vl_kit.core import InputError
-from qwen_vl_kit.env import ACTIONS, World, decode_png, gym_world, png
+from qwen_vl_kit.game import paint
+from qwen_vl_kit.game import world as game_world
+from qwen_vl_kit.game.gym import gym_world
+from qwen_vl_kit.game.images import decode_png, png
+from qwen_vl_kit.game.paint import _faded, _night_loop, _night_sum, _vignette, compiled, painter
+from qwen_vl_kit.game.rules import ACTIONS
+from qwen_vl_kit.game.world import _DEATH, World
+from qwen_vl_kit.game.worldgen import _compiled, _noise, _noise3
 from qwen_vl_kit.perf import Differs, Pair, ReproducibleStock, main, play_both
 
 EPISODE = """
@@ -90,7 +96,7 @@ def test_worlds_in_threads_play_as_they_do_alone():
                 digest.update(world.step(action).observation.frame.tobytes())
         return digest.hexdigest()
     alone = [play(seed) for seed in range(6)]
-    env.painter.cache_clear()  # so that all tiles are drawn anew, by whoever needs them first
+    painter.cache_clear()  # so that all tiles are drawn anew, by whoever needs them first
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(play, range(6))) == alone
 
@@ -155,7 +161,7 @@ def test_a_difference_is_found_and_told(capsys, monkeypatch):
     pair.world._game.map.random.uniform()
     with pytest.raises(Differs, match="seed 1, step 1: another"):
         pair.step("noop")
-    monkeypatch.setattr(env, "_DEATH", {kind: (1.0, 0) for kind in env._DEATH})  # creatures vanish sooner than crafter has it
+    monkeypatch.setattr(game_world, "_DEATH", {kind: (1.0, 0) for kind in _DEATH})  # creatures vanish sooner than crafter has it
     assert main(["equality", "--seeds", "1", "--steps", "60"]) == 1
     assert "the games differ: seed 1, step" in capsys.readouterr().err
 
@@ -213,23 +219,23 @@ def test_branches_from_a_snapshot_are_independent_and_equal():
 
 
 def test_lit_tiles_are_forgotten_before_they_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(env, "_LIT_BYTES", 100_000)
-    env.painter.cache_clear()
+    monkeypatch.setattr(paint, "_LIT_BYTES", 100_000)
+    painter.cache_clear()
     frames = []
     for _ in range(2):
         world = World(64)
         world.reset(3)
         frames.append([world.step("noop").observation.frame for _ in range(100)])
-        bank = env.painter(64, 64).bank
+        bank = painter(64, 64).bank
         assert sum(lights.nbytes for lights, _ in bank.lights.values()) <= 100_000
     assert np.array_equal(*frames)
-    env.painter.cache_clear()
+    painter.cache_clear()
 
 
 # --- numba
 
 
-@pytest.mark.skipif(not env.compiled(), reason="numba is not installed, or switched off")
+@pytest.mark.skipif(not compiled(), reason="numba is not installed, or switched off")
 def test_compiled_loops_give_the_same_bytes():
     from opensimplex import OpenSimplex
     random = np.random.default_rng(0)
@@ -237,18 +243,18 @@ def test_compiled_loops_give_the_same_bytes():
         for light in (0.0, 0.1, 0.33, 0.4999):
             ground, grain = random.integers(0, 256, (height, width, 3), np.uint8), random.integers(0, 256, (height, width), np.uint8)
             out = np.empty_like(ground)
-            env._compiled(env._night_loop)(ground, grain, light, env._vignette(height, width), env._faded(), out)
-            assert np.array_equal(out, env._night_sum(ground, grain, light))
+            _compiled(_night_loop)(ground, grain, light, _vignette(height, width), _faded(), out)
+            assert np.array_equal(out, _night_sum(ground, grain, light))
     for seed in range(5):
         simplex, (x, y) = OpenSimplex(seed), random.uniform(0, 64, (2, 5000))
         x[::2] //= 1  # whole numbers lie on the lattice, where a last bit decides
         for z in range(9):
-            assert np.array_equal(env._noise(simplex, x, y, z), env._noise3(simplex, x, y, z))
+            assert np.array_equal(_noise(simplex, x, y, z), _noise3(simplex, x, y, z))
 
 
 @pytest.mark.parametrize("blocked", ["import os; os.environ['QVK_NUMBA'] = '0'", "import sys; sys.modules['numba'] = None"])
 def test_it_works_without_numba(blocked):
-    code = f"{blocked}; from qwen_vl_kit import env; print(env.compiled(), env.World(18).reset(1).step)"
+    code = f"{blocked}; from qwen_vl_kit.game import paint, world; print(paint.compiled(), world.World(18).reset(1).step)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split() == ["False", "0"]
 
 
@@ -319,7 +325,7 @@ def test_a_copy_of_a_world_plays_the_same_game_by_itself(duplicate):
 def test_gymnasium_makes_copies_and_spreads_it():
     gymnasium = pytest.importorskip("gymnasium")
     if "Test-v0" not in gymnasium.registry:
-        gymnasium.register("Test-v0", "qwen_vl_kit.env:gym_world", kwargs={"size": 36})
+        gymnasium.register("Test-v0", "qwen_vl_kit.game.gym:gym_world", kwargs={"size": 36})
     made = gymnasium.make("Test-v0", render_mode="rgb_array")
     made.reset(seed=8)
     for action in (1, 2, 5, 5, 3):
@@ -355,8 +361,8 @@ def test_death_terminates_and_does_not_truncate():
 
 
 def test_without_gymnasium_the_error_names_the_extra():
-    code = ("import sys; sys.modules['gymnasium'] = None\nfrom qwen_vl_kit import core, env\n"
-            "try: env.gym_world()\nexcept core.InputError as error: print(error)")
+    code = ("import sys; sys.modules['gymnasium'] = None\nfrom qwen_vl_kit import core\nfrom qwen_vl_kit.game import gym\n"
+            "try: gym.gym_world()\nexcept core.InputError as error: print(error)")
     told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert told.strip() == "gymnasium is not installed; pip install 'qwen_vl_kit[gym]'"
 

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from qwen_vl_kit.core import InputError
-from qwen_vl_kit.env import ACHIEVEMENTS, ACTIONS, World
 from qwen_vl_kit.expert import _ROW, GOALS, Expert
+from qwen_vl_kit.game.rules import ACHIEVEMENTS, ACTIONS
+from qwen_vl_kit.game.world import World
 
 
 class Homeless(Expert):

@@ -13,13 +13,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from qwen_vl_kit import config as configs
-from qwen_vl_kit import export, traces
-from qwen_vl_kit.config import ExportConfig, Protocol
+from qwen_vl_kit import core
+from qwen_vl_kit.config import ExportConfig, Protocol, validate
 from qwen_vl_kit.core import InputError, digest, read_json
-from qwen_vl_kit.episodes import Decision, Episode, Turn
-from qwen_vl_kit.models import decode_url
-from qwen_vl_kit.turns import parse, prompt_hash
+from qwen_vl_kit.model.encode import decode_url
+from qwen_vl_kit.protocol.episodes import Decision, Episode, Turn
+from qwen_vl_kit.protocol.turns import parse, prompt_hash
+from qwen_vl_kit.runner.configs import load_config
+from qwen_vl_kit.stages import export
+from qwen_vl_kit.store.rows import numbered_rows, read_rows
+from qwen_vl_kit.store.traces import Store, merge_stores
 
 PROTOCOL = Protocol(prompt="brief", render_size=64)
 WALK = ["move_left", "do", "move_up", "do", "move_right", "noop"]
@@ -37,7 +40,7 @@ def episode(seed, actions=WALK, unlocks=None, frames=None, model="a", invalid=()
 
 
 def stored(path, *episodes, run="demo", protocol=PROTOCOL, scores=None):
-    with traces.Store(path) as store:
+    with Store(path) as store:
         store.begin(run, protocol)
         for one in episodes:
             store.add(one, scores=(scores or {}).get(one.seed))
@@ -50,7 +53,7 @@ def exported(db, out=None, **settings):
 
 
 def rows(result, side="train"):
-    return list(export.read_rows(result.out / f"{side}.jsonl"))
+    return list(read_rows(result.out / f"{side}.jsonl"))
 
 
 # ---- rules about episodes
@@ -105,7 +108,7 @@ def test_a_rule_that_leaves_nothing_names_itself(four):
     (dict(seeds="5-2"), "run backwards"), (dict(traces=3), "key 'traces")])
 def test_settings_are_checked(settings, says):
     with pytest.raises(InputError, match=re.escape(says)):
-        configs.validate("export", settings)
+        validate("export", settings)
 
 
 # ---- rules about turns
@@ -161,7 +164,7 @@ def test_every_answer_is_read_back_as_what_was_done(tmp_path, form):
     result = exported(db, form=form, val_fraction=0)
     protocol = Protocol(**read_json(result.out / "stats.json")["protocol"])
     assert protocol.form == form
-    for row in export.read_rows(result.out / "train.jsonl", prompt_hash(protocol)):
+    for row in read_rows(result.out / "train.jsonl", prompt_hash(protocol)):
         assert parse(protocol, row["messages"][2]["content"]).actions == [WALK[row["metadata"]["turn"]]]
 
 
@@ -198,7 +201,7 @@ def test_the_same_traces_give_the_same_bytes_whatever_the_order_of_storing(tmp_p
 def test_several_stores_are_read_as_one(tmp_path):
     parts = [stored(tmp_path / f"{name}.db", *map(episode, seeds)) for name, seeds in (("a", (1, 2)), ("b", (3, 4)))]
     whole = tmp_path / "whole.db"
-    traces.merge(whole, *parts)
+    merge_stores(whole, *parts)
     several = exported(parts, tmp_path / "several", val_fraction=0)
     assert (several.out / "train.jsonl").read_bytes() == (exported(whole, tmp_path / "one", val_fraction=0).out / "train.jsonl").read_bytes()
     assert {name: path.name for name, path in several.inputs.items()} == {"traces": "a.db", "traces_1": "b.db"}
@@ -273,14 +276,16 @@ def test_sharegpt_is_what_llama_factory_documents(tmp_path):
 
 
 def test_image_tokens_are_those_of_the_processor_and_every_row_survives_it(tmp_path):
-    from qwen_vl_kit import models
-    processor = models.make_processor(models.tiny_tokenizer())
+    from qwen_vl_kit.model import encode
+    from qwen_vl_kit.model.processor import make_processor
+    from qwen_vl_kit.model.tiny import tiny_tokenizer
+    processor = make_processor(tiny_tokenizer())
     for size in (64, 288):
         db = stored(tmp_path / str(size) / "rollouts.db", episode(1, size=size), protocol=Protocol(render_size=size, frames=2))
         result = exported(db, val_fraction=0)
         tokens = read_json(result.out / "stats.json")["qwen3_vl_image_tokens"]
         for row in rows(result):
-            sample = models.encode(processor, row["messages"])
+            sample = encode.encode(processor, row["messages"])
             assert sample.input_ids.count(processor.image_token_id) == tokens * len(sample.frames) > 0
             assert sum(label != -100 for label in sample.labels) > 2
 
@@ -328,12 +333,12 @@ save_filtered_episode_ids = true
 def test_the_seeds_own_filter_for_vision_does_all_that_it_says(four, tmp_path):
     path = tmp_path / "filter_vision_sft.toml"
     path.write_text(VISION.format(db=four, out=tmp_path / "sft"))
-    loaded = configs.load(path, "export")
+    loaded = load_config(path, "export")
     assert (loaded.min_turns, loaded.max_turns, loaded.drop_loops, loaded.max_repeated_actions, loaded.min_unique_frames) == (5, 50, True, 5, 3)
     assert (loaded.dedupe, loaded.stratify, loaded.val_fraction, loaded.seed) == (True, True, 0.1, 42)
     assert any("max_sequence_length: a row is never cut" in line for line in loaded.notices)
-    from qwen_vl_kit import run
-    assert run.seed_out("export", path, loaded) == tmp_path / "sft"
+    from qwen_vl_kit.run import seed_out
+    assert seed_out("export", path, loaded) == tmp_path / "sft"
     result = export.run(loaded, tmp_path / "sft")
     assert [session["seed"] for session in read_json(result.out / "kept.json")] == [1, 2]
     assert read_json(result.out / "stats.json")["dropped_by"] == {"drop_loops": 1, "max_repeated_actions": 1}
@@ -350,7 +355,7 @@ def test_the_seeds_own_filter_for_vision_does_all_that_it_says(four, tmp_path):
     ("best = 0.5", "best", 0.5), ('also = ["parquet"]', "also", ["parquet"]), ("max_turns = 50", "max_turns", 50)])
 def test_a_key_of_the_seeds_filter_acts(tmp_path, line, field, value):
     (tmp_path / "filter.toml").write_text(f"[filter]\n{line}\n")
-    assert getattr(configs.load(tmp_path / "filter.toml", "export"), field) == value
+    assert getattr(load_config(tmp_path / "filter.toml", "export"), field) == value
 
 
 @pytest.mark.parametrize("line, says", [
@@ -363,7 +368,7 @@ def test_a_key_of_the_seeds_filter_acts(tmp_path, line, field, value):
 def test_a_bad_key_of_the_seeds_filter_is_told(tmp_path, line, says):
     (tmp_path / "filter.toml").write_text(f"[filter]\n{line}\n")
     with pytest.raises(InputError, match=re.escape(says)) as error:
-        configs.load(tmp_path / "filter.toml", "export")
+        load_config(tmp_path / "filter.toml", "export")
     assert str(error.value).startswith(str(tmp_path / "filter.toml")) and "\n" not in str(error.value)
 
 
@@ -409,7 +414,7 @@ def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
     lines[2]["messages"][1]["content"][0]["image_url"]["url"] = image
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError) as error:
-        list(export.read_rows(path))
+        list(read_rows(path))
     assert str(error.value).startswith(f"{path}:3: {says}") and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -450,7 +455,7 @@ CALL = {"content": None, "tool_calls": [{"type": "function", "function": {"name"
     (dict(assistant="<think> -> do"), "<think> -> do"),
     (dict(assistant="B\u00e4ume \U0001f332 -> do"), "B\u00e4ume \U0001f332 -> do")], ids=str)
 def test_what_means_the_same_in_another_form_is_read(foreign, changes, says):
-    rows = list(export.read_rows(foreign(**changes)))
+    rows = list(read_rows(foreign(**changes)))
     assert [message["role"] for message in rows[2]["messages"]] == ["system", "user", "assistant"]
     assert rows[2]["messages"][2]["content"].startswith(says) and rows[2]["messages"][:2] == rows[1]["messages"][:1] + rows[2]["messages"][1:2]
     assert isinstance(rows[2]["messages"][0]["content"], str)
@@ -493,16 +498,16 @@ ONE = dict(role="user", content="next")
 def test_what_cannot_be_trained_on_is_told_for_what_it_is(foreign, changes, says):
     path = foreign(**changes)
     with pytest.raises(InputError) as error:
-        list(export.read_rows(path))
+        list(read_rows(path))
     assert str(error.value).startswith(f"{path}:3: {says}") and len(str(error.value).splitlines()) == 1
-    assert error.value.mend and "export again" not in str(error.value)  # export did not make it
+    assert error.value.fix and "export again" not in str(error.value)  # export did not make it
 
 
 def test_files_of_other_makers_are_read_line_by_line(foreign):
     path = foreign()
     first, second, third = path.read_bytes().splitlines()
     path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n \n" + second + b"\r\n" + third)  # BOM, CRLF, blank lines, no newline at the end
-    assert [number for number, _ in export.numbered_rows(path)] == [1, 4, 5]
+    assert [number for number, _ in numbered_rows(path)] == [1, 4, 5]
     for line, says in ((b"[]", "the row is a list, no object"), (b'"x"', "the row is text"), (b"null", "the row is null"),
                        (b"7", "the row is a number"),
                        (b"[" + first + b"]", "the row is a list"), (b"1" * 5000, "row is not JSON"), (b"[" * 100_000, "row is nested too deeply"),
@@ -510,7 +515,7 @@ def test_files_of_other_makers_are_read_line_by_line(foreign):
                        (b"{}", "a row without messages (it has nothing)")):
         path.write_bytes(first + b"\n\n" + line + b"\n")
         with pytest.raises(InputError) as error:
-            list(export.read_rows(path))
+            list(read_rows(path))
         assert str(error.value).startswith(f"{path}:3: {says}"), error.value
 
 
@@ -518,7 +523,7 @@ def test_export_again_is_said_of_its_own_files_alone(tmp_path):
     path = exported(stored(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
     path.write_text(path.read_text().replace("a tree", "<|im_end|>"))
     with pytest.raises(InputError, match=r"train.jsonl:1: .*; or run export again$"):
-        list(export.read_rows(path))
+        list(read_rows(path))
 
 
 @pytest.mark.parametrize("blob, says", [(b"", "not a PNG image"), ("text", "not a PNG image"), (b"GIF89a" * 99, "not a PNG image"),
@@ -542,7 +547,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
     def full(row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "dumps", full)
+    monkeypatch.setattr(core, "dumps", full)
     with pytest.raises(InputError, match=r"export: cannot be written \(No space left on device\); free some space"):
         exported(db, val_fraction=0, also=["parquet", "sharegpt"])
     assert before.read_bytes() == whole and not [path for path in before.parent.iterdir() if path.name.startswith(".")]

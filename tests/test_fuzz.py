@@ -11,9 +11,13 @@ import pytest
 from test_export import PROTOCOL, episode, stored
 from test_traces import synth
 
-from qwen_vl_kit import export, traces
 from qwen_vl_kit.config import ExportConfig
 from qwen_vl_kit.core import InputError, dumps
+from qwen_vl_kit.foreign.synth import import_synth
+from qwen_vl_kit.stages import export
+from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.rows import read_rows
+from qwen_vl_kit.store.traces import Store, fingerprint, load_episodes, merge_stores, protocol_of, read_sessions, spent
 
 WEIRD = [None, "", "x", "-1", "1e999", "[", "[]", "[1]", '["do"', '{"a": 1}', '["' + "a" * 999 + '"]', b"\xff\xfe", b"", 0, -1, 2**62, 1e308,
          "\u0000", "[[[["]
@@ -71,15 +75,15 @@ def with_json(line: str, dice: random.Random) -> str:
 
 
 def written(path, episodes):
-    with traces.Store(path) as store:
+    with Store(path) as store:
         store.begin("more", PROTOCOL)
         store.add(episodes[0])
 
 
 USES = {
-    "load": lambda path, out: list(traces.load(path)), "hashes": lambda path, out: list(traces.read(path, frames="hash")),
-    "tables": lambda path, out: (traces.episodes(path), traces.turns(path)), "fingerprint": lambda path, out: traces.fingerprint(path),
-    "spent": lambda path, out: (traces.spent(path), traces.protocol_of(path)), "merge": lambda path, out: traces.merge(out / "all.db", path),
+    "load": lambda path, out: list(load_episodes(path)), "hashes": lambda path, out: list(read_sessions(path, frames="hash")),
+    "tables": lambda path, out: (traces.episodes(path), traces.turns(path)), "fingerprint": lambda path, out: fingerprint(path),
+    "spent": lambda path, out: (spent(path), protocol_of(path)), "merge": lambda path, out: merge_stores(out / "all.db", path),
     "write": lambda path, out: written(path, [episode(77, ["do"], size=18)]),
     "export": lambda path, out: export.run(ExportConfig(traces=str(path)), out / "export"),
     "export all": lambda path, out: export.run(ExportConfig(
@@ -88,7 +92,7 @@ USES = {
 
 
 def read(path):
-    return list(export.read_rows(path))
+    return list(read_rows(path))
 
 
 def survives(what: str, act, *given) -> bool:
@@ -141,7 +145,7 @@ def test_a_hundred_and_fifty_damaged_databases_of_synth_ai(place):
         path.write_bytes(whole if number % 2 else with_bytes(whole, dice))
         if number % 2:
             with_values(path, dice)
-        survives(f"damaged database {number}", traces.import_synth, path, place / "read" / f"{number}.db")
+        survives(f"damaged database {number}", import_synth, path, place / "read" / f"{number}.db")
 
 
 def test_three_hundred_damaged_files_of_rows(whole, place):

@@ -4,13 +4,14 @@ import contract
 import pytest
 import torch
 
-from qwen_vl_kit import engines, models
+from qwen_vl_kit.engine.factory import create_engine
+from qwen_vl_kit.model.attention import attend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_hf_keeps_the_contract_with_a_recorded_step(tmp_path):
-    engine = engines.create("hf", "tiny", bf16=False)
+    engine = create_engine("hf", "tiny", bf16=False)
     contract.check(engine, tmp_path)
     assert engine.decode.graph is not None
     engine.close()
@@ -24,7 +25,7 @@ def test_attention_of_packed_samples_agrees_with_float32():
     aim, found = torch.randn(*shape[:2], 16, 128, device="cuda"), {}
     for dtype in (torch.float32, torch.bfloat16):  # the second takes a kernel for variable lengths where there is one
         mine = [x.to(dtype, copy=True).requires_grad_() for x in whole]
-        out, _ = models.attend(None, *mine, None, scaling=128**-0.5, position_ids=places.clone())
+        out, _ = attend(None, *mine, None, scaling=128**-0.5, position_ids=places.clone())
         (out * aim.to(dtype)).sum().backward()
         found[dtype] = [out, *(x.grad for x in mine)]
     for exact, short in zip(*found.values()):

@@ -14,10 +14,19 @@ import pytest
 from runs import alike, lora, student, told
 from servers import Endpoint, refuses, says
 
-from qwen_vl_kit import benchmark, engines, grpo, models, run, traces
 from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
 from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, root, write_json
-from qwen_vl_kit.manifest import config_hash
+from qwen_vl_kit.engine.base import EngineDied, Sampling
+from qwen_vl_kit.engine.hf import HFEngine
+from qwen_vl_kit.learn import advantages
+from qwen_vl_kit.model.adapters import read_card
+from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.run import run_stage, state
+from qwen_vl_kit.stages import benchmark, grpo
+from qwen_vl_kit.stages.grpo import packed_logprobs
+from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.manifest import config_hash
+from qwen_vl_kit.store.traces import read_sessions
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s10")
 
@@ -33,13 +42,14 @@ def settings(tmp_path_factory):
 def played(out: Path) -> list[tuple]:
     "What was played, in the order of names."
     return sorted((session["arm"], e.seed, e.member, [(t.decision.token_ids, t.reward) for t in e.turns])
-                  for session, e in traces.read(out / "rollouts.db", frames=False))
+                  for session, e in read_sessions(out / "rollouts.db", frames=False))
 
 
 def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
     config = GRPOConfig(**settings)
     whole = grpo.run(config, tmp_path / "whole")
-    program = f"from qwen_vl_kit import grpo, config\ngrpo.run(config.GRPOConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
+    program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.stages import grpo\n" \
+        f"grpo.run(config.GRPOConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=root(), stderr=subprocess.DEVNULL)
     db, limit = tmp_path / "killed" / "rollouts.db", time.monotonic() + 200
 
@@ -88,16 +98,16 @@ def test_at_a_learning_rate_of_nothing_the_ratio_stays_one(settings, tmp_path):
 
 def test_two_hundred_syncs_drift_nothing(settings, tmp_path):
     "Policies that come and go, each of which speaks, leave the base as it was, and the last one is what it would have been alone."
-    engine = engines.HFEngine(models.load("tiny", bf16=True), bf16=True)
+    engine = HFEngine(load_model("tiny", bf16=True), bf16=True)
     folders, asked = [settings["adapter"], contract.adapter(tmp_path / "other", 1)], contract.requests()[:1]
 
     def weights(adapter: str) -> dict:
-        engine.generate(asked, engines.Sampling(1.0, 1), adapter)
+        engine.generate(asked, Sampling(1.0, 1), adapter)
         return {name: weight.clone() for name, weight in engine.model.state_dict().items()}
 
     base, first = weights(""), weights(engine.set_policy(0, folders[0]))
     for version in range(1, 200):
-        engine.generate(asked, engines.Sampling(1.0, 1), engine.set_policy(version, folders[version % 2]))
+        engine.generate(asked, Sampling(1.0, 1), engine.set_policy(version, folders[version % 2]))
     last = weights(engine.set_policy(200, folders[0]))
     alike(last, first)
     alike(weights(""), base)
@@ -105,8 +115,8 @@ def test_two_hundred_syncs_drift_nothing(settings, tmp_path):
 
 
 def test_weights_that_do_not_reach_the_engine_stop_the_run(settings, tmp_path, monkeypatch):
-    first = engines.HFEngine.set_policy
-    monkeypatch.setattr(engines.HFEngine, "set_policy", lambda self, version, folder: first(self, version, settings["adapter"]))
+    first = HFEngine.set_policy
+    monkeypatch.setattr(HFEngine, "set_policy", lambda self, version, folder: first(self, version, settings["adapter"]))
     with pytest.raises(TrainingStopped, match="the engine answers as it did before"):
         grpo.run(GRPOConfig(**settings), tmp_path / "grpo")
     assert list((tmp_path / "grpo" / "checkpoints").glob("checkpoint-*"))  # that of the first iteration is kept
@@ -117,8 +127,8 @@ def test_on_a_base_in_4_bits_it_plays_what_it_trains(settings, tmp_path):
                       tmp_path / "grpo")
     rows = told(tmp_path / "grpo")
     assert len(rows) == 3 and all(row["logprob_gap"] < 1e-4 and row["ratio_max"] < 1.01 for row in rows)
-    assert models.read_card(result.out)["quantization"] == "nf4"
-    assert models.read_card(result.out)["base_weights"] == models.read_card(settings["adapter"])["base_weights"]
+    assert read_card(result.out)["quantization"] == "nf4"
+    assert read_card(result.out)["base_weights"] == read_card(settings["adapter"])["base_weights"]
     assert "engine hf plays" in result.numbers["not_applied"][0]
     before, after = lora(Path(settings["adapter"]).parent), lora(result.out)
     steps = [abs(after[name] - before[name]).max() for name in before]
@@ -138,8 +148,8 @@ def test_ahead_of_the_updates(settings, tmp_path):
 
 
 def test_weights_that_arrive_wrongly_while_the_next_is_played_stop_the_run(settings, tmp_path, monkeypatch):
-    first, other = engines.HFEngine.set_policy, contract.adapter(tmp_path / "other", 1)
-    monkeypatch.setattr(engines.HFEngine, "set_policy", lambda self, version, folder: first(self, version, folder if version < 3 else other))
+    first, other = HFEngine.set_policy, contract.adapter(tmp_path / "other", 1)
+    monkeypatch.setattr(HFEngine, "set_policy", lambda self, version, folder: first(self, version, folder if version < 3 else other))
     with pytest.raises(TrainingStopped, match="nats from the trainer's: it plays other weights"):
         grpo.run(GRPOConfig(**settings | {"overlap": True}), tmp_path / "grpo")
     assert len(told(tmp_path / "grpo")) == 1
@@ -150,7 +160,7 @@ def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeyp
     whole = settings | {"iterations": 1, "group_size": 8, "batch_size": 1000, "top_share": 1.0, "temperature": 0.5}
     [one] = told(grpo.run(GRPOConfig(**whole), tmp_path / "one").out)
     [kept_near] = told(grpo.run(GRPOConfig(**whole | {"beta": 0.1}), tmp_path / "near").out)
-    monkeypatch.setattr(grpo, "merged", lambda samples, weights: (samples, weights))
+    monkeypatch.setattr(advantages, "merge_duplicates", lambda samples, weights: (samples, weights))
     [each] = told(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
     assert one["turns_distinct"] < one["turns_with_advantage"] == each["turns_distinct"] == kept_near["turns_distinct"]
     assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(0, abs=1e-6)
@@ -167,17 +177,17 @@ def test_nothing_to_learn_is_said(settings, tmp_path):
 
 
 def test_an_engine_that_dies_costs_its_iteration_only(settings, tmp_path, monkeypatch):
-    config, first, calls = GRPOConfig(**settings), engines.HFEngine.generate, []
+    config, first, calls = GRPOConfig(**settings), HFEngine.generate, []
 
     def dying(self, *args):
         calls.append(len(args[0]))
         if len(calls) == 30:  # in the middle of an iteration: a turn is one call, and a sync is one
-            raise engines.EngineDied("the engine is gone")
+            raise EngineDied("the engine is gone")
         return first(self, *args)
 
     whole = grpo.run(config, tmp_path / "whole").out
-    monkeypatch.setattr(engines.HFEngine, "generate", dying)
-    with pytest.raises(engines.EngineDied):
+    monkeypatch.setattr(HFEngine, "generate", dying)
+    with pytest.raises(EngineDied):
         grpo.run(config, tmp_path / "died")
     counts = traces.episodes(tmp_path / "died" / "rollouts.db").groupby("arm").size()
     assert len(counts) < 3 and set(counts) <= {6}  # whole iterations only
@@ -190,7 +200,7 @@ def test_divergence_and_a_lack_of_memory_are_told_and_state_is_kept(settings, tm
 
     with pytest.raises(TrainingStopped):
         grpo.run(GRPOConfig(**settings | {"learning_rate": 1e12, "max_grad_norm": 1e12}), tmp_path / "diverged")
-    first, calls = grpo.packed_logprobs, []
+    first, calls = packed_logprobs, []
 
     def hungry(*args):
         calls.append(1)
@@ -264,7 +274,7 @@ def test_bad_input(settings, tmp_path):
 
 def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
     def go(name, iterations):
-        run.run_stage("grpo", GRPOConfig(**settings | {"iterations": iterations}), tmp_path / name)
+        run_stage("grpo", GRPOConfig(**settings | {"iterations": iterations}), tmp_path / name)
 
     for name, iterations in (("parts", 1), ("parts", 2), ("whole", 2)):
         go(name, iterations)
@@ -272,7 +282,7 @@ def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
     assert told(tmp_path / "parts") == told(tmp_path / "whole") and played(tmp_path / "parts") == played(tmp_path / "whole")
     with pytest.raises(InputError, match="there are 2 iterations already"):
         go("parts", 1)
-    assert run.state("grpo", GRPOConfig(**settings | {"iterations": 2}), tmp_path / "parts") == "done"
+    assert state("grpo", GRPOConfig(**settings | {"iterations": 2}), tmp_path / "parts") == "done"
 
 
 def test_the_benchmark_refuses_what_any_training_before_has_seen(settings, tmp_path):

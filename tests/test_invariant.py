@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_kit import collect, export, grpo, sft, traces
 from qwen_vl_kit.config import CollectConfig, ExportConfig, GRPOConfig, SFTConfig
 from qwen_vl_kit.core import digest, read_jsonl
+from qwen_vl_kit.stages import collect, export, grpo, sft
+from qwen_vl_kit.store.traces import fingerprint
 
 RECORD = Path(__file__).with_name("invariant.json")
 PROTOCOL = dict(prompt="brief", render_size=144, horizon="s20", progress=True)
@@ -53,7 +54,7 @@ def run(out: Path) -> dict:
     files = ["export/train.jsonl", "export/val.jsonl", "sft/adapter/adapter_model.safetensors", "grpo/adapter/adapter_model.safetensors"]
     stores = ["collect/rollouts.db", "grpo/rollouts.db"]
     return {"machine": machine(), "sft": metrics(out / "sft"), "grpo": metrics(out / "grpo"),
-            "digests": {name: digest(out / name) for name in files} | {name: traces.fingerprint(out / name) for name in stores}}
+            "digests": {name: digest(out / name) for name in files} | {name: fingerprint(out / name) for name in stores}}
 
 
 @pytest.fixture(scope="module")

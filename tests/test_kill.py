@@ -7,9 +7,11 @@ import sqlite3
 import subprocess
 import sys
 
-from qwen_vl_kit import export, traces
 from qwen_vl_kit.config import ExportConfig
 from qwen_vl_kit.core import read_jsonl, root
+from qwen_vl_kit.stages import export
+from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.traces import fingerprint
 
 # Each life is a process of its own, forked from one that has imported everything; it ends by a real SIGKILL. Half of the lives are ended
 # from outside, some while after a number of episodes has been stored; the other half by the count of SQLite's statements.
@@ -86,6 +88,6 @@ def test_twenty_kills_lose_nothing_and_store_nothing_twice(tmp_path):
         assert sorted(row["seed"] for row in read_jsonl(out / "metrics.jsonl")) == list(range(50))
     with contextlib.closing(sqlite3.connect(killed / "rollouts.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-    assert traces.fingerprint(killed / "rollouts.db") == traces.fingerprint(whole / "rollouts.db")
+    assert fingerprint(killed / "rollouts.db") == fingerprint(whole / "rollouts.db")
     rows = [export.run(ExportConfig(), run / "export").out / "train.jsonl" for run in (tmp_path / "killed", tmp_path / "whole")]
     assert rows[0].read_bytes() == rows[1].read_bytes()

@@ -14,12 +14,20 @@ import pytest
 from pydantic import ValidationError
 from servers import Endpoint, images, refuses, says
 
-from qwen_vl_kit import benchmark, collect, judge, manifest, run, show, traces
+from qwen_vl_kit import run
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
-from qwen_vl_kit.costs import BOOK, Meter
-from qwen_vl_kit.engines import CallFailed
-from qwen_vl_kit.rollout import LostEpisodes
+from qwen_vl_kit.engine.replies import CallFailed
+from qwen_vl_kit.learn.judge import judge_stores
+from qwen_vl_kit.play.rollout import LostEpisodes
+from qwen_vl_kit.run import RunFailed, _spent, run_all, run_stage, state
+from qwen_vl_kit.show.tables import arms_table, read_arms, text_table
+from qwen_vl_kit.stages import benchmark, collect
+from qwen_vl_kit.store import manifest, traces
+from qwen_vl_kit.store.manifest import priced
+from qwen_vl_kit.store.meter import Meter
+from qwen_vl_kit.store.prices import BOOK
+from qwen_vl_kit.store.traces import read_sessions
 
 PLAY = dict(prompt="brief", render_size=64, horizon="s4", teacher="model", engine="server", model="gpt-4o-mini", noise=0.0, concurrency=4)
 JUDGED = dict(judge="remote", judge_model="judge-1", retries=0)
@@ -40,7 +48,7 @@ def settings(**changes):
 
 def play(config, out):
     "What the stage does: collect, then judge."
-    return judge.judged(collect.run(config, out), config)
+    return judge_stores(collect.run(config, out), config)
 
 
 def sent(out):
@@ -153,7 +161,7 @@ def test_a_foreign_line_in_a_journal_is_told_and_nothing_is_sent(at, tmp_path, l
 
 def test_one_process_at_a_time_writes_a_journal(tmp_path):
     journal = tmp_path / "calls.jsonl"
-    script = f"from qwen_vl_kit.costs import Meter; m = Meter(journal=__import__('pathlib').Path({str(journal)!r})); " \
+    script = f"from qwen_vl_kit.store.meter import Meter; m = Meter(journal=__import__('pathlib').Path({str(journal)!r})); " \
              "m.send('m', 0, 9, 1); print('sent', flush=True); input(); m.settle(1, None); m.close()"
     early = Meter(budget_calls=2, journal=journal, book=BOOK)  # has read what there was: nothing
     other = subprocess.Popen([sys.executable, "-c", script], cwd=root(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -209,7 +217,7 @@ def test_who_bills_what_was_asked_is_not_paid_more_than_the_budget(at, tmp_path,
 def test_a_budget_holds_when_the_process_is_killed_again_and_again(at, tmp_path):
     "kill -9 while calls are in flight, and the last line is torn; the judge's calls are under the same budget."
     config, billing, gate = settings(seeds="0-11", budget_usd=0.02, **JUDGED | {"judge_model": "gpt-4o-mini"}), Billing(0), threading.Event()
-    script = f"from qwen_vl_kit import collect, config; collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})"
+    script = f"from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})"
 
     def answer(number, body):
         reply = billing(number, body)
@@ -262,7 +270,7 @@ def test_replies_longer_than_asked_stop_the_run_and_a_passed_budget_is_told(at, 
                 collect.run(config, tmp_path)
         assert len(endpoint.bodies) == 5
     numbers = Meter(config.budget_usd, journal=tmp_path / "calls.jsonl").numbers()
-    assert numbers["usd_over_budget"] == pytest.approx(numbers["usd"] - 0.03) and "more than the budget" in run._spent(numbers)
+    assert numbers["usd_over_budget"] == pytest.approx(numbers["usd"] - 0.03) and "more than the budget" in _spent(numbers)
 
 
 def test_what_was_learnt_of_long_replies_is_known_to_the_next_run(tmp_path):
@@ -281,9 +289,9 @@ def test_an_arm_of_the_benchmark_whose_dollars_are_unknown_did_not_cost_nothing(
         with Endpoint() as endpoint:
             at(endpoint.url)
             benchmark.run(BenchmarkConfig(**shown, model=model, arms=["random", "base"], seeds="1000000-1000001"), tmp_path / model)
-        chance, base = show.read_arms(tmp_path / model / "arms.csv").usd
+        chance, base = read_arms(tmp_path / model / "arms.csv").usd
         assert chance == 0 and (base > 0 if known else math.isnan(base))
-        assert show.text_table(show.arms_table(tmp_path / model / "arms.csv")).endswith("–") != known
+        assert text_table(arms_table(tmp_path / model / "arms.csv")).endswith("–") != known
 
 
 def test_calls_of_a_probe_that_failed_count(at, tmp_path):
@@ -313,7 +321,7 @@ def test_dollars_are_unknown_where_an_answer_does_not_count_its_tokens(at, tmp_p
         result = collect.run(settings(seeds="0-2"), tmp_path)
     numbers = result.numbers
     assert (numbers["turns"], numbers["invalid"], numbers["usd"], numbers["answers_without_usage"]) == (12, 0, None, 2)
-    assert "dollars unknown (2 answers did not say" in run._spent(numbers)
+    assert "dollars unknown (2 answers did not say" in _spent(numbers)
     made = json.loads(manifest.write(tmp_path, result, settings(seeds="0-2")).read_text())
     assert made["usd"] is None and made["unpriced"] == [{"item": "gpt-4o-mini", "quantity": 2, "unit": "answers without usage"}]
     unknown = [row["usd"] for row in read_jsonl(tmp_path / "metrics.jsonl")].count(None)
@@ -335,7 +343,7 @@ def test_a_dated_name_is_billed_as_its_model(at, tmp_path):
         names = dict(model="gpt-4o-mini-2024-07-18", judge_model="openai/gpt-4o-mini-2024-07-18")
         result = play(settings(seeds="0", budget_usd=1.0, **JUDGED | names), tmp_path)
         assert result.numbers["usd"] == pytest.approx(6 * 0.0001422) and result.numbers["judged"] == 1
-        assert sum(Decimal(row["usd"]) for row in manifest.priced(result)[0]) == 6 * Decimal("0.0001422") and not manifest.priced(result)[1]
+        assert sum(Decimal(row["usd"]) for row in priced(result)[0]) == 6 * Decimal("0.0001422") and not priced(result)[1]
         with pytest.raises(InputError, match="no price for 'gpt-4o-2024-08-06/input'"):
             collect.run(settings(seeds="0", budget_usd=1.0, model="gpt-4o-2024-08-06"), tmp_path / "other")
     assert len(endpoint.bodies) == 6
@@ -356,14 +364,14 @@ def test_a_judges_answers_are_kept_whatever_happens_to_others(at, tmp_path, faul
         else:
             assert play(config, tmp_path).numbers["not_judged"] == 1
         asked, ill = len(of_judge(endpoint)), False
-        assert [len(session["scores"]) for session, _ in traces.read(tmp_path / "rollouts.db", frames=False)].count(1) == 5
+        assert [len(session["scores"]) for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)].count(1) == 5
         assert play(config, tmp_path).numbers["not_judged"] == 0 and len(of_judge(endpoint)) == asked + 1
         assert play(config, tmp_path).numbers["judged"] == 0 and len(of_judge(endpoint)) == asked + 1
 
 
 def test_a_judges_answers_outlive_the_process(at, tmp_path):
     config, full, gate = settings(seeds="0-5", concurrency=2, **JUDGED), threading.Event(), threading.Event()
-    script = f"from qwen_vl_kit import collect, config, judge; c = config.CollectConfig(**{config.model_dump()}); " \
+    script = f"from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; from qwen_vl_kit.learn import judge; c = config.CollectConfig(**{config.model_dump()}); " \
              f"judge.judged(collect.run(c, {str(tmp_path)!r}), c)"
 
     def judged(number):
@@ -432,7 +440,7 @@ def test_a_judge_without_a_price_is_told_before_anything_is_played(at, tmp_path,
 def test_a_stage_that_is_yet_to_come_lacks_a_price_before_the_first_one_runs(at, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_stage", lambda *_, **__: pytest.fail("a stage ran"))
     with pytest.raises(InputError, match="no price for 'mine/input'"):
-        run.run_all("configs/demo", str(tmp_path), overrides=['grpo.judge="remote"', 'grpo.judge_model="mine"', "grpo.budget_usd=1.0"])
+        run_all("configs/demo", str(tmp_path), overrides=['grpo.judge="remote"', 'grpo.judge_model="mine"', "grpo.budget_usd=1.0"])
 
 
 def test_a_judge_that_scored_nothing_has_not_done_its_work(at, tmp_path):
@@ -440,11 +448,11 @@ def test_a_judge_that_scored_nothing_has_not_done_its_work(at, tmp_path):
     config = settings(seeds="0-1", horizon="s2", **JUDGED)
     with Endpoint(both(lambda number: says("A fine game.") if ill else SCORE)) as endpoint:
         at(endpoint.url)
-        with pytest.raises(run.RunFailed, match="the judge has scored none of 2 episodes .*no score from 0 to 100 in the reply 'A fine game"):
-            run.run_stage("collect", config, out)
-        assert run.state("collect", config, out) == "torn"
+        with pytest.raises(RunFailed, match="the judge has scored none of 2 episodes .*no score from 0 to 100 in the reply 'A fine game"):
+            run_stage("collect", config, out)
+        assert state("collect", config, out) == "torn"
         played, ill = len(endpoint.bodies), False
-        assert run.run_stage("collect", config, out) and run.state("collect", config, out) == "done"
+        assert run_stage("collect", config, out) and state("collect", config, out) == "done"
         assert len(endpoint.bodies) == played + 2
     numbers = json.loads((out / "manifest.json").read_text())["numbers"]
     assert (numbers["judged"], numbers["calls"], numbers["usd"]) == (2, len(endpoint.bodies), None)
@@ -457,7 +465,7 @@ def test_a_judges_answers_count_when_there_is_no_room_to_keep_them(at, tmp_path)
         with pytest.raises(InputError, match="answers.jsonl: no space left on device"):
             play(settings(seeds="0-19", concurrency=2, **JUDGED), tmp_path)
         asked = len(of_judge(endpoint))
-        scored = [len(session["scores"]) for session, _ in traces.read(tmp_path / "rollouts.db", frames=False)].count(1)
+        scored = [len(session["scores"]) for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)].count(1)
         assert 1 <= scored == asked <= 3
         (tmp_path / "answers.jsonl").unlink()
         assert play(settings(seeds="0-19", **JUDGED), tmp_path).numbers["judged"] == 20 - scored and len(of_judge(endpoint)) == 20

@@ -7,12 +7,17 @@ import sys
 
 import pytest
 
-from qwen_vl_kit import benchmark, collect, export, models, show, traces
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, Protocol
 from qwen_vl_kit.core import InputError, digest, read_json, root
-from qwen_vl_kit.engines import HFEngine, Sampling
-from qwen_vl_kit.policies import EnginePolicy
-from qwen_vl_kit.rollout import rollout
+from qwen_vl_kit.engine.base import Sampling
+from qwen_vl_kit.engine.hf import HFEngine
+from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.play.policies import EnginePolicy
+from qwen_vl_kit.play.rollout import rollout
+from qwen_vl_kit.show import viewer
+from qwen_vl_kit.show.viewer import best_viewer
+from qwen_vl_kit.stages import benchmark, collect, export, report
+from qwen_vl_kit.store.traces import fingerprint
 
 SMALL = ["--set", 'collect.seeds="0-23"', "--set", 'collect.horizon="s20"', "--set", 'grpo.horizon="s20"',
          "--set", 'benchmark.horizon="s20"', "--set", "sft.max_steps=40", "--set", "sft.eval_steps=20",
@@ -100,7 +105,7 @@ def test_an_adapter_in_a_notebook_is_played_under_its_own_prompt_or_not_at_all(d
     for stage in ("sft", "grpo"):
         protocol = Protocol.from_adapter(out / stage)
         assert protocol == Protocol(**PLAY)
-        engine = HFEngine(models.load("tiny", adapter=out / stage / "adapter"))
+        engine = HFEngine(load_model("tiny", adapter=out / stage / "adapter"))
         player = EnginePolicy(engine, protocol, Sampling(max_new_tokens=16), "tiny")
         assert rollout(player, protocol, [1000000])[0].turns
         other = Protocol(**PLAY | {"progress": False})
@@ -114,10 +119,10 @@ def test_the_report_does_not_show_an_adapter_under_another_prompt(demo, tmp_path
     out, _ = demo
     for name in ("benchmark", "sft"):
         shutil.copytree(out / name, tmp_path / name)
-    assert show.trained(tmp_path)["prompt_hash"] and show.best_viewer(tmp_path)
+    assert report.trained(tmp_path)["prompt_hash"] and best_viewer(tmp_path)
     card = tmp_path / "sft" / "adapter" / "qvk.json"
     card.write_text(card.read_text().replace(read_json(card)["prompt_hash"], "0" * 64))
-    for draw in (show.trained, show.best_viewer, show.films):
+    for draw in (report.trained, best_viewer, viewer.films):
         with pytest.raises(InputError, match="arm sft was played with prompt .*; run the benchmark again"):
             draw(tmp_path)
 
@@ -131,8 +136,8 @@ def test_two_runs_give_the_same_traces_rows_and_table(demo, tmp_path):
                                  max_new_tokens=16)
         benchmark.run(config, run / "benchmark")
     one, two = tmp_path / "one", tmp_path / "two"
-    assert traces.fingerprint(one / "collect" / "rollouts.db") == traces.fingerprint(two / "collect" / "rollouts.db")
-    assert traces.fingerprint(one / "benchmark" / "rollouts.db") == traces.fingerprint(two / "benchmark" / "rollouts.db")
+    assert fingerprint(one / "collect" / "rollouts.db") == fingerprint(two / "collect" / "rollouts.db")
+    assert fingerprint(one / "benchmark" / "rollouts.db") == fingerprint(two / "benchmark" / "rollouts.db")
     for name in ("export/train.jsonl", "export/val.jsonl", "benchmark/episodes.csv"):
         assert digest(one / name) == digest(two / name)
     rows = [list(csv.DictReader(open(run / "benchmark" / "arms.csv"))) for run in (one, two)]
@@ -140,7 +145,7 @@ def test_two_runs_give_the_same_traces_rows_and_table(demo, tmp_path):
 
 
 def test_three_imported_functions_play_an_episode():
-    from qwen_vl_kit.policies import ExpertPolicy
+    from qwen_vl_kit.play.policies import ExpertPolicy
     protocol = Protocol()
     assert rollout(ExpertPolicy(protocol), protocol, [7])[0].achievements
 

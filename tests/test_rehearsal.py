@@ -43,8 +43,8 @@ def run(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(hub):
-    from qwen_vl_kit import models
-    return models.load(rehearsal.NAME)
+    from qwen_vl_kit.model.loading import load_model
+    return load_model(rehearsal.NAME)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,11 @@ def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
     import torch
     from PIL import Image
 
-    from qwen_vl_kit import models
+    from qwen_vl_kit.model import encode, packing
+    from qwen_vl_kit.model.encode import positions
 
     messages = rehearsal.prompt()
-    sample = models.encode(loaded.processor, messages)
+    sample = encode.encode(loaded.processor, messages)
     frame = Image.fromarray(sample.frames[0])
     bare = [{**message, "content": [part if part["type"] == "text" else {"type": "image", "image": frame} for part in message["content"]]
              if isinstance(message["content"], list) else message["content"]} for message in messages]
@@ -89,8 +90,8 @@ def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
     assert sample.input_ids.count(rehearsal.IDS["<|image_pad|>"]) == 81
     kinds = (theirs["input_ids"] == rehearsal.IDS["<|image_pad|>"]).int()
     places, _ = stock.model.get_rope_index(theirs["input_ids"], kinds, image_grid_thw=theirs["image_grid_thw"])
-    assert (models.positions(sample.input_ids, theirs["image_grid_thw"], loaded.processor)[1:] == places[:, 0].numpy()).all()
-    batch = models.pack([sample], loaded.processor, 8192, frames=True)
+    assert (positions(sample.input_ids, theirs["image_grid_thw"], loaded.processor)[1:] == places[:, 0].numpy()).all()
+    batch = packing.pack([sample], loaded.processor, 8192, frames=True)
     batch.pop("where"), batch.pop("labels")
     with torch.no_grad():
         ours = loaded.model(**batch).logits
@@ -99,11 +100,12 @@ def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
 
 
 def test_a_reply_ends_with_each_of_the_models_end_tokens(loaded):
-    from qwen_vl_kit import engines
+    from qwen_vl_kit.engine.base import Request, Sampling
+    from qwen_vl_kit.engine.hf import HFEngine
 
     assert loaded.end_ids == (rehearsal.IDS["<|endoftext|>"], rehearsal.IDS["<|im_end|>"])
-    engine = engines.HFEngine(loaded)
-    request, sampling = engines.Request(rehearsal.prompt(), (0,)), engines.Sampling(1.0, 6)
+    engine = HFEngine(loaded)
+    request, sampling = Request(rehearsal.prompt(), (0,)), Sampling(1.0, 6)
     [whole] = engine.generate([request], sampling)
     assert (whole.finish_reason, len(whole.token_ids)) == ("length", 6)
     engine.end_ids = (whole.token_ids[4], whole.token_ids[2])  # a random model says neither by itself
@@ -116,12 +118,15 @@ def test_the_adapter_is_plain_peft(run, stock):
     import torch
     from peft import PeftModel
 
-    from qwen_vl_kit import engines, models
+    from qwen_vl_kit.engine.base import Request, Sampling
+    from qwen_vl_kit.engine.hf import HFEngine
+    from qwen_vl_kit.model import encode
+    from qwen_vl_kit.model.loading import load_model
 
     folder = run / "grpo" / "adapter"
-    engine = engines.HFEngine(models.load(rehearsal.NAME))
-    [played] = engine.generate([engines.Request(rehearsal.prompt(), (0,))], engines.Sampling(1.0, 6), engine.set_policy(1, folder))
-    sample = models.encode(engine.processor, rehearsal.prompt())
+    engine = HFEngine(load_model(rehearsal.NAME))
+    [played] = engine.generate([Request(rehearsal.prompt(), (0,))], Sampling(1.0, 6), engine.set_policy(1, folder))
+    sample = encode.encode(engine.processor, rehearsal.prompt())
     images = engine.processor.image_processor(sample.frames, return_tensors="pt")
     ids = torch.tensor([sample.input_ids + played.token_ids])
     tuned = PeftModel.from_pretrained(stock, folder).eval()
@@ -143,17 +148,18 @@ def test_an_adapter_names_its_base_as_the_hub_does(hub, run):
 
 
 def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(hub, run, tmp_path):
-    from qwen_vl_kit import models
+    from qwen_vl_kit.model.adapters import same_base
+    from qwen_vl_kit.model.loading import without_weights
 
     snapshot = hub / f"models--{rehearsal.NAME.replace('/', '--')}" / "snapshots" / rehearsal.COMMIT
     (tmp_path / "link").symlink_to(snapshot)
     copied = shutil.copytree(snapshot, tmp_path / "copied")
     revisions = [(rehearsal.NAME, revision) for revision in ("", "main", rehearsal.COMMIT, rehearsal.COMMIT[:7])]
-    found = [models.without_weights(*how)[0] for how in (*revisions, (str(snapshot),), (str(tmp_path / "link"),), (str(copied),))]
+    found = [without_weights(*how)[0] for how in (*revisions, (str(snapshot),), (str(tmp_path / "link"),), (str(copied),))]
     assert [one.weights for one in found[:-1]] == [rehearsal.COMMIT] * 6
     assert len({one.digest for one in found}) == 1 and found[-1].weights == found[0].digest
     for one in found:  # an adapter that was trained by the name fits each of them
-        assert models.same_base(one, run / "sft" / "adapter")["base"] == rehearsal.NAME
+        assert same_base(one, run / "sft" / "adapter")["base"] == rehearsal.NAME
 
 
 @pytest.mark.parametrize("form", ["tool", "plain"])
@@ -161,12 +167,12 @@ def test_other_forms_of_reply_and_several_actions_a_turn(hub, tmp_path, form):
     "t50's plans, as a tool's call or bare, with the base's weights in 4 bits: collect, export, sft, grpo, benchmark."
     import importlib
 
-    from qwen_vl_kit import config
+    from qwen_vl_kit.runner.configs import load_config
 
     values = SMALL | {"horizon": "t3", "collect.seeds": "0-2", "sft.max_steps": 1, "form": form, "sft.variety": "qlora", "grpo.max_new_tokens": 8,
                       "benchmark.max_new_tokens": 8, "benchmark.seeds": "1000000", "benchmark.arms": ["base", "sft"]}
     for stage in ("collect", "export", "sft", "grpo", "benchmark"):
-        result = importlib.import_module(f"qwen_vl_kit.{stage}").run(config.load("configs/h200", stage, values), tmp_path / stage)
+        result = importlib.import_module(f"qwen_vl_kit.{stage}").run(load_config("configs/h200", stage, values), tmp_path / stage)
     assert any(line.startswith("sft: it was trained on a base in 4 bits, and is put on one in 16") for line in result.numbers["notices"])
     rows = list(read_jsonl(tmp_path / "benchmark" / "metrics.jsonl"))
     assert [row["arm"] for row in rows] == ["base", "sft"] and (tmp_path / "grpo" / "adapter" / "qvk.json").is_file()

@@ -12,9 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl_kit import collect, costs, engines, models, traces, turns
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import read_jsonl
+from qwen_vl_kit.engine.base import Request, Sampling
+from qwen_vl_kit.engine.hf import HFEngine
+from qwen_vl_kit.engine.server import ServerEngine
+from qwen_vl_kit.model import encode
+from qwen_vl_kit.model.loading import load_model, save_model
+from qwen_vl_kit.protocol import turns
+from qwen_vl_kit.stages import collect
+from qwen_vl_kit.store.ledger import Ledger
+from qwen_vl_kit.store.traces import load_episodes
 
 # transformers wants torchvision for the video half of the processor only. Where it is missing, that half is left out; the rest is stock.
 START = "" if find_spec("torchvision") else """
@@ -84,8 +92,8 @@ class Server:
 
 def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
     "Its count of each prompt's tokens is the kit's, its greedy replies are the kit's, and the bill is usage times price."
-    base = models.load("tiny")
-    folder = models.save_model(base.model, base.processor, tmp_path / "model")
+    base = load_model("tiny")
+    folder = save_model(base.model, base.processor, tmp_path / "model")
     (tmp_path / "settings.ini").write_text("[qvk]\nprices = prices.toml\n")
     (tmp_path / "prices.toml").write_text(PRICES.format(model=folder))
     config = CollectConfig(teacher="model", engine="server", model=str(folder), seeds="0-2", horizon="s3", render_size=144, prompt="brief",
@@ -96,20 +104,20 @@ def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
     with Server(folder, tmp_path / "server.log") as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         first = collect.run(config, tmp_path / "collect")
-        engine = engines.ServerEngine(str(folder), 1)
-        asked = turns.messages(config, [next(traces.load(tmp_path / "collect" / "rollouts.db")).turns[0].frame], [])
-        warm = engine.generate([engines.Request(asked, (n,)) for n in range(6)], engines.Sampling(1.5, 8))
+        engine = ServerEngine(str(folder), 1)
+        asked = turns.messages(config, [next(load_episodes(tmp_path / "collect" / "rollouts.db")).turns[0].frame], [])
+        warm = engine.generate([Request(asked, (n,)) for n in range(6)], Sampling(1.5, 8))
         engine.close()
     assert (first.numbers["episodes"], first.numbers["turns"], first.numbers["calls"]) == (3, 9, 10)  # and one call to probe
     assert len({output.text for output in warm}) > 1  # a temperature is heeded
 
-    kit, counts = engines.HFEngine(models.load(str(folder))), []
-    for episode in traces.load(tmp_path / "collect" / "rollouts.db"):
+    kit, counts = HFEngine(load_model(str(folder))), []
+    for episode in load_episodes(tmp_path / "collect" / "rollouts.db"):
         assert len(episode.turns) == 3
         for number, turn in enumerate(episode.turns):
             prompt = turns.prompt(config, episode.turns[:number], turn.frame)
-            counts.append(len(models.encode(base.processor, prompt).input_ids))
-            [reply] = kit.generate([engines.Request(prompt, (0,))], engines.Sampling(0.0, 8))
+            counts.append(len(encode.encode(base.processor, prompt).input_ids))
+            [reply] = kit.generate([Request(prompt, (0,))], Sampling(0.0, 8))
             assert (turn.decision.usage["prompt_tokens"], turn.decision.text) == (counts[-1], reply.text)
             assert turn.decision.usage["completion_tokens"] == len(reply.token_ids)
             assert turn.decision.valid or turn.decision.actions == ["noop"]
@@ -118,7 +126,7 @@ def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
     calls = [row for row in read_jsonl(tmp_path / "collect" / "calls.jsonl") if "prompt_tokens" in row]
     tokens = [sum(row[kind] for row in calls) for kind in ("prompt_tokens", "completion_tokens")]
     assert len(calls) == 10 and tokens == [row["quantity"] for row in first.usage]
-    ledger = costs.Ledger()
+    ledger = Ledger()
     ledger.extend("collect", first.usage)
     assert ledger.total() == Decimal("0.31e-6") * tokens[0] + Decimal("1.7e-6") * tokens[1] > 0
     assert first.numbers["usd"] == pytest.approx(float(ledger.total()), abs=1e-6)

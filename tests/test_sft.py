@@ -14,10 +14,18 @@ import psutil
 import pytest
 from runs import alike, lora, told
 
-from qwen_vl_kit import benchmark, collect, export, models, sft, traces
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
 from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
-from qwen_vl_kit.turns import data_url
+from qwen_vl_kit.learn import training
+from qwen_vl_kit.learn.batches import Rows
+from qwen_vl_kit.learn.training import TRACKERS, devices, sharding
+from qwen_vl_kit.model import loading
+from qwen_vl_kit.model.adapters import lora_config
+from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.protocol.turns import data_url
+from qwen_vl_kit.stages import benchmark, collect, export, sft
+from qwen_vl_kit.stages.sft import arguments, rows_of
+from qwen_vl_kit.store import traces
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s12")
 FAST = dict(model="random:tiny", sequence_length=128, bf16=False, threads=1, batch_size=8, max_steps=6, eval_steps=2, eval_rows=8)
@@ -35,7 +43,8 @@ def rows(tmp_path_factory):
 def test_killed_and_resumed_it_learns_the_same(rows, tmp_path):
     config = SFTConfig(**FAST, **rows)
     whole = sft.run(config, tmp_path / "whole")
-    program = f"from qwen_vl_kit import sft, config\nsft.run(config.SFTConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
+    program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.stages import sft\n" \
+        f"sft.run(config.SFTConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=root(), stderr=subprocess.DEVNULL)
     metrics, limit = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 100
     while time.monotonic() < limit and process.poll() is None and not (metrics.is_file() and '"step":3' in metrics.read_text()):
@@ -54,12 +63,12 @@ def test_killed_and_resumed_it_learns_the_same(rows, tmp_path):
 
 def test_validation_rows_are_those_beside_the_training_rows(rows, tmp_path):
     for settings in (rows | {"val": ""}, rows):
-        train, val = sft.rows_of(SFTConfig(**settings), tmp_path / "sft")
+        train, val = rows_of(SFTConfig(**settings), tmp_path / "sft")
         assert (str(train.path), str(val.path)) == (rows["train"], rows["val"])
     (tmp_path / "train.jsonl").write_text("\ufeff" + Path(rows["train"]).read_text(), encoding="utf-8")  # a mark, as some editors leave one
-    assert len(sft.Rows(tmp_path / "train.jsonl").rows) == len(sft.Rows(rows["train"]).rows)
+    assert len(Rows(tmp_path / "train.jsonl").rows) == len(Rows(rows["train"]).rows)
     with pytest.raises(InputError, match=f"{tmp_path}/val.jsonl: no such file"):
-        sft.rows_of(SFTConfig(train=str(tmp_path / "train.jsonl")), Path(rows["train"]).parents[1] / "sft")
+        rows_of(SFTConfig(train=str(tmp_path / "train.jsonl")), Path(rows["train"]).parents[1] / "sft")
 
 
 def test_checkpoints_of_other_rows_are_not_gone_on_with(rows, tmp_path):
@@ -108,8 +117,8 @@ def test_with_deepspeed_two_processes_learn_what_one_does(rows, tmp_path, stage)
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_starts(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "find_spec", lambda name: None)
-    monkeypatch.setattr(sft, "gpus", lambda: 0)
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "gpus", lambda: 0)
     for values, expected in (({"deepspeed_stage": 3}, "DeepSpeed, which is not installed; make gpu"), ({"fsdp": True}, "this machine has none"),
                              ({"report_to": "wandb"}, "the package wandb, which is not installed; pip install wandb")):
         with pytest.raises(InputError, match=expected) as caught:
@@ -124,13 +133,13 @@ def test_fsdp_divides_the_layers(monkeypatch, tmp_path):
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
     from peft import get_peft_model
 
-    monkeypatch.setattr(sft, "gpus", lambda: 2)
+    monkeypatch.setattr(training, "gpus", lambda: 2)
     config = SFTConfig(**FAST | {"fsdp": True, "processes": 2})
-    assert sft.devices(config) == (2, [])
-    args = trl.SFTConfig(**sft.arguments(config, tmp_path, 5), **sft.sharding(config, 2))
+    assert devices(config) == (2, [])
+    args = trl.SFTConfig(**arguments(config, tmp_path, 5), **sharding(config, 2))
     plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.state_dict_type.name == "FULL_STATE_DICT"
-    model = get_peft_model(models.load("random:tiny").model, models.lora_config(4, 8))
+    model = get_peft_model(load_model("random:tiny").model, lora_config(4, 8))
     plugin.set_auto_wrap_policy(model)
     wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
     names = [type(module).__name__ for module in model.modules() if wraps(module)]
@@ -145,11 +154,12 @@ def test_checkpoints_of_another_division_are_refused(rows, tmp_path):
     assert sorted(str(path) for path in done.out.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", list(sft.TRACKERS))
+@pytest.mark.parametrize("name", list(TRACKERS))
 def test_a_tracker_gets_the_figures(rows, tmp_path, name):
     pytest.importorskip(name)
     out, config = tmp_path / "here" / "sft", SFTConfig(**FAST | {"max_steps": 2, "report_to": name}, **rows)
-    program = f"from qwen_vl_kit import sft, config\nsft.run(config.SFTConfig(**{config.model_dump()!r}), {str(out)!r})"
+    program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.stages import sft\n" \
+        f"sft.run(config.SFTConfig(**{config.model_dump()!r}), {str(out)!r})"
     (tmp_path / "here").mkdir()
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(out / "tracker"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "here", check=True, capture_output=True, env=os.environ | environment)
@@ -167,12 +177,12 @@ def test_accumulated_batches_are_one_batch(rows, tmp_path):
 
 
 def test_turns_of_an_episode_are_one_conversation(rows, tmp_path):
-    processor = models.load("random:tiny").processor
+    processor = load_model("random:tiny").processor
     for window, length, counts in ((3, 512, {3}), (0, 2048, {12}), (0, 512, {4})):  # 12 turns of about 115 tokens
-        found = [[m["role"] for m in row["messages"]].count("assistant") for row in sft.Rows(rows["train"]).join(processor, length, window).rows]
-        assert sum(found) == len(sft.Rows(rows["train"]).rows) and max(found) in counts, found
+        found = [[m["role"] for m in row["messages"]].count("assistant") for row in Rows(rows["train"]).join(processor, length, window).rows]
+        assert sum(found) == len(Rows(rows["train"]).rows) and max(found) in counts, found
     result = sft.run(SFTConfig(**FAST | {"window": 3, "sequence_length": 1024, "batch_size": 4}, **rows), tmp_path / "sft")
-    assert result.numbers["rows"] == len(sft.Rows(rows["train"]).rows) and 0 <= result.numbers["val_action_accuracy"] <= 1
+    assert result.numbers["rows"] == len(Rows(rows["train"]).rows) and 0 <= result.numbers["val_action_accuracy"] <= 1
 
 
 def test_a_row_that_does_not_fit_is_told_before_the_model_is_loaded(rows, tmp_path, monkeypatch):
@@ -180,7 +190,7 @@ def test_a_row_that_does_not_fit_is_told_before_the_model_is_loaded(rows, tmp_pa
     lines[6] = lines[6].replace("->", "tree " * 100 + "->")
     long = tmp_path / "train.jsonl"
     long.write_text("\n\n".join(lines))
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(loading, "load_model", None)
     with pytest.raises(InputError, match=r"train.jsonl:13: a row of \d+ tokens does not fit a sequence of 128; raise sequence_length"):
         sft.run(SFTConfig(**FAST, **rows | {"train": str(long)}), tmp_path / "sft")
     assert not (tmp_path / "sft").exists()
@@ -203,7 +213,7 @@ def test_rows_of_other_makers_are_trained_on(rows, tmp_path):
 
 
 def test_an_error_in_one_of_several_processes_is_told(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft.Rows, "check_lengths", lambda *_: None)  # which would tell it here
+    monkeypatch.setattr(Rows, "check_lengths", lambda *_: None)  # which would tell it here
     config = SFTConfig(**FAST | {"processes": 2, "sequence_length": 64, "batch_size": 4}, **rows)
     with pytest.raises(InputError, match="does not fit a sequence of 64; raise sequence_length"):
         sft.run(config, tmp_path / "two")
@@ -214,18 +224,18 @@ def test_whole_weights_are_trained_and_played(rows, tmp_path):
 
     result = sft.run(SFTConfig(**FAST | {"variety": "full", "learning_rate": 1e-3}, **rows), tmp_path / "sft")
     assert result.numbers["parameters"]["trained"] == result.numbers["parameters"]["total"]
-    base, trained = models.load("random:tiny"), models.load("random:tiny", adapter=tmp_path / "sft" / "adapter")
+    base, trained = load_model("random:tiny"), load_model("random:tiny", adapter=tmp_path / "sft" / "adapter")
     pairs = zip(base.model.parameters(), trained.model.parameters())
     assert all(not a.equal(b) for a, b in pairs if a.ndim > 1)
     with pytest.raises(InputError, match="whole weights"):
-        models.load("random:tiny", adapter=tmp_path / "sft" / "adapter", trainable=True)
+        load_model("random:tiny", adapter=tmp_path / "sft" / "adapter", trainable=True)
     played = benchmark.run(BenchmarkConfig(**PLAY, model="random:tiny", arms=["sft"], seeds="1000000-1000001", bf16=False), tmp_path / "benchmark")
     assert played.numbers
     weights = tmp_path / "sft" / "adapter" / "model.safetensors"
     held = load_file(weights)
     save_file({name: weight for name, weight in held.items() if "layers.1.mlp" not in name}, weights, {"format": "pt"})
     with pytest.raises(InputError, match=r"3 missing \(.*layers\.1\.mlp"):
-        models.load("random:tiny", adapter=tmp_path / "sft" / "adapter")
+        load_model("random:tiny", adapter=tmp_path / "sft" / "adapter")
 
 
 def test_a_student_plays_and_the_expert_says_what_it_would_do(rows, tmp_path):

@@ -7,12 +7,26 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qwen_vl_kit import config
+from qwen_vl_kit.config import STAGES
 from qwen_vl_kit.core import root
 
 NOTEBOOKS = root() / "nbs"
 HANDS_OVER = {("run", "perf")}  # `qvk perf` is perf's own command; nothing of perf is used
-ROOMS = {path.stem.split("_", 1)[1]: place for place, path in enumerate(sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb")))}
+FLOORS = ["core", "config", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner", "run", "cli", "perf"]
+
+
+def default_exp(path: Path) -> str:
+    "The module that a library notebook exports to, dotted below the package; empty if it exports none."
+    found = re.search(r"#\| default_exp ([\w.]+)", "\n".join(cell.source for cell in code(path)))
+    return found[1] if found else ""
+
+
+def library() -> dict[str, Path]:
+    "Every room and its notebook, from the ground up: floors in the order of `FLOORS`, the rooms of a floor in the order of their numbers."
+    paths = [path for path in NOTEBOOKS.rglob("[0-9][0-9]*_*.ipynb") if ".ipynb_checkpoints" not in path.parts]
+    rooms = [(room, path) for path in paths if (room := default_exp(path))]
+    return dict(sorted(rooms, key=lambda pair: (FLOORS.index(pair[0].split(".")[0]), pair[1].name)))
+
 
 
 def code(path: Path) -> list:
@@ -21,22 +35,22 @@ def code(path: Path) -> list:
 
 
 def test_there_is_one_stage_notebook_a_stage():
-    assert sorted(path.stem for path in (NOTEBOOKS / "stages").glob("*.ipynb")) == \
-        sorted(f"{number}_{stage}" for number, stage in enumerate(config.STAGES, 1))
+    assert sorted(path.stem for path in (NOTEBOOKS / "forms").glob("*.ipynb")) == \
+        sorted(f"{number}_{stage}" for number, stage in enumerate(STAGES, 1))
 
 
-@pytest.mark.parametrize("number, stage", list(enumerate(config.STAGES, 1)))
+@pytest.mark.parametrize("number, stage", list(enumerate(STAGES, 1)))
 def test_parameters_are_the_fields_and_defaults_of_the_config(number, stage):
-    [cell] = [cell for cell in code(NOTEBOOKS / "stages" / f"{number}_{stage}.ipynb") if "parameters" in cell.metadata.get("tags", [])]
+    [cell] = [cell for cell in code(NOTEBOOKS / "forms" / f"{number}_{stage}.ipynb") if "parameters" in cell.metadata.get("tags", [])]
     assert cell.source.splitlines()[0] == 'out = ""'
     values = {}
     exec(cell.source, values)
-    fields = {name: field.default for name, field in config.STAGES[stage].model_fields.items()}
+    fields = {name: field.default for name, field in STAGES[stage].model_fields.items()}
     found = {name: value for name, value in values.items() if name != "__builtins__"}
     assert list(found.items()) == list({"out": "", **fields}.items())
 
 
-@pytest.mark.parametrize("path", sorted((NOTEBOOKS / "stages").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((NOTEBOOKS / "forms").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_stage_notebooks_define_and_export_nothing(path):
     for cell in code(path):
         assert "#| export" not in cell.source and "default_exp" not in cell.source
@@ -44,23 +58,28 @@ def test_stage_notebooks_define_and_export_nothing(path):
         assert not defined, ast.unparse(defined[0])
 
 
+ROOMS = library()
+RANKS = {room: rank for rank, room in enumerate(ROOMS)}
+
+
 def test_every_room_has_one_module_and_every_module_one_room():
-    named = [re.search(r"#\| default_exp (\w+)", "\n".join(cell.source for cell in code(path)))[1]
-             for path in sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb"))]
-    assert named == list(ROOMS)
-    modules = {path.stem for path in (root() / "qwen_vl_kit").glob("*.py")} - {"__init__", "_modidx"}
-    assert modules == set(named)
+    package = root() / "qwen_vl_kit"
+    modules = {".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py")}
+    assert {module for module in modules if module.split(".")[-1] not in ("__init__", "_modidx")} == set(ROOMS)
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_from_below(room):
-    tree = ast.parse((root() / "qwen_vl_kit" / f"{room}.py").read_text())
+    tree = ast.parse((root() / "qwen_vl_kit" / f"{room.replace('.', '/')}.py").read_text())
+    floor = room.split(".")[:-1]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith("qwen_vl_kit")):
-            module = (node.module or "").removeprefix("qwen_vl_kit").lstrip(".")
-            for imported in [module] if module else [alias.name for alias in node.names]:
-                if (room, imported) not in HANDS_OVER:
-                    assert imported in ROOMS and ROOMS[imported] < ROOMS[room], f"{room} imports {imported}"
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("qwen_vl_kit")):
+            continue
+        base = floor[:len(floor) + 1 - node.level] if node.level else []
+        module = ".".join([*base, *(node.module or "").removeprefix("qwen_vl_kit").strip(".").split(".")]).strip(".")
+        for imported in [module] if module in RANKS else [f"{module}.{alias.name}".strip(".") for alias in node.names]:
+            if (room, imported) not in HANDS_OVER:
+                assert imported in RANKS and RANKS[imported] < RANKS[room], f"{room} imports {imported}"
 
 
 def test_importing_the_package_and_the_command_loads_nothing_heavy():

@@ -14,12 +14,22 @@ from email.utils import formatdate
 import pytest
 from servers import Endpoint, calls, images, refuses, says
 
-from qwen_vl_kit import collect, judge, manifest, run, traces, turns
+from qwen_vl_kit import run
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
-from qwen_vl_kit.costs import BOOK, Ledger
-from qwen_vl_kit.env import World, decode_png
-from qwen_vl_kit.rollout import LostEpisodes
+from qwen_vl_kit.game.images import decode_png
+from qwen_vl_kit.game.world import World
+from qwen_vl_kit.learn.judge import judge_stores
+from qwen_vl_kit.play.rollout import LostEpisodes
+from qwen_vl_kit.protocol.turns import data_url
+from qwen_vl_kit.run import check_access
+from qwen_vl_kit.stages import collect
+from qwen_vl_kit.stages.collect import check_store
+from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.ledger import Ledger
+from qwen_vl_kit.store.manifest import config_hash, priced
+from qwen_vl_kit.store.prices import BOOK
+from qwen_vl_kit.store.traces import load_episodes, read_sessions
 
 QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.run import main; sys.exit(main())"]
 PLAY = dict(prompt="brief", render_size=64, horizon="s4", teacher="model", engine="server", model="gpt-4o-mini", noise=0.0, concurrency=4)
@@ -42,7 +52,7 @@ def settings(**changes):
 
 def first_frame(seed, size=64):
     "How a request shows the first frame of a seed."
-    return turns.data_url(World(size=size).reset(seed).frame)
+    return data_url(World(size=size).reset(seed).frame)
 
 
 def qvk(*args, environment=None, timeout=120):
@@ -54,12 +64,14 @@ def qvk(*args, environment=None, timeout=120):
 
 def test_a_teacher_of_real_tokens_and_the_bill_agrees_with_the_server(at, tmp_path):
     "Behind the endpoint is the kit's own tiny model: it decodes the images it is sent and counts real tokens."
-    from qwen_vl_kit import engines, models
-    engine, lock = engines.HFEngine(models.load("tiny")), threading.Lock()
+    from qwen_vl_kit.engine.base import Request, Sampling
+    from qwen_vl_kit.engine.hf import HFEngine
+    from qwen_vl_kit.model.loading import load_model
+    engine, lock = HFEngine(load_model("tiny")), threading.Lock()
 
     def play(number, body):
         with lock:
-            [output] = engine.generate([engines.Request(body["messages"], (body["seed"],))], engines.Sampling(0.6, body["max_tokens"]))
+            [output] = engine.generate([Request(body["messages"], (body["seed"],))], Sampling(0.6, body["max_tokens"]))
         return says(output.text, prompt=len(output.prompt_ids), completion=len(output.token_ids))
 
     with Endpoint(play) as endpoint:
@@ -70,12 +82,12 @@ def test_a_teacher_of_real_tokens_and_the_bill_agrees_with_the_server(at, tmp_pa
     assert [row["quantity"] for row in result.usage] == endpoint.tokens
     ledger = Ledger(book=BOOK)
     assert ledger.extend("collect", result.usage) == Decimal("0.15e-6") * endpoint.tokens[0] + Decimal("0.6e-6") * endpoint.tokens[1]
-    stored = list(traces.load(tmp_path / "rollouts.db"))
+    stored = list(load_episodes(tmp_path / "rollouts.db"))
     for body in endpoint.bodies:
         [image] = images(body)
         assert image["detail"] == "low"
     sent = {image["url"] for body in endpoint.bodies for image in images(body)}
-    assert {turns.data_url(turn.frame) for episode in stored for turn in episode.turns} == sent  # what was stored is what was shown
+    assert {data_url(turn.frame) for episode in stored for turn in episode.turns} == sent  # what was stored is what was shown
     assert decode_png(base64.b64decode(next(iter(sent)).partition(",")[2])).shape == (144, 144, 3)
     table = traces.turns(tmp_path / "rollouts.db")
     probe = next(read_jsonl(tmp_path / "calls.jsonl"))
@@ -117,7 +129,7 @@ def test_replies_without_an_action_are_asked_again_and_then_marked(at, tmp_path)
     with Endpoint(lambda number, body: said.get(number, calls())) as endpoint:
         at(endpoint.url)
         result = collect.run(settings(seeds="3", form="tool", asks=2, horizon="t4", observe="both"), tmp_path)
-    [episode] = traces.load(tmp_path / "rollouts.db")
+    [episode] = load_episodes(tmp_path / "rollouts.db")
     valid = [turn.decision.valid for turn in episode.turns]
     assert valid == [True, False, True, True] and episode.turns[1].decision.actions == episode.turns[1].executed == ["noop"]
     assert (result.numbers["invalid"], result.numbers["asked_again"]) == (1, 5)
@@ -155,7 +167,7 @@ def test_what_a_model_refuses_is_learned_once(at, tmp_path):
         collect.run(settings(seeds="0-3", retries=0), tmp_path)
     assert endpoint.statuses.count(400) == 2 and endpoint.statuses.count(200) == 17
     assert endpoint.bodies[-1]["max_completion_tokens"] == 64
-    [(session, _)] = list(traces.read(tmp_path / "rollouts.db", frames=False))[:1]
+    [(session, _)] = list(read_sessions(tmp_path / "rollouts.db", frames=False))[:1]
     assert session
 
 
@@ -209,7 +221,7 @@ def test_the_run_stops_before_its_budget_is_passed(at, tmp_path, budget, most):
         assert len(endpoint.bodies) <= (config.budget_calls or 99) and spent <= Decimal(str(config.budget_usd or 1))
         assert len(traces.episodes(tmp_path / "rollouts.db")) == most if most else True
         more = settings(seeds="0-9", budget_usd=1.0)
-        assert manifest.config_hash(more) == manifest.config_hash(config)  # the same collection, so `qvk` goes on with it
+        assert config_hash(more) == config_hash(config)  # the same collection, so `qvk` goes on with it
         result = collect.run(more, tmp_path)
     assert result.numbers["episodes"] == 10 and [row["quantity"] for row in result.usage] == endpoint.tokens
 
@@ -229,9 +241,9 @@ def test_a_budget_in_dollars_needs_a_price(at, tmp_path):
 
 def test_a_model_without_a_price_is_told_before_it_plays(at, capsys):
     at("http://127.0.0.1:1/v1")
-    run.check_access(settings(model="my-model"))
+    check_access(settings(model="my-model"))
     assert capsys.readouterr().err.startswith("note: no price for 'my-model'")
-    run.check_access(settings())
+    check_access(settings())
     assert not capsys.readouterr().err
 
 
@@ -262,7 +274,7 @@ def test_a_store_that_is_gone_is_not_bought_again_unasked(at, tmp_path):
         assert len(endpoint.bodies) == asked and not (tmp_path / "rollouts.db").exists()
         for left in ("", '{"step":1,"se'):  # of the first line, when it was killed just then
             (tmp_path / "metrics.jsonl").write_text(left)
-            collect.check_store(tmp_path)
+            check_store(tmp_path)
         result = collect.run(settings(seeds="0-1"), tmp_path)
     assert result.numbers["episodes"] == 2 and result.numbers["calls"] == len(endpoint.bodies) == 2 * asked  # what was spent stays on the bill
 
@@ -299,7 +311,7 @@ def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
     assert calls == 9 + 5 and {row["unit"]: row["quantity"] for row in result.usage} == {
         "prompt_tokens": 2000 * calls - 7 * 1024, "cached_tokens": 7 * 1024, "completion_tokens": 12 * calls}
     assert Ledger(book=BOOK).extend("collect", first.usage) == exact(9) and Ledger(book=BOOK).extend("collect", result.usage) == exact(calls)
-    assert sum(Decimal(row["usd"]) for row in manifest.priced(result)[0]) == exact(calls) == Decimal(str(result.numbers["usd"]))
+    assert sum(Decimal(row["usd"]) for row in priced(result)[0]) == exact(calls) == Decimal(str(result.numbers["usd"]))
     assert first.numbers["estimated_usd"] == float(8 * (2000 * Decimal("0.15") + 12 * Decimal("0.6")) / 10**6)  # at most: nothing in the cache
     table = traces.turns(tmp_path / "rollouts.db")
     assert table.cached_tokens.sum() == result.numbers["stored_cached_tokens"] == 6 * 1024
@@ -310,13 +322,16 @@ def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
 
 
 def test_a_call_that_found_no_server_is_not_in_doubt(at):
-    from qwen_vl_kit import costs, engines
-    meter = costs.Meter(image=2833)
+    from qwen_vl_kit.engine.base import Request, Sampling
+    from qwen_vl_kit.engine.replies import CallFailed
+    from qwen_vl_kit.engine.server import ServerEngine
+    from qwen_vl_kit.store.meter import Meter
+    meter = Meter(image=2833)
     at("http://127.0.0.1:1/v1")
-    engine = engines.ServerEngine("gpt-4o-mini", 1, retries=0, meter=meter)
+    engine = ServerEngine("gpt-4o-mini", 1, retries=0, meter=meter)
     engine.endpoint.reached = True  # the server has answered before, and is gone
-    with pytest.raises(engines.CallFailed, match="the connection broke"):
-        engine.generate([engines.Request([{"role": "user", "content": "x"}])], engines.Sampling())
+    with pytest.raises(CallFailed, match="the connection broke"):
+        engine.generate([Request([{"role": "user", "content": "x"}])], Sampling())
     engine.close()
     assert (meter.failed, meter.doubtful) == (1, 0)
 
@@ -338,15 +353,15 @@ def test_a_remote_judge_stands_on_the_same_bill_and_answers_once(at, tmp_path):
     config = settings(seeds="0-1", judge="remote", judge_model="judge-1")
     with Endpoint(play) as endpoint:
         at(endpoint.url)
-        result = judge.judged(collect.run(config, tmp_path), config)
+        result = judge_stores(collect.run(config, tmp_path), config)
         assert {row["item"]: row["quantity"] for row in result.usage if row["unit"] == "prompt_tokens"} == {"gpt-4o-mini": 8100, "judge-1": 500}
         # both episodes read alike, so they are asked about once
-        assert [session["scores"] for session, _ in traces.read(tmp_path / "rollouts.db", frames=False)] == [{"judge-1": 0.4}] * 2
+        assert [session["scores"] for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)] == [{"judge-1": 0.4}] * 2
         asked = len(endpoint.bodies)
-        again = judge.judged(collect.run(config, tmp_path), config)
+        again = judge_stores(collect.run(config, tmp_path), config)
     assert len(endpoint.bodies) == asked and again.usage == result.usage
     rubric = settings(seeds="0-1", judge="rubric")
-    assert judge.judged(result, rubric).numbers["judged"] == 2
+    assert judge_stores(result, rubric).numbers["judged"] == 2
 
 
 def test_a_collection_that_is_killed_goes_on_and_the_books_still_agree(at, tmp_path):
@@ -361,7 +376,7 @@ def test_a_collection_that_is_killed_goes_on_and_the_books_still_agree(at, tmp_p
         return says()
 
     config = settings(seeds="0-11")
-    script = f"from qwen_vl_kit import collect, config; collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})"
+    script = f"from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})"
     with Endpoint(play) as endpoint:
         at(endpoint.url)
         process = subprocess.Popen([sys.executable, "-c", script], cwd=root())
@@ -413,8 +428,9 @@ OPENAI_HEADERS='{{"X-Team": "secret-team"}}'
 
 
 def test_the_seeds_line_obeys_max_turns():
-    from qwen_vl_kit import config
-    assert config.horizon(config.load(EVAL, "collect").horizon).turns == 50
+    from qwen_vl_kit.config import horizon
+    from qwen_vl_kit.runner.configs import load_config
+    assert horizon(load_config(EVAL, "collect").horizon).turns == 50
 
 
 @pytest.mark.parametrize("words, environment, expected", [

@@ -15,12 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_vl_kit import export, traces
 from qwen_vl_kit.config import ExportConfig, Protocol
 from qwen_vl_kit.core import InputError, read_json, read_jsonl
-from qwen_vl_kit.env import Png, decode_png
-from qwen_vl_kit.episodes import Decision, Episode, Turn
-from qwen_vl_kit.models import decode_url
+from qwen_vl_kit.foreign.synth import import_synth, timestamp
+from qwen_vl_kit.game import images
+from qwen_vl_kit.game.images import Png, decode_png, frame_hash, png
+from qwen_vl_kit.model.encode import decode_url
+from qwen_vl_kit.protocol.episodes import Decision, Episode, Turn
+from qwen_vl_kit.stages import export
+from qwen_vl_kit.store import provenance, traces
+from qwen_vl_kit.store.rows import read_rows
+from qwen_vl_kit.store.schema import _MIGRATIONS, _VIEW, SCHEMA
+from qwen_vl_kit.store.traces import Store, _unpriced, load_episodes, merge_stores, protocol_of, read_sessions, spent
 
 PROTOCOL = Protocol(prompt="brief", render_size=64)
 
@@ -34,7 +40,7 @@ def played(seed, turns=5, member=0, size=64, model="random"):
 
 
 def stored(path, seeds=(1, 2, 3), **kwargs):
-    with traces.Store(path) as store:
+    with Store(path) as store:
         store.begin("demo", PROTOCOL)
         for seed in seeds:
             store.add(played(seed, **kwargs))
@@ -58,7 +64,7 @@ def one_line(error):
 def test_a_store_cut_short_is_told_in_one_line(db, share):
     whole = db.read_bytes()
     db.write_bytes(whole[:int(len(whole) * share)])
-    for use in (lambda: list(traces.load(db)), lambda: traces.episodes(db), lambda: traces.Store(db)):
+    for use in (lambda: list(load_episodes(db)), lambda: traces.episodes(db), lambda: Store(db)):
         with pytest.raises(InputError) as error:
             use()
         assert one_line(error).startswith(str(db))
@@ -69,7 +75,7 @@ def test_damaged_pages_are_told(db):
     whole[4096:3 * 4096] = b"\xff" * 8192
     db.write_bytes(whole)
     with pytest.raises(InputError, match="damaged"):
-        list(traces.load(db))
+        list(load_episodes(db))
 
 
 def test_other_files_are_refused(tmp_path):
@@ -89,19 +95,19 @@ def test_other_files_are_refused(tmp_path):
     for path in (text, other, newer):
         before = path.read_bytes()
         with pytest.raises(InputError):
-            traces.Store(path)
+            Store(path)
         assert path.read_bytes() == before  # refused, and left as it was
 
 
 def test_a_frame_that_comes_with_its_name_is_not_decoded(tmp_path, monkeypatch):
     decoded, known, plain = [], played(1), played(1)
-    for episode, encoded in ((known, Png), (plain, traces.png)):
+    for episode, encoded in ((known, Png), (plain, png)):
         for turn in episode.turns:
             turn.frame = encoded(turn.frame)
-    monkeypatch.setattr(traces, "decode_png", lambda data: decoded.append(data) or decode_png(data))
+    monkeypatch.setattr(images, "decode_png", lambda data: decoded.append(data) or decode_png(data))
     rows = []
     for name, episode, expected in (("arrays.db", played(1), 0), ("known.db", known, 0), ("plain.db", plain, 5)):
-        with traces.Store(tmp_path / name) as store:
+        with Store(tmp_path / name) as store:
             store.begin("demo", PROTOCOL)
             store.add(episode)
         assert len(decoded) == expected
@@ -112,12 +118,12 @@ def test_a_frame_that_comes_with_its_name_is_not_decoded(tmp_path, monkeypatch):
 
 def test_changed_pixels_are_noticed(db):
     name = traces.turns(db)["frame"][0]
-    swap = traces.png(np.zeros((64, 64, 3), np.uint8))
+    swap = png(np.zeros((64, 64, 3), np.uint8))
     connection = sqlite3.connect(db)
     connection.execute("UPDATE frames SET png = ? WHERE hash = ?", (swap, name))
     connection.commit()
     connection.close()
-    for use in (lambda: list(traces.load(db)), lambda: traces.frame(db, name), lambda: exported(db)):
+    for use in (lambda: list(load_episodes(db)), lambda: traces.frame(db, name), lambda: exported(db)):
         with pytest.raises(InputError, match="is not what was stored"):
             use()
     assert not list(db.parent.glob("export/*"))  # the export left nothing half-written
@@ -134,7 +140,7 @@ def test_changed_pixels_are_noticed(db):
 def test_an_episode_is_whole_or_absent(db, spoil):
     before, bad = traces.fingerprint(db), played(9)
     spoil(bad.turns[4])
-    with traces.Store(db) as store:
+    with Store(db) as store:
         store.begin("demo", PROTOCOL)
         with pytest.raises(InputError):
             store.add(bad)
@@ -160,13 +166,13 @@ def test_a_killed_writer_leaves_whole_episodes_and_can_go_on(tmp_path):
     try:
         for _ in range(5):
             last = int(writer.stdout.readline())
-        assert len(list(traces.load(path, frames=False))) >= 5  # a reader beside the writer
+        assert len(list(load_episodes(path, frames=False))) >= 5  # a reader beside the writer
     finally:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
     table = traces.episodes(path)
     assert len(table) > last and set(table["turns"]) == {20}
-    with traces.Store(path) as store:
+    with Store(path) as store:
         assert store.done("demo") == {(seed, 0) for seed in range(len(table))}
         store.begin("demo", PROTOCOL)
         store.add(played(20_000))
@@ -177,23 +183,23 @@ def test_a_rival_writer_is_told(db):
     rival = sqlite3.connect(db, isolation_level=None)
     rival.execute("BEGIN IMMEDIATE")
     with pytest.raises(InputError, match="another process is writing"):
-        traces.Store(db, wait=0.1)
+        Store(db, wait=0.1)
     rival.execute("ROLLBACK")
     rival.close()
-    traces.Store(db).close()
+    Store(db).close()
 
 
 def test_a_reader_does_not_keep_a_writer_out(db):
-    reading = traces.load(db)
+    reading = load_episodes(db)
     assert next(reading).seed == 1
-    with traces.Store(db) as store:
+    with Store(db) as store:
         store.begin("other", PROTOCOL)
     assert [episode.seed for episode in reading] == [2, 3]
 
 
 def test_a_table_is_of_one_moment(db, monkeypatch):
-    unpriced = traces._unpriced
-    with traces.Store(db) as store:
+    unpriced = _unpriced
+    with Store(db) as store:
         store.begin("demo", PROTOCOL)
 
         def meanwhile(connection):
@@ -207,7 +213,7 @@ def test_a_table_is_of_one_moment(db, monkeypatch):
 
 
 def test_nothing_is_stored_twice_nor_under_another_prompt(db):
-    with traces.Store(db) as store:
+    with Store(db) as store:
         with pytest.raises(InputError, match="no run begun"):
             store.add(played(7))
         store.begin("demo", PROTOCOL)
@@ -226,7 +232,7 @@ def test_two_runs_have_one_fingerprint(db, tmp_path):
 
 def test_frames_are_kept_once_and_money_is_not_rounded_away(tmp_path):
     path = tmp_path / "group.db"
-    with traces.Store(path) as store:
+    with Store(path) as store:
         store.begin("demo", PROTOCOL)
         for member in range(4):
             store.add(played(1, member=member))
@@ -240,21 +246,21 @@ def test_a_cost_is_kept_to_the_last_digit(tmp_path):
     for i, usd in enumerate([0.000435, Decimal("0.00000015"), "12.3456789012", 0, None]):
         episode = played(i, turns=1)
         episode.turns[0].decision.usage["usd"] = usd
-        with traces.Store(tmp_path / "costs.db") as store:
+        with Store(tmp_path / "costs.db") as store:
             store.begin("demo", PROTOCOL)
             store.add(episode)
-    assert traces.spent(tmp_path / "costs.db") == Decimal("0.000435") + Decimal("0.00000015") + Decimal("12.3456789012")
+    assert spent(tmp_path / "costs.db") == Decimal("0.000435") + Decimal("0.00000015") + Decimal("12.3456789012")
     for usd in (float("nan"), -1, "much"):
         episode = played(9, turns=1)
         episode.turns[0].decision.usage["usd"] = usd
-        with traces.Store(tmp_path / "costs.db") as store, pytest.raises(InputError, match="is no amount of dollars"):
+        with Store(tmp_path / "costs.db") as store, pytest.raises(InputError, match="is no amount of dollars"):
             store.begin("demo", PROTOCOL)
             store.add(episode)
 
 
 def test_each_episode_knows_the_code_it_was_played_with(db, monkeypatch):
-    monkeypatch.setattr(traces, "provenance", lambda **more: {"commit": "the next one", **more})
-    with traces.Store(db) as store:
+    monkeypatch.setattr(provenance, "provenance", lambda **more: {"commit": "the next one", **more})
+    with Store(db) as store:
         store.begin("demo", PROTOCOL, {"model": "Qwen/Qwen3-VL-2B-Instruct", "revision": "abc"})
         store.add(played(9))
     with contextlib.closing(sqlite3.connect(db)) as connection:
@@ -266,7 +272,7 @@ def test_the_time_of_a_run_is_summed_over_its_sessions(tmp_path, monkeypatch):
     clock = iter([100.0, 103.0, 104.0, 900.0, 902.0])  # begin, two episodes; begin again, one more
     monkeypatch.setattr(traces.time, "monotonic", lambda: next(clock))
     for seeds in ((1, 2), (3,)):
-        with traces.Store(tmp_path / "rollouts.db") as store:
+        with Store(tmp_path / "rollouts.db") as store:
             store.begin("demo", PROTOCOL)
             for seed in seeds:
                 store.add(played(seed))
@@ -276,8 +282,8 @@ def test_the_time_of_a_run_is_summed_over_its_sessions(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["collect", "benchmark"])
 def test_a_stage_that_goes_on_counts_the_seconds_of_all_its_sessions(tmp_path, stage):
-    from qwen_vl_kit import benchmark, collect
     from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
+    from qwen_vl_kit.stages import benchmark, collect
     module, arms = (collect, {"teacher": "random"}) if stage == "collect" else (benchmark, {"arms": ["random"]})
     config = (CollectConfig if stage == "collect" else BenchmarkConfig)(prompt="brief", render_size=18, horizon="s4", seeds="1000000-1000001", **arms)
     assert module.run(config, tmp_path).seconds < 100
@@ -346,26 +352,26 @@ def columns(path):
 
 def test_a_store_of_the_previous_schema_is_read_and_left_as_it_is(old, db):
     before = old.read_bytes()
-    assert [e.turns[2].frame.tolist() for e in traces.load(old)] == [e.turns[2].frame.tolist() for e in traces.load(db)]
+    assert [e.turns[2].frame.tolist() for e in load_episodes(old)] == [e.turns[2].frame.tolist() for e in load_episodes(db)]
     assert traces.episodes(old)["split"].tolist() == ["train", "test", "train"]
-    assert traces.spent(old) == Decimal("0.0030") and len(traces.turns(old)) == 15
+    assert spent(old) == Decimal("0.0030") and len(traces.turns(old)) == 15
     assert exported(old, splits=["test"], val_fraction=0).numbers["train_rows"] == 5
     assert old.read_bytes() == before
 
 
 def test_a_store_of_the_previous_schema_is_migrated_when_it_is_written_to(old, db):
-    with traces.Store(old) as store:
+    with Store(old) as store:
         store.begin("demo", PROTOCOL)
         store.add(played(9))
         with pytest.raises(InputError, match="stored already"):
             store.add(played(1))
     assert columns(old) == columns(db)
     with contextlib.closing(sqlite3.connect(old)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (traces.SCHEMA,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA,)
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
         assert connection.execute("SELECT count(*) FROM sessions WHERE source IS NULL").fetchone() == (0,)
     assert list(traces.episodes(old)["seed"]) == [1, 1_000_002, 3, 9]
-    assert traces.spent(old) == Decimal("0.0040")
+    assert spent(old) == Decimal("0.0040")
 
 
 def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
@@ -374,18 +380,18 @@ def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
         connection.execute("DROP VIEW episodes")
         connection.execute("ALTER TABLE turns DROP COLUMN cached_tokens")
         connection.execute("ALTER TABLE sessions DROP COLUMN start")
-        view = traces._VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "").replace(", s.start", "")
+        view = _VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "").replace(", s.start", "")
         connection.executescript(view + "PRAGMA user_version = 2")
     kept, fingerprint = db.read_bytes(), traces.fingerprint(db)
-    assert len(list(traces.load(db))) == 3 and traces.episodes(db)["cached_tokens"].isna().all() and db.read_bytes() == kept
+    assert len(list(load_episodes(db))) == 3 and traces.episodes(db)["cached_tokens"].isna().all() and db.read_bytes() == kept
     free.turns[0].decision.usage["cached_tokens"] = 4
-    with traces.Store(db) as store:
+    with Store(db) as store:
         store.begin("demo", PROTOCOL)
         assert traces.fingerprint(db) == fingerprint
         store.add(free)
     assert columns(db) == before
-    assert traces.episodes(db)["cached_tokens"].tolist()[-1] == 4 == list(traces.load(db))[-1].usage("cached_tokens")
-    assert "cached_tokens" not in list(traces.load(db))[0].turns[0].decision.usage
+    assert traces.episodes(db)["cached_tokens"].tolist()[-1] == 4 == list(load_episodes(db))[-1].usage("cached_tokens")
+    assert "cached_tokens" not in list(load_episodes(db))[0].turns[0].decision.usage
 
 
 def test_a_store_of_schema_3_knows_no_taken_over_turns_until_it_is_written_to(db):
@@ -393,23 +399,23 @@ def test_a_store_of_schema_3_knows_no_taken_over_turns_until_it_is_written_to(db
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("DROP VIEW episodes")
         connection.execute("ALTER TABLE sessions DROP COLUMN start")
-        connection.executescript(traces._VIEW.replace(", s.start", "") + "PRAGMA user_version = 3")
-    assert [episode.start for episode in traces.load(db)] == [0, 0, 0]
+        connection.executescript(_VIEW.replace(", s.start", "") + "PRAGMA user_version = 3")
+    assert [episode.start for episode in load_episodes(db)] == [0, 0, 0]
     late.start = 2
-    with traces.Store(db) as store:
+    with Store(db) as store:
         store.begin("demo", PROTOCOL)
         store.add(late)
     assert columns(db) == before
-    assert traces.episodes(db)["start"].tolist() == [0, 0, 0, 2] == [episode.start for episode in traces.load(db)]
+    assert traces.episodes(db)["start"].tolist() == [0, 0, 0, 2] == [episode.start for episode in load_episodes(db)]
 
 
 def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
     before = old.read_bytes()
-    monkeypatch.setitem(traces._MIGRATIONS, 1, traces._MIGRATIONS[1] + "; INSERT INTO nowhere VALUES (1)")
+    monkeypatch.setitem(_MIGRATIONS, 1, _MIGRATIONS[1] + "; INSERT INTO nowhere VALUES (1)")
     with pytest.raises(InputError, match="no such table: nowhere"):
-        traces.Store(old)
+        Store(old)
     monkeypatch.undo()
-    assert columns(old)["turns"] != [] and len(list(traces.load(old))) == 3
+    assert columns(old)["turns"] != [] and len(list(load_episodes(old))) == 3
     assert old.stat().st_size == len(before)
 
 
@@ -418,28 +424,28 @@ def test_a_migration_that_fails_changes_nothing(old, monkeypatch):
 
 def test_two_halves_are_merged_into_the_whole(tmp_path):
     parts = [stored(tmp_path / name, seeds) for name, seeds in (("a.db", (1, 2)), ("b.db", (3, 4)))]
-    assert traces.merge(tmp_path / "all.db", *parts) == {"episodes": 4, "known": 0}
-    assert traces.merge(tmp_path / "all.db", *parts) == {"episodes": 0, "known": 4}
+    assert merge_stores(tmp_path / "all.db", *parts) == {"episodes": 4, "known": 0}
+    assert merge_stores(tmp_path / "all.db", *parts) == {"episodes": 0, "known": 4}
     assert traces.fingerprint(tmp_path / "all.db") == traces.fingerprint(stored(tmp_path / "once.db", (1, 2, 3, 4)))
     times = [traces.episodes(path)[["seed", "created", "wall"]].values.tolist() for path in (*parts, tmp_path / "all.db")]
     assert times[0] + times[1] == times[2]
 
 
 def test_old_stores_are_merged_too(old, tmp_path):
-    assert traces.merge(tmp_path / "all.db", old)["episodes"] == 3
-    assert traces.spent(tmp_path / "all.db") == Decimal("0.0030")
+    assert merge_stores(tmp_path / "all.db", old)["episodes"] == 3
+    assert spent(tmp_path / "all.db") == Decimal("0.0030")
 
 
 def test_merging_never_takes_one_play_for_another(db, tmp_path):
     other = stored(tmp_path / "other.db", (3,), turns=4)  # seed 3 of the same run, but shorter
     before = traces.fingerprint(db)
     with pytest.raises(InputError, match="seed 3, member 0 was played differently there; keep the files apart"):
-        traces.merge(db, other)
-    with traces.Store(tmp_path / "prompt.db") as store:
+        merge_stores(db, other)
+    with Store(tmp_path / "prompt.db") as store:
         store.begin("demo", Protocol(prompt="brief", render_size=64, history=1))
         store.add(played(8))
     with pytest.raises(InputError, match="run 'demo' was played with another prompt there"):
-        traces.merge(db, tmp_path / "prompt.db")
+        merge_stores(db, tmp_path / "prompt.db")
     assert traces.fingerprint(db) == before
 
 
@@ -447,10 +453,10 @@ def test_damage_does_not_spread_by_merging(db, tmp_path):
     bad = stored(tmp_path / "bad.db", (7, 8))
     with contextlib.closing(sqlite3.connect(bad)) as connection:
         name = connection.execute("SELECT frame FROM turns WHERE session = 2 AND turn = 3").fetchone()[0]
-        connection.execute("UPDATE frames SET png = ? WHERE hash = ?", (traces.png(np.zeros((64, 64, 3), np.uint8)), name))
+        connection.execute("UPDATE frames SET png = ? WHERE hash = ?", (png(np.zeros((64, 64, 3), np.uint8)), name))
         connection.commit()
     with pytest.raises(InputError, match="bad.db: frame .* is not what was stored"):
-        traces.merge(db, bad)
+        merge_stores(db, bad)
     assert list(traces.episodes(db)["seed"]) == [1, 2, 3, 7]  # what was whole came in, the damaged one did not
 
 
@@ -458,13 +464,13 @@ def test_damage_does_not_spread_by_merging(db, tmp_path):
 
 
 def test_a_full_disk_is_told_and_keeps_what_is_stored(db):
-    with traces.Store(db) as store:
+    with Store(db) as store:
         store.begin("demo", PROTOCOL)
         store._sqlite.execute(f"PRAGMA max_page_count = {store._sqlite.execute('PRAGMA page_count').fetchone()[0] + 2}")
         with pytest.raises(InputError, match="the disk is full; free some space") as error:
             store.add(played(9))
         one_line(error)
-    assert len(list(traces.load(db))) == 3
+    assert len(list(load_episodes(db))) == 3
 
 
 LIMITED = """
@@ -488,7 +494,7 @@ def test_a_file_that_may_not_grow_is_told_in_one_line(tmp_path, limit):
     done = subprocess.run([sys.executable, "-c", LIMITED, str(path), str(limit)], cwd=here, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(here.parent)})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{path}: "), done.stderr
-    with traces.Store(path) as store:  # and it goes on when there is room again
+    with Store(path) as store:  # and it goes on when there is room again
         store.begin("demo", PROTOCOL)
         stored = len(store.done("demo"))
         store.add(played(stored))
@@ -521,9 +527,9 @@ def test_files_without_rights_are_told(tmp_path):
         path = stored(Path(place) / "rollouts.db")
         os.chmod(place, 0o755)
         os.chmod(path, 0o444)
-        assert as_nobody(lambda: len(list(traces.load(path)))) == "3"
-        assert as_nobody(lambda: traces.Store(path)).startswith(f"InputError: {path}: not writable; check the rights")
-        assert "its folder cannot be made (Permission denied)" in as_nobody(lambda: traces.Store(Path(place) / "new" / "rollouts.db"))
+        assert as_nobody(lambda: len(list(load_episodes(path)))) == "3"
+        assert as_nobody(lambda: Store(path)).startswith(f"InputError: {path}: not writable; check the rights")
+        assert "its folder cannot be made (Permission denied)" in as_nobody(lambda: Store(Path(place) / "new" / "rollouts.db"))
         os.chmod(path, 0o000)
         assert as_nobody(lambda: traces.episodes(path)).startswith(f"InputError: {path}: cannot be opened")
 
@@ -577,7 +583,7 @@ def synth_turn(connection, session, turn, size, states, by_metadata, text):
                               (session, f"decision_{turn}", turn, turn)).lastrowid
     where = json.dumps({"turn": turn, "step_id": f"decision_{turn}"} if by_metadata else {})
     frame = np.random.default_rng([turn, len(session)]).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    url = "data:image/png;base64," + base64.b64encode(traces.png(frame)).decode()
+    url = "data:image/png;base64," + base64.b64encode(png(frame)).decode()
     parts = [{"type": "text", "text": "=== CRAFTER GAME STATE ==="}] * text + [{"type": "image_url", "image_url": {"url": url}}]
     done = [{"tool_name": "interact_many", "arguments": {"actions": ["move_right", "do"][: 1 + (turn != 2)]}}]
     record = [{"output_tool_calls": [{"name": "interact_many", "arguments_json": '{"actions": ["move_right", "do"]}', "index": 0}],
@@ -605,15 +611,15 @@ def synth_turn(connection, session, turn, size, states, by_metadata, text):
 
 @pytest.mark.parametrize("shape", [{}, {"states": False}, {"by_metadata": False}, {"text": True}])
 def test_a_database_of_synth_ai_is_read_in(tmp_path, shape):
-    count = traces.import_synth(synth(tmp_path / "v3.db", **shape), tmp_path / "rollouts.db")
+    count = import_synth(synth(tmp_path / "v3.db", **shape), tmp_path / "rollouts.db")
     assert count == {"episodes": 2, "turns": 6, "known": 0, "skipped": {}}
-    (session, episode), _ = traces.read(tmp_path / "rollouts.db")
+    (session, episode), _ = read_sessions(tmp_path / "rollouts.db")
     assert (episode.seed, episode.model, session["scores"]) == (40, "gpt-4o-mini", {"quality": 0.25, "official": 0.7})
     assert [turn.unlocked for turn in episode.turns] == [[], ["collect_wood"], ["wake_up"]]  # the end knew of one more
     assert [turn.reward for turn in episode.turns] == [0, 1, 0] and [turn.step for turn in episode.turns] == [0, 2, 4]
     assert [turn.altered for turn in episode.turns] == [False, False, True]  # what was done in turn 2 is not what was sampled
     assert episode.usage("prompt_tokens") == 11_400 and episode.usage("seconds") == pytest.approx(2.7) and not episode.usage("usd")
-    assert (traces.protocol_of(tmp_path / "rollouts.db").observe, bool(episode.turns[0].text)) == \
+    assert (protocol_of(tmp_path / "rollouts.db").observe, bool(episode.turns[0].text)) == \
         (("both", True) if shape.get("text") else ("image", False))
     with contextlib.closing(sqlite3.connect(tmp_path / "rollouts.db")) as connection:
         assert json.loads(connection.execute("SELECT provenance FROM sources").fetchone()[0])["system_prompt"] == "You play Crafter."
@@ -624,26 +630,26 @@ def test_what_was_read_in_keeps_its_own_time(tmp_path):
         connection.execute("UPDATE session_traces SET created_at = 'yesterday' WHERE session_id = 'run-2'")
         connection.execute("UPDATE session_traces SET created_at = '2025-10-22 12:00:00.500+02:00' WHERE session_id = 'run-1'")
     db = tmp_path / "rollouts.db"
-    assert traces.import_synth(synth(tmp_path / "v3.db", sessions=3, change=spoil), db)["skipped"] == {"its time cannot be read": 1}
-    created = [traces.timestamp(moment) for moment in ("2025-10-20T10:00Z", "2025-10-22T10:00:00.5Z")]
-    assert [session["created"] for session, _ in traces.read(db)] == created
+    assert import_synth(synth(tmp_path / "v3.db", sessions=3, change=spoil), db)["skipped"] == {"its time cannot be read": 1}
+    created = [timestamp(moment) for moment in ("2025-10-20T10:00Z", "2025-10-22T10:00:00.5Z")]
+    assert [session["created"] for session, _ in read_sessions(db)] == created
     assert traces.episodes(db)["wall"].tolist() == pytest.approx([2.7, 2.7])  # not what reading them in took
     assert exported(db, since="2025-10-21", val_fraction=0).numbers["episodes"] == 1
 
 
 def test_what_was_read_in_can_be_exported_in_another_form(tmp_path):
     db = tmp_path / "rollouts.db"
-    traces.import_synth(synth(tmp_path / "v3.db"), db)
-    rows = list(export.read_rows(exported(db, form="plain", val_fraction=0).out / "train.jsonl"))
+    import_synth(synth(tmp_path / "v3.db"), db)
+    rows = list(read_rows(exported(db, form="plain", val_fraction=0).out / "train.jsonl"))
     assert {row["messages"][2]["content"] for row in rows} == {"move_right, do"} and len(rows) == 6
     assert exported(db, scored_by="quality", min_judge_score=1.0, val_fraction=0).numbers["episodes"] == 1
 
 
 def test_a_second_import_doubles_nothing(tmp_path):
     path, db = synth(tmp_path / "v3.db"), tmp_path / "rollouts.db"
-    traces.import_synth(path, db)
+    import_synth(path, db)
     before = traces.fingerprint(db)
-    assert traces.import_synth(path, db)["known"] == 2 and traces.fingerprint(db) == before
+    assert import_synth(path, db)["known"] == 2 and traces.fingerprint(db) == before
 
 
 def test_a_session_that_cannot_be_read_does_not_take_the_others_along(tmp_path):
@@ -653,9 +659,9 @@ def test_a_session_that_cannot_be_read_does_not_take_the_others_along(tmp_path):
         connection.execute("DELETE FROM messages WHERE session_id = 'run-2'")
         connection.execute("UPDATE messages SET content = substr(content, 1, 40) || '…' WHERE session_id = 'run-3' AND message_type = 'assistant'")
 
-    count = traces.import_synth(synth(tmp_path / "v3.db", sessions=5, change=spoil), tmp_path / "rollouts.db")
+    count = import_synth(synth(tmp_path / "v3.db", sessions=5, change=spoil), tmp_path / "rollouts.db")
     assert count["episodes"] == 2 and sum(count["skipped"].values()) == 3 and "it names no seed" in count["skipped"]
-    cut = next(traces.load(tmp_path / "rollouts.db"))
+    cut = next(load_episodes(tmp_path / "rollouts.db"))
     assert cut.seed == 43 and cut.turns[0].decision.actions == ["move_right", "do"]  # the call's own record was whole
 
 
@@ -666,7 +672,7 @@ def test_other_files_are_no_database_of_synth_ai(tmp_path, db):
     for path, words in ((tmp_path / "cut.db", "damaged"), (tmp_path / "text.db", "not a trace store"), (tmp_path / "none.db", "no such file"),
                         (db, "not a trace database of synth-ai v3")):
         with pytest.raises(InputError, match=words) as error:
-            traces.import_synth(path, tmp_path / "rollouts.db")
+            import_synth(path, tmp_path / "rollouts.db")
         one_line(error)
 
 
@@ -682,25 +688,25 @@ def test_what_fails_leaves_no_target(tmp_path, db, target):
     spoilt.write_bytes(db.read_bytes())
     with sqlite3.connect(spoilt) as connection:
         connection.execute("UPDATE turns SET rewards = '[' WHERE session = (SELECT max(id) FROM sessions)")
-    for fails in (lambda: traces.merge(target, db, tmp_path / "none.db"), lambda: traces.merge(target, db, torn),
-                  lambda: traces.merge(target, spoilt), lambda: traces.import_synth(db, target),
-                  lambda: traces.import_synth(tmp_path / "none.db", target),
-                  lambda: traces.import_synth(synth(tmp_path / "v3.db", change=unreadable), target)):
+    for fails in (lambda: merge_stores(target, db, tmp_path / "none.db"), lambda: merge_stores(target, db, torn),
+                  lambda: merge_stores(target, spoilt), lambda: import_synth(db, target),
+                  lambda: import_synth(tmp_path / "none.db", target),
+                  lambda: import_synth(synth(tmp_path / "v3.db", change=unreadable), target)):
         with pytest.raises(InputError):
             fails()
         assert not target.exists() and not (tmp_path / "new").exists() and not list(tmp_path.glob("all.db*"))
         (tmp_path / "v3.db").unlink(missing_ok=True)
-    traces.merge(target, db)
+    merge_stores(target, db)
     before = traces.fingerprint(target)
     with pytest.raises(InputError):
-        traces.merge(target, torn)
+        merge_stores(target, torn)
     assert traces.fingerprint(target) == before
 
 
 def test_a_store_made_before_unpriced_was_told_from_nothing_is_read_alike(tmp_path):
     unpriced = Decision(["do"], "x", "x -> do", usage={"prompt_tokens": 9, "completion_tokens": 2, "seconds": 0.1})
     free = Decision(["do"], "x", "x -> do")
-    with traces.Store(tmp_path / "a.db") as store:
+    with Store(tmp_path / "a.db") as store:
         store.begin("demo", Protocol(prompt="brief", render_size=64, observe="text"))
         for seed, decision in enumerate((unpriced, free)):
             store.add(Episode(seed, "s50", "m", turns=[Turn(0, 0, None, "", decision, ["do"], [0.0])]))
@@ -727,9 +733,9 @@ def test_the_commands_merge_and_import(tmp_path, capsys):
 
 
 def test_paths_are_looked_for_where_the_user_stands(tmp_path, monkeypatch, capsys):
-    from qwen_vl_kit import core
+    from qwen_vl_kit.core import root
     from qwen_vl_kit.run import main
-    home, here = core.root(), tmp_path / "here"
+    home, here = root(), tmp_path / "here"
     here.mkdir()
     synth(here / "v3.db"), stored(here / "a.db", (1,)), stored(here / "b.db", (2,))
     (here / "collect.toml").write_text('seeds = "7"\n')
@@ -758,22 +764,22 @@ def exported(db, **settings):
 
 def test_a_seed_is_on_one_side_only(tmp_path):
     path = tmp_path / "rollouts.db"
-    with traces.Store(path) as store:
+    with Store(path) as store:
         store.begin("demo", PROTOCOL)
         for seed in range(10):
             for member in range(3):
                 store.add(played(seed, member=member, turns=2))
     out = exported(path, val_fraction=0.3).out
-    sides = [{row["metadata"]["seed"] for row in export.read_rows(out / f"{side}.jsonl")} for side in ("train", "val")]
+    sides = [{row["metadata"]["seed"] for row in read_rows(out / f"{side}.jsonl")} for side in ("train", "val")]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == set(range(10)) and len(sides[1]) == 3
 
 
 def test_every_image_is_the_frame_that_was_seen(db):
     out = exported(db).out
-    for row in export.read_rows(out / "train.jsonl"):
+    for row in read_rows(out / "train.jsonl"):
         parts = [part for part in row["messages"][1]["content"] if part["type"] == "image_url"]
         assert len(parts) == 1
-        assert traces.frame_hash(decode_url(parts[0]["image_url"]["url"])) == row["metadata"]["frame"]
+        assert frame_hash(decode_url(parts[0]["image_url"]["url"])) == row["metadata"]["frame"]
         assert row["metadata"]["prompt_hash"] == read_json(out / "stats.json")["prompt_hash"]
 
 
@@ -787,7 +793,7 @@ def test_rules_explain_an_empty_result(db):
 
 def test_shuffle_limit_and_seed_act(db):
     def order(**settings):
-        rows = export.read_rows(exported(db, val_fraction=0, **settings).out / "train.jsonl")
+        rows = read_rows(exported(db, val_fraction=0, **settings).out / "train.jsonl")
         return [(row["metadata"]["seed"], row["metadata"]["turn"]) for row in rows]
 
     plain = order(shuffle=False)
@@ -807,9 +813,9 @@ def test_a_torn_row_is_told_with_its_line(db):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], lines[3][:len(lines[3]) // 2]]))
     with pytest.raises(InputError, match="train.jsonl:4"):
-        list(export.read_rows(path))
+        list(read_rows(path))
     row = json.loads(lines[0])
     row["messages"][1]["content"][0]["image_url"]["url"] = ""
     path.write_text(json.dumps(row))
     with pytest.raises(InputError, match="train.jsonl:1: the image is not a PNG data URL"):
-        list(export.read_rows(path))
+        list(read_rows(path))

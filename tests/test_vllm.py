@@ -16,9 +16,17 @@ import pytest
 import rehearsal
 from runs import student
 
-from qwen_vl_kit import benchmark, engines, models, traces
 from qwen_vl_kit.config import BenchmarkConfig
 from qwen_vl_kit.core import InputError, read_json, read_jsonl
+from qwen_vl_kit.engine import serving
+from qwen_vl_kit.engine.base import EngineDied, Request, Sampling
+from qwen_vl_kit.engine.factory import create_engine
+from qwen_vl_kit.engine.replies import CallFailed
+from qwen_vl_kit.model import encode
+from qwen_vl_kit.model.loading import without_weights
+from qwen_vl_kit.stages import benchmark
+from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.traces import load_episodes
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm runs this where it is")
 
@@ -29,7 +37,7 @@ os.environ.update(ALONE)
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = engines.create("vllm", "tiny", bf16=False, concurrency=32)
+    engine = create_engine("vllm", "tiny", bf16=False, concurrency=32)
     yield engine
     engine.close()
 
@@ -45,7 +53,7 @@ def test_trl_expands_image_tokens_twice_and_the_kit_does_not(engine):
     from trl.generation.vllm_generation import VLLMGeneration
 
     request = contract.requests()[0]
-    sample = models.encode(engine.processor, request.messages)
+    sample = encode.encode(engine.processor, request.messages)
     stock = VLLMGeneration.__new__(VLLMGeneration)  # its vLLM is ours: starting another takes a minute
     vars(stock).update(llm=engine.llm, mode="colocate", tensor_parallel_size=1, enable_sleep_mode=False, temperature=0.7, top_p=1.0, top_k=0,
                        min_p=None, repetition_penalty=1.0, max_completion_length=6, logprobs=0, generation_kwargs={}, accelerator=None,
@@ -69,7 +77,7 @@ def test_vllm_refuses_in_one_line_what_it_would_get_wrong(engine, tmp_path):
         engine.set_policy(10, foreign)
     [first, *_] = contract.requests()
     with pytest.raises(InputError, match="vLLM was started for 4096"):
-        engine.generate([first], engines.Sampling(1.0, 4090))
+        engine.generate([first], Sampling(1.0, 4090))
 
 
 def test_a_vllm_that_fails_is_told_as_a_dead_engine(engine, monkeypatch):
@@ -77,7 +85,7 @@ def test_a_vllm_that_fails_is_told_as_a_dead_engine(engine, monkeypatch):
         raise OSError("out of luck\nand more")
 
     monkeypatch.setattr(engine.llm.llm_engine, "step", broken)
-    with pytest.raises(engines.EngineDied, match=r"^vLLM failed while it generated \(OSError: out of luck and more\)$"):
+    with pytest.raises(EngineDied, match=r"^vLLM failed while it generated \(OSError: out of luck and more\)$"):
         engine.generate(contract.requests(), contract.SAMPLING)
 
 
@@ -86,7 +94,7 @@ def server(tmp_path_factory):
     "What ends the server, and what opens it."
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     with contextlib.ExitStack() as stack:
-        yield stack, stack.enter_context(engines.serving("tiny", gpus=0, log=log, bf16=False, longest=1024, concurrency=32))
+        yield stack, stack.enter_context(serving.serving("tiny", gpus=0, log=log, bf16=False, longest=1024, concurrency=32))
 
 
 @pytest.fixture
@@ -99,16 +107,16 @@ def access(server, monkeypatch):
 def test_a_server_of_ones_own_asks_for_its_key(server, access, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "another")
     with pytest.raises(InputError, match="the endpoint refuses model 'tiny' .401"):
-        engines.create("server", "tiny", tokens=True).generate(contract.requests()[:1], contract.SAMPLING)
+        create_engine("server", "tiny", tokens=True).generate(contract.requests()[:1], contract.SAMPLING)
 
 
 def test_a_vllm_server_keeps_the_contract_of_an_rl_engine(access, tmp_path):
-    engine = engines.create("server", "tiny", tokens=True, concurrency=32)
+    engine = create_engine("server", "tiny", tokens=True, concurrency=32)
     contract.check(engine, tmp_path)
     with pytest.raises(InputError, match="the endpoint does not take an adapter .* start vLLM with --enable-lora"):
         engine.set_policy(10, contract.adapter(tmp_path / "high", 0, rank=128))
     engine.close()
-    again = engines.create("server", "tiny", tokens=True)  # another run, and the server has the adapter already
+    again = create_engine("server", "tiny", tokens=True)  # another run, and the server has the adapter already
     name = again.set_policy(1, tmp_path / "adapter1")
     reference, asked = contract.Reference(tmp_path / "adapter1"), contract.requests()
     assert max(map(reference.gap, asked, again.generate(asked, contract.SAMPLING, name))) < 1e-4
@@ -136,7 +144,7 @@ def test_a_benchmark_is_the_same_on_a_server_and_here(access, tmp_path):
     for engine in ("server", "hf"):
         out = tmp_path / engine / "benchmark"
         result = benchmark.run(config.model_copy(update={"engine": engine}), out)
-        said[engine] = {(e.model, e.seed): [t.decision.text for t in e.turns] for e in traces.load(out / "rollouts.db")}
+        said[engine] = {(e.model, e.seed): [t.decision.text for t in e.turns] for e in load_episodes(out / "rollouts.db")}
         assert len(said[engine]) == 8 and all(len(texts) == 3 for texts in said[engine].values())
         assert bool(result.usage) == (engine == "server")
     assert said["server"] == said["hf"]
@@ -151,7 +159,7 @@ def test_grpo_plays_by_vllm(engine, access, tmp_path):
                 "adapter": str(student(tmp_path)), "model": "tiny", "bf16": False, "threads": 1, "prompt": "brief", "render_size": 144,
                 "horizon": "s10", "groups": 2, "group_size": 3, "iterations": 3, "batch_size": 16, "max_new_tokens": 16,
                 "sequence_length": 1024, "learning_rate": 1e-3, "seeds": "50-99"}
-    program = f"from qwen_vl_kit import grpo, config\ngrpo.gpus = lambda: 2\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
+    program = f"from qwen_vl_kit import config\nfrom qwen_vl_kit.stages import grpo\ngrpo.gpus = lambda: 2\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(read_jsonl(tmp_path / "grpo" / "metrics.jsonl"))
@@ -161,24 +169,24 @@ def test_grpo_plays_by_vllm(engine, access, tmp_path):
 
 
 def test_a_server_that_dies_is_told(server, access):
-    engine = engines.create("server", "tiny", tokens=True, retries=0)
+    engine = create_engine("server", "tiny", tokens=True, retries=0)
     asked = contract.requests()
     assert len(engine.generate(asked, contract.SAMPLING)) == len(asked)
-    mine = engines.create("server", "tiny", tokens=True, at=server[1])
+    mine = create_engine("server", "tiny", tokens=True, at=server[1])
     assert [a.token_ids for a in mine.generate(asked, contract.SAMPLING)] == [a.token_ids for a in engine.generate(asked, contract.SAMPLING)]
     server[0].close()
-    with pytest.raises(engines.EngineDied, match="vLLM's server has ended; see .*vllm.log"):
+    with pytest.raises(EngineDied, match="vLLM's server has ended; see .*vllm.log"):
         mine.generate(asked, contract.SAMPLING)
     mine.close()
-    with pytest.raises(engines.CallFailed, match="the connection broke"):
+    with pytest.raises(CallFailed, match="the connection broke"):
         engine.generate(asked, contract.SAMPLING)
     engine.close()
 
 
 def test_a_model_of_the_hub_plays_in_vllm_as_in_transformers(hub):
     "By its name, with its own files: 151,936 words, pictures that merge, two tokens that end a reply."
-    asked = [engines.Request(rehearsal.prompt(seed), (7, 0, seed)) for seed in range(3)]
-    vllm = engines.create("vllm", rehearsal.NAME, bf16=False, concurrency=4, longest=2048)
+    asked = [Request(rehearsal.prompt(seed), (7, 0, seed)) for seed in range(3)]
+    vllm = create_engine("vllm", rehearsal.NAME, bf16=False, concurrency=4, longest=2048)
     try:
         assert (vllm.loaded.commit, vllm.loaded.end_ids) == (rehearsal.COMMIT, (151_643, 151_645))
         ours = vllm.generate(asked, contract.SAMPLING)
@@ -192,7 +200,7 @@ def test_prompts_are_those_of_autoprocessor(hub):
     "AutoProcessor needs torchvision, which is here."
     from transformers import AutoProcessor
 
-    processor, theirs = models.without_weights(rehearsal.NAME)[0].processor, AutoProcessor.from_pretrained(rehearsal.NAME)
+    processor, theirs = without_weights(rehearsal.NAME)[0].processor, AutoProcessor.from_pretrained(rehearsal.NAME)
     for size in (64, 144, 288, 320):
         stock = theirs.apply_chat_template(rehearsal.prompt(0, size), tokenize=True, return_dict=True, add_generation_prompt=True)
-        assert models.encode(processor, rehearsal.prompt(0, size)).input_ids == list(stock["input_ids"][0])
+        assert encode.encode(processor, rehearsal.prompt(0, size)).input_ids == list(stock["input_ids"][0])
