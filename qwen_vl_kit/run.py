@@ -466,7 +466,7 @@ def _spent(numbers: dict) -> str:
 
 def notebook_of(stage: str) -> Path:
     "The papermill notebook of a stage. Raises `InputError` outside a clone."
-    path = root() / "nbs" / "stages" / f"{STAGES.index(stage) + 1}_{stage}.ipynb"
+    path = root() / "nbs" / "forms" / f"{STAGES.index(stage) + 1}_{stage}.ipynb"
     if not path.is_file():
         raise InputError("no such stage notebook", path, "run qvk inside a clone of the project, or set QVK_ROOT to one")
     return path

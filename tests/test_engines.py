@@ -4,6 +4,7 @@ import contract
 import pytest
 
 from qwen_vl_kit.core import InputError, read_json, write_json
+from qwen_vl_kit.engine import factory
 from qwen_vl_kit.engine import vllm as engine_vllm
 from qwen_vl_kit.engine.base import EngineDied
 from qwen_vl_kit.engine.decode import CudaGraphDecoder
@@ -63,7 +64,8 @@ def test_an_engine_that_dies_concerns_all_episodes():
 
 
 def test_a_missing_vllm_is_told(monkeypatch):
-    monkeypatch.setattr(engine_vllm, "is_installed", lambda module: False)
+    for room in (engine_vllm, factory):
+        monkeypatch.setattr(room, "is_installed", lambda module: False)
     assert choose_engine("auto") == "hf"
     with pytest.raises(InputError, match='make gpu installs it, for a GPU; or set engine = "hf"'):
         create_engine("vllm", "tiny")

@@ -13,7 +13,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from qwen_vl_kit import core
 from qwen_vl_kit.config import ExportConfig, Protocol, validate
 from qwen_vl_kit.core import InputError, digest, read_json
 from qwen_vl_kit.model.encode import decode_url
@@ -547,7 +546,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
     def full(row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(core, "dumps", full)
+    monkeypatch.setattr(export, "dumps", full)
     with pytest.raises(InputError, match=r"export: cannot be written \(No space left on device\); free some space"):
         exported(db, val_fraction=0, also=["parquet", "sharegpt"])
     assert before.read_bytes() == whole and not [path for path in before.parent.iterdir() if path.name.startswith(".")]

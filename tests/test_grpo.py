@@ -18,7 +18,6 @@ from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
 from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, root, write_json
 from qwen_vl_kit.engine.base import EngineDied, Sampling
 from qwen_vl_kit.engine.hf import HFEngine
-from qwen_vl_kit.learn import advantages
 from qwen_vl_kit.model.adapters import read_card
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.run import run_stage, state
@@ -160,7 +159,7 @@ def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeyp
     whole = settings | {"iterations": 1, "group_size": 8, "batch_size": 1000, "top_share": 1.0, "temperature": 0.5}
     [one] = told(grpo.run(GRPOConfig(**whole), tmp_path / "one").out)
     [kept_near] = told(grpo.run(GRPOConfig(**whole | {"beta": 0.1}), tmp_path / "near").out)
-    monkeypatch.setattr(advantages, "merge_duplicates", lambda samples, weights: (samples, weights))
+    monkeypatch.setattr(grpo, "merge_duplicates", lambda samples, weights: (samples, weights))
     [each] = told(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
     assert one["turns_distinct"] < one["turns_with_advantage"] == each["turns_distinct"] == kept_near["turns_distinct"]
     assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(0, abs=1e-6)

@@ -19,7 +19,6 @@ from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
 from qwen_vl_kit.learn import training
 from qwen_vl_kit.learn.batches import Rows
 from qwen_vl_kit.learn.training import TRACKERS, devices, sharding
-from qwen_vl_kit.model import loading
 from qwen_vl_kit.model.adapters import lora_config
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.protocol.turns import data_url
@@ -190,7 +189,7 @@ def test_a_row_that_does_not_fit_is_told_before_the_model_is_loaded(rows, tmp_pa
     lines[6] = lines[6].replace("->", "tree " * 100 + "->")
     long = tmp_path / "train.jsonl"
     long.write_text("\n\n".join(lines))
-    monkeypatch.setattr(loading, "load_model", None)
+    monkeypatch.setattr(sft, "load_model", None)
     with pytest.raises(InputError, match=r"train.jsonl:13: a row of \d+ tokens does not fit a sequence of 128; raise sequence_length"):
         sft.run(SFTConfig(**FAST, **rows | {"train": str(long)}), tmp_path / "sft")
     assert not (tmp_path / "sft").exists()

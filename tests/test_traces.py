@@ -18,7 +18,6 @@ import pytest
 from qwen_vl_kit.config import ExportConfig, Protocol
 from qwen_vl_kit.core import InputError, read_json, read_jsonl
 from qwen_vl_kit.foreign.synth import import_synth, timestamp
-from qwen_vl_kit.game import images
 from qwen_vl_kit.game.images import Png, decode_png, frame_hash, png
 from qwen_vl_kit.model.encode import decode_url
 from qwen_vl_kit.protocol.episodes import Decision, Episode, Turn
@@ -104,7 +103,7 @@ def test_a_frame_that_comes_with_its_name_is_not_decoded(tmp_path, monkeypatch):
     for episode, encoded in ((known, Png), (plain, png)):
         for turn in episode.turns:
             turn.frame = encoded(turn.frame)
-    monkeypatch.setattr(images, "decode_png", lambda data: decoded.append(data) or decode_png(data))
+    monkeypatch.setattr(traces, "decode_png", lambda data: decoded.append(data) or decode_png(data))
     rows = []
     for name, episode, expected in (("arrays.db", played(1), 0), ("known.db", known, 0), ("plain.db", plain, 5)):
         with Store(tmp_path / name) as store:
