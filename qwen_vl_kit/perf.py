@@ -1012,7 +1012,7 @@ def _grpo_config(model: str, groups: int, members: int, steps: int, engine: str)
     total = groups * members * steps
     parts = -(-total // 128) if _bf16() and "tiny" not in model else 1
     shown = _SMALL if "tiny" in model else _SMALL | {"render_size": 288}
-    return GRPOConfig(model=model, engine=engine, **shown | {"horizon": f"s{steps}"}, groups=groups, group_size=members, midway=0.0, top_share=1.0,
+    return GRPOConfig(model=model, engine=engine, **shown | {"horizon": f"s{steps}"}, groups=groups, group_size=members, branch_share=0.0, top_share=1.0,
                       iterations=2, batch_size=-(-total // parts), gradient_accumulation_steps=parts, threads=torch.get_num_threads(),
                       sequence_length=192 if "tiny" in model else 2048)
 

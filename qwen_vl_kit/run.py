@@ -280,7 +280,7 @@ def _alive(pid: int) -> bool:
 def _more(settings: Stage, told: dict, others: list[str]) -> bool:
     "Whether a run with the config `told` goes on under these `settings`, which differ in `others`: more is asked of it, of seeds in the same order."
     known, seeds = (parse_seeds(spec) for spec in (told["seeds"], settings.seeds)) if "seeds" in others and "seeds" in told else ([], [])
-    return set(others) <= settings.goes_on and seeds[:len(known)] == known
+    return set(others) <= settings.extendable and seeds[:len(known)] == known
 
 
 def _finished(settings: Stage, out: Path, fix: str) -> str:

@@ -199,7 +199,7 @@ def test_training_does_not_go_on_from_what_the_trainer_would_leave_out(kind, par
 
 def trained(tmp_path: Path, adapter: Path, **more):
     "One iteration of GRPO from an adapter."
-    settings = dict(model="tiny", adapter=str(adapter), groups=2, group_size=2, midway=0.0, iterations=1, batch_size=16, max_new_tokens=8,
+    settings = dict(model="tiny", adapter=str(adapter), groups=2, group_size=2, branch_share=0.0, iterations=1, batch_size=16, max_new_tokens=8,
                     seeds="50-99", sequence_length=128, bf16=False, engine="hf", threads=1)
     return grpo.run(GRPOConfig(**settings | PLAY | more), tmp_path / "grpo")
 

@@ -53,7 +53,7 @@ def play(monkeypatch, capfd):
                 noise=0.0,
                 seeds="0",
                 retries=0,
-                asks=0,
+                max_reprompts=0,
                 call_seconds=1.5,
                 episode_seconds=30.0,
             )
@@ -108,7 +108,7 @@ def test_every_passing_fault_once_in_a_run(play):
     again = sum(kind == AGAIN for kind, _ in FAULTS)
     answers = dict(enumerate(odd.values(), 1))  # by half the number of the request: calls that are made again find usable ones between
     with Hostile(lambda number: answers.get(number / 2, says())) as endpoint:
-        raised, numbers, out = play(endpoint, seeds="0-79", horizon="s5", concurrency=16, retries=20, asks=20, episode_seconds=600.0)
+        raised, numbers, out = play(endpoint, seeds="0-79", horizon="s5", concurrency=16, retries=20, max_reprompts=20, episode_seconds=600.0)
         assert raised is None and (numbers["turns"], numbers["invalid"]) == (400, 0)
         assert endpoint.asked > 2 * len(odd)  # each had its turn
         assert numbers["calls"] == endpoint.asked == 401 + again

@@ -81,9 +81,9 @@ def four(tmp_path):
     (dict(min_turns=7), (4,)), (dict(max_turns=6), (1, 2, 3)), (dict(min_steps=7), (4,)), (dict(max_steps=7), (1, 2, 3)),
     (dict(scored_by="rubric", min_judge_score=0.2), (2, 3)), (dict(scored_by="rubric", max_judge_score=0.2), (1, 2)),
     (dict(scored_by="gpt", min_judge_score=0.5), (2,)), (dict(max_repeated_actions=7), (1, 2, 3)), (dict(max_repeated_actions=8), (1, 2, 3, 4)),
-    (dict(drop_loops=True), (1, 2, 4)), (dict(min_unique_frames=3), (1, 2, 4)), (dict(best=0.5), (1, 2)), (dict(best=0.25), (2,)),
+    (dict(drop_loops=True), (1, 2, 4)), (dict(min_unique_frames=3), (1, 2, 4)), (dict(best_share=0.5), (1, 2)), (dict(best_share=0.25), (2,)),
     (dict(offset=1), (2, 3, 4)), (dict(limit=3), (1, 2, 3)), (dict(offset=1, limit=2), (2, 3)),
-    (dict(splits=["train"], best=0.5), (2,)),  # the best of what is left
+    (dict(splits=["train"], best_share=0.5), (2,)),  # the best of what is left
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "".join(map(str, value)))
 def test_a_rule_drops_what_it_should_and_keeps_the_rest(four, settings, kept):
     result = exported(four, val_fraction=0, **settings)
@@ -101,8 +101,8 @@ def test_a_rule_that_leaves_nothing_names_itself(four):
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(since="yesterday"), "key 'since': write a date as 2026-11-23"), (dict(best=0), "key 'best'"), (dict(limit=0), "key 'limit'"),
-    (dict(also=["csv"]), "key 'also.0'"), (dict(also=["parquet", "parquet"]), "names something twice"), (dict(form="json"), "key 'form'"),
+    (dict(since="yesterday"), "key 'since': write a date as 2026-11-23"), (dict(best_share=0), "key 'best_share'"), (dict(limit=0), "key 'limit'"),
+    (dict(extra_formats=["csv"]), "key 'extra_formats.0'"), (dict(extra_formats=["parquet", "parquet"]), "names something twice"), (dict(form="json"), "key 'form'"),
     (dict(min_rewards=1.0), "did you mean 'min_reward'?"), (dict(drop_loop=True), "did you mean 'drop_loops'?"),
     (dict(seeds="5-2"), "run backwards"), (dict(traces=3), "key 'traces")])
 def test_settings_are_checked(settings, says):
@@ -191,7 +191,7 @@ def test_a_stratified_split_has_all_levels_and_no_seed_twice(tmp_path):
 def test_the_same_traces_give_the_same_bytes_whatever_the_order_of_storing(tmp_path):
     made = [episode(seed, unlocks={2: WOOD}) for seed in range(4)]
     one, two = stored(tmp_path / "1" / "rollouts.db", *made), stored(tmp_path / "2" / "rollouts.db", *made[::-1])
-    for settings in ({}, {"stratify": True, "best": 0.5}):
+    for settings in ({}, {"stratify": True, "best_share": 0.5}):
         outs = [exported(db, **settings).out for db in (one, two)]
         for name in ("train.jsonl", "val.jsonl", "stats.json", "kept.json"):
             assert digest(outs[0] / name) == digest(outs[1] / name)
@@ -230,7 +230,7 @@ def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monk
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
     from trl.data_utils import prepare_multimodal_messages
-    result = exported(stored(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))), also=["parquet"])
+    result = exported(stored(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))), extra_formats=["parquet"])
     loaded = datasets.load_dataset("parquet", data_files={side: str(result.out / f"{side}.parquet") for side in ("train", "val")},
                                    cache_dir=str(tmp_path / "cache"))
     lines = {side: rows(result, side) for side in ("train", "val")}
@@ -253,7 +253,7 @@ def test_sharegpt_is_what_llama_factory_documents(tmp_path):
     # hiyouga/LLaMA-Factory, data/README.md: "Multimodal Image Dataset" (the number of images equals the <image> tokens, images are paths
     # in the dataset's folder) and "OpenAI Format" (the tags); a .jsonl is one of its file types
     result = exported(stored(tmp_path / "rollouts.db", *map(episode, range(5)), protocol=Protocol(prompt="brief", render_size=64, frames=2)),
-                      also=["sharegpt"])
+                      extra_formats=["sharegpt"])
     folder = result.out / "sharegpt"
     told = read_json(folder / "dataset_info.json")
     assert sorted(told) == ["qwen_vl_kit_train", "qwen_vl_kit_val"]
@@ -351,7 +351,7 @@ def test_the_seeds_own_filter_for_vision_does_all_that_it_says(four, tmp_path):
     ('min_created_at = "2025-10-01"', "since", "2025-10-01"), ("max_created_at = 2025-10-01T06:00:00Z", "until", "2025-10-01T06:00:00+00:00"),
     ('input_dbs = "a.db, b.db"', "traces", ["a.db", "b.db"]), ('db = ["a.db", "b.db"]', "traces", ["a.db", "b.db"]),
     ('require_achievements = ["eat_cow"]', "required_achievements", ["eat_cow"]), ("unlock_window = 3", "unlock_window", 3),
-    ("best = 0.5", "best", 0.5), ('also = ["parquet"]', "also", ["parquet"]), ("max_turns = 50", "max_turns", 50)])
+    ("best_share = 0.5", "best_share", 0.5), ('extra_formats = ["parquet"]', "extra_formats", ["parquet"]), ("max_turns = 50", "max_turns", 50)])
 def test_a_key_of_the_seeds_filter_acts(tmp_path, line, field, value):
     (tmp_path / "filter.toml").write_text(f"[filter]\n{line}\n")
     assert getattr(load_config(tmp_path / "filter.toml", "export"), field) == value
@@ -548,6 +548,6 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
 
     monkeypatch.setattr(export, "dumps", full)
     with pytest.raises(InputError, match=r"export: cannot be written \(No space left on device\); free some space"):
-        exported(db, val_fraction=0, also=["parquet", "sharegpt"])
+        exported(db, val_fraction=0, extra_formats=["parquet", "sharegpt"])
     assert before.read_bytes() == whole and not [path for path in before.parent.iterdir() if path.name.startswith(".")]
     assert not (before.parent / "sharegpt").exists()

@@ -87,7 +87,7 @@ USES = {
     "write": lambda path, out: written(path, [episode(77, ["do"], size=18)]),
     "export": lambda path, out: export.run(ExportConfig(traces=str(path)), out / "export"),
     "export all": lambda path, out: export.run(ExportConfig(
-        traces=str(path), drop_loops=True, best=0.9, dedupe=True, stratify=True, since="2020-01-01", unlock_window=3, splits=["train"],
+        traces=str(path), drop_loops=True, best_share=0.9, dedupe=True, stratify=True, since="2020-01-01", unlock_window=3, splits=["train"],
         max_repeated_actions=50, min_judge_score=-9.0, scored_by="rubric", required_achievements=["collect_wood"]), out / "export")}
 
 

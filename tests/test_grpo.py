@@ -167,7 +167,7 @@ def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeyp
 
 def test_nothing_to_learn_is_said(settings, tmp_path):
     "One turn an episode, and nothing taken for what is said: nobody earns anything."
-    costless = {"invalid_cost": 0.0, "untrue_cost": 0.0}
+    costless = {"invalid_penalty": 0.0, "grounding_penalty": 0.0}
     config = GRPOConfig(**settings | costless | {"horizon": "s1", "iterations": 4, "batch_size": 6, "seeds": "50-99"})
     with pytest.raises(TrainingStopped, match="nothing to learn; raise temperature, group_size or groups"):
         grpo.run(config, tmp_path / "grpo")

@@ -97,7 +97,7 @@ def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text("[qvk]\nprices = prices.toml\n")
     (tmp_path / "prices.toml").write_text(PRICES.format(model=folder))
     config = CollectConfig(teacher="model", engine="server", model=str(folder), seeds="0-2", horizon="s3", render_size=144, prompt="brief",
-                           frames=2, temperature=0.0, max_new_tokens=8, asks=0, noise=1.0, concurrency=3)  # the base only says what it sees
+                           frames=2, temperature=0.0, max_new_tokens=8, max_reprompts=0, noise=1.0, concurrency=3)  # the base only says what it sees
     monkeypatch.setenv("QVK_ROOT", str(tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("OPENAI_HEADERS", "")

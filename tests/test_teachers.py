@@ -76,7 +76,7 @@ def test_a_teacher_of_real_tokens_and_the_bill_agrees_with_the_server(at, tmp_pa
 
     with Endpoint(play) as endpoint:
         at(endpoint.url)
-        result = collect.run(settings(seeds="0-2", render_size=144, max_new_tokens=6, asks=0), tmp_path)
+        result = collect.run(settings(seeds="0-2", render_size=144, max_new_tokens=6, max_reprompts=0), tmp_path)
     assert result.numbers["episodes"] == 3
     assert len(endpoint.bodies) == 12 + 1 + result.numbers["asked_again"] == result.numbers["calls"]  # one turn each, and the probe
     assert [row["quantity"] for row in result.usage] == endpoint.tokens
@@ -128,7 +128,7 @@ def test_replies_without_an_action_are_asked_again_and_then_marked(at, tmp_path)
     said = {1: empty, 2: cut, 4: says("I cannot see."), 5: says(""), 6: says("fly -> fly"), 7: calls("interact")}
     with Endpoint(lambda number, body: said.get(number, calls())) as endpoint:
         at(endpoint.url)
-        result = collect.run(settings(seeds="3", form="tool", asks=2, horizon="t4", observe="both"), tmp_path)
+        result = collect.run(settings(seeds="3", form="tool", max_reprompts=2, horizon="t4", observe="both"), tmp_path)
     [episode] = load_episodes(tmp_path / "rollouts.db")
     valid = [turn.decision.valid for turn in episode.turns]
     assert valid == [True, False, True, True] and episode.turns[1].decision.actions == episode.turns[1].executed == ["noop"]

@@ -125,7 +125,7 @@ def test_a_vllm_server_keeps_the_contract_of_an_rl_engine(access, tmp_path):
 
 def test_qvk_collects_from_a_vllm_server(access, tmp_path):
     settings = {"teacher": "model", "engine": "server", "model": "tiny", "seeds": "0-3", "horizon": "s3", "render_size": 144, "prompt": "brief",
-                "max_new_tokens": 8, "asks": 0, "concurrency": 4}
+                "max_new_tokens": 8, "max_reprompts": 0, "concurrency": 4}
     (tmp_path / "collect.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
     line = [Path(sys.executable).with_name("qvk"), "collect", "--config", tmp_path / "collect.toml", "--out", tmp_path]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)

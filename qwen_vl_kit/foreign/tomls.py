@@ -44,7 +44,7 @@ def _rollouts(value, values):
         raise InputError(f"{_toml(value)} episodes cannot form groups", fix="write an integer of at least 2")
     sizes = [size for size in range(4, 17) if value % size == 0]
     size = min(sizes, key=lambda size: (abs(size - 8), -size)) if sizes else min(8, value)
-    values.update(groups=max(1, value // size), group_size=size, midway=0.0)
+    values.update(groups=max(1, value // size), group_size=size, branch_share=0.0)
     return f"{value} episodes an iteration read as {value // size} groups (one seed each) of {size} episodes"
 
 # %% ../../nbs/foreign/01_tomls.ipynb #da257aed

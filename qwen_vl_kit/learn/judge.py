@@ -28,14 +28,14 @@ from ..store.meter import Journal, Meter, own_rows
 from ..store.traces import Store, read_sessions
 
 # %% ../../nbs/learn/05_judge.ipynb #9bf7e529
-def game_reward(turn: Turn, invalid_cost: float = 0.0, health: float = 0.0) -> float:
-    """Reward of a turn: 1 for each achievement first reached in it, `health` times the game's own health term, minus `invalid_cost`
+def game_reward(turn: Turn, invalid_penalty: float = 0.0, health_weight: float = 0.0) -> float:
+    """Reward of a turn: 1 for each achievement first reached in it, `health_weight` times the game's own health term, minus `invalid_penalty`
     when the reply held no usable action. With `health` 1 and one action a turn it is crafter's reward.
 
     Health rises by 1 at most in a step, so a step that paid more than 0.1 was one with an unlock, whatever it cost in health.
     """
     change = sum(reward - (reward > 0.15) for reward in turn.rewards)
-    return len(turn.unlocked) + health * change - invalid_cost * (not turn.decision.valid)
+    return len(turn.unlocked) + health_weight * change - invalid_penalty * (not turn.decision.valid)
 
 # %% ../../nbs/learn/05_judge.ipynb #b92ee446
 TOOLS = [name for name in ACHIEVEMENTS if name.startswith("make_")]
@@ -91,19 +91,19 @@ def potential(text: str) -> float:
     return sum(min(held.get(name, 0), most) for name, most in USEFUL.items()) / sum(USEFUL.values())
 
 # %% ../../nbs/learn/05_judge.ipynb #cfff9e85
-def reward_terms(episode: Episode, invalid_cost: float = 0.0, untrue_cost: float = 0.0, health: float = 0.0, shaping: float = 0.0,
+def reward_terms(episode: Episode, invalid_penalty: float = 0.0, grounding_penalty: float = 0.0, health_weight: float = 0.0, shaping_weight: float = 0.0,
                  judged: float = 0.0, gamma: float = 1.0) -> dict[str, list[float]]:
     """The terms of a training reward, a number a turn each: `unlocks`, `invalid`, `untrue`, `health`, `shaping`, `judge`. Their sum is the reward.
 
-    `shaping` times (`gamma` x the potential after a turn - before it); the potential after the last turn counts 0. `judged` is what a judge's
+    `shaping_weight` times (`gamma` x the potential after a turn - before it); the potential after the last turn counts 0. `judged` is what a judge's
     score of the whole episode is worth, paid in the last turn.
     """
     turns = episode.turns
-    levels = [shaping * potential(turn.text) for turn in turns] + [0.0]
+    levels = [shaping_weight * potential(turn.text) for turn in turns] + [0.0]
     return {"unlocks": [float(len(turn.unlocked)) for turn in turns],
-            "invalid": [game_reward(turn, invalid_cost) - len(turn.unlocked) for turn in turns],
-            "untrue": [-untrue_cost * wrong for wrong in ungrounded_claims(episode)] if untrue_cost else [0.0] * len(turns),
-            "health": [game_reward(turn, health=health) - len(turn.unlocked) for turn in turns],
+            "invalid": [game_reward(turn, invalid_penalty) - len(turn.unlocked) for turn in turns],
+            "untrue": [-grounding_penalty * wrong for wrong in ungrounded_claims(episode)] if grounding_penalty else [0.0] * len(turns),
+            "health": [game_reward(turn, health_weight=health_weight) - len(turn.unlocked) for turn in turns],
             "shaping": [gamma * after - before for before, after in zip(levels, levels[1:])],
             "judge": [0.0] * (len(turns) - 1) + [judged]}
 

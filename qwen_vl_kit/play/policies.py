@@ -224,11 +224,11 @@ class ServerPolicy:
         a name that the engine's `set_policy` gave
     """
 
-    def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str, asks: int = 1, episode_seconds: float = 3600.0,
+    def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str, max_reprompts: int = 1, episode_seconds: float = 3600.0,
                  adapter: str = ""):
         self.engine, self.protocol, self.sampling, self.name, self.adapter = engine, protocol, sampling, name, adapter
         self.check(first=True)
-        self.asks, self.episode_seconds = asks, episode_seconds
+        self.max_reprompts, self.episode_seconds = max_reprompts, episode_seconds
         self.answered, self.flying, self.held = queue.SimpleQueue(), 0, []
         self.begun: dict[int, tuple[Episode, float]] = {}  # by identity: an episode, and when it began on the monotonic clock
         self.lengths, self.stop = [], None  # turns of those that ended; what concerns all of them
@@ -335,7 +335,7 @@ class ServerPolicy:
     async def _answer(self, asked: Request) -> Decision:
         "Ask until the reply holds a usable action, or often enough."
         usages = []
-        for again in range(self.asks + 1):
+        for again in range(self.max_reprompts + 1):
             output = await self.engine.ask(asked, self.sampling, again, self.adapter)
             usages.append(output.usage)
             reply = turns.parse(self.protocol, output.text)

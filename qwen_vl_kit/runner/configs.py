@@ -7,7 +7,7 @@ __all__ = ['read_toml', 'stage_of', 'parse_set', 'config_file', 'load_config']
 import tomllib
 from pathlib import Path
 
-from ..config import STAGES, Stage, _toml, validate
+from ..config import STAGES, Stage, _toml, key_hint, validate
 from ..core import InputError, nearest, read_text, resolve
 from ..foreign.tomls import translate
 
@@ -69,10 +69,10 @@ def _own(stage: str, values: dict, where: object, shared: bool) -> dict:
         first, dot, rest = key.partition(".")
         target, field = (first, rest) if dot else (stage, key)
         if target not in STAGES or dot and field not in STAGES[target].model_fields:
-            known = STAGES[target].model_fields if target in STAGES else STAGES
-            raise InputError(f"unknown key '{key}'", where, nearest(field if target in STAGES else first, known))
+            hint = key_hint(field, target) if target in STAGES else nearest(first, STAGES)
+            raise InputError(f"unknown key '{key}'", where, hint)
         if shared and field not in every:
-            raise InputError(f"no stage has the key '{key}'", where, nearest(key, sorted(every)))
+            raise InputError(f"no stage has the key '{key}'", where, key_hint(key))
         if target == stage and (dot or not shared or field in STAGES[stage].model_fields):
             own[field] = value
     return own

@@ -86,7 +86,7 @@ class ArmPolicies:
         adapter = engine.set_policy(config.arms.index(arm), folder) if self.ranks.get(arm) else ""
         sampling = Sampling(config.temperature, config.max_new_tokens, config.seed)
         if engine.name == "server":
-            return ServerPolicy(engine, config, sampling, arm, asks=0, adapter=adapter)
+            return ServerPolicy(engine, config, sampling, arm, max_reprompts=0, adapter=adapter)
         return EnginePolicy(engine, config, sampling, arm, adapter)
 
     def _whole(self, arm: str) -> Path | None:

@@ -55,7 +55,7 @@ def teacher(config: CollectConfig, meter: Meter | None = None):
     if config.engine == "server":
         engine = ServerEngine(config.model, config.concurrency, config.detail, config.retries, config.call_seconds, meter,
                                       longest_wait=min(600.0, config.episode_seconds))
-        return ServerPolicy(engine, config, sampling, config.model, config.asks, config.episode_seconds)
+        return ServerPolicy(engine, config, sampling, config.model, config.max_reprompts, config.episode_seconds)
     engine = create_engine(config.engine, config.model, config.revision, concurrency=config.concurrency)
     return EnginePolicy(engine, config, sampling, config.model)
 

@@ -103,9 +103,9 @@ def _read(stores: list[Path]) -> Iterator[tuple[dict, Episode]]:
 # %% ../../nbs/stages/02_export.ipynb #a2225c23
 def _listed(pairs: list, config: ExportConfig, dropped: Counter) -> list:
     "What the rules about the whole list leave of it."
-    count = math.ceil(config.best * len(pairs))
+    count = math.ceil(config.best_share * len(pairs))
     best = {id(pair) for pair in sorted(pairs, key=lambda pair: (-pair[1].reward, _key(pair[0])))[:count]}
-    for name, kept in (("best", lambda i, pair: id(pair) in best), ("offset", lambda i, pair: i >= config.offset),
+    for name, kept in (("best_share", lambda i, pair: id(pair) in best), ("offset", lambda i, pair: i >= config.offset),
                        ("limit", lambda i, pair: config.limit is None or i < config.limit)):
         left = [pair for i, pair in enumerate(pairs) if kept(i, pair)]
         dropped[name] += len(pairs) - len(left)
@@ -320,7 +320,7 @@ def run(config: ExportConfig, out: str | Path) -> Result:
     counts = {"episodes": len(kept), "train_rows": len(sides["train"]), "val_rows": len(sides["val"]), "val_seeds": len(held_out),
               "dropped_episodes": sum(dropped.values()), "dropped_turns": sum(dropped_turns.values())}
     try:
-        _write(out, kept, sides, protocol, config.also)
+        _write(out, kept, sides, protocol, config.extra_formats)
         _tell(out, kept, sides, protocol, held_out, counts, dropped + dropped_turns)
     except OSError as error:
         raise InputError(f"cannot be written ({error.strerror or error})", out, "free some space, or name another folder") from None

@@ -226,7 +226,7 @@ class Player:
                  judge: RemoteJudge | None = None, before: Path | None = None):
         self.config, self.engine, self.store, self.sync, self.sight, self.judge, self.before = config, engine, store, sync, sight, judge, before
         self.seen = {engine.processor.image_token_id, engine.processor.video_token_id}  # in a reply they would stand for an image that is not there
-        self.fresh, self.seeds = config.groups - config.begun_midway, seeds_of(config)
+        self.fresh, self.seeds = config.groups - config.branched_groups, seeds_of(config)
         self.thread, self.given_up, self.ahead, self.stale, self.alike = ThreadPoolExecutor(1), Event(), None, False, 0
         self.critic = Critic(config.gamma) if config.credit == "critic" else None
 
@@ -265,7 +265,7 @@ class Player:
         seeds = self.seeds[iteration * self.fresh:][: self.fresh]
         random = np.random.default_rng([config.seed, iteration])
         places = {(seeds[i % self.fresh], i // self.fresh % size, int(random.integers(1, horizon(config.horizon).turns)))
-                  for i in range(config.begun_midway)}
+                  for i in range(config.branched_groups)}
         sampling = Sampling(config.temperature, config.max_new_tokens, config.seed)
         policy = SnapshottingPolicy(self.engine, config, sampling, f"grpo-{iteration:04d}", adapter, places=places, given_up=self.given_up)
         settings = dict(seed=config.seed, concurrency=config.groups * size, what=f"iteration {iteration + 1} of {config.iterations}")
@@ -316,7 +316,7 @@ class Player:
 
     def _terms(self, episodes: list[Episode]) -> list[dict]:
         config, scores = self.config, self._scores(episodes)
-        weights = config.invalid_cost, config.untrue_cost, config.health, config.shaping
+        weights = config.invalid_penalty, config.grounding_penalty, config.health_weight, config.shaping_weight
         return [reward_terms(e, *weights, score, config.gamma) for e, score in zip(episodes, scores)]
 
     def _remember(self, iterations: range) -> None:
@@ -348,7 +348,7 @@ class Player:
 # %% ../../nbs/stages/04_grpo.ipynb #9c83cc1c
 def seeds_of(config: GRPOConfig) -> list[int]:
     "The seeds to come, in order: those of all iterations. Raises `InputError` if these need more."
-    seeds, fresh = parse_seeds(config.seeds), config.groups - config.begun_midway
+    seeds, fresh = parse_seeds(config.seeds), config.groups - config.branched_groups
     if len(seeds) < config.iterations * fresh:
         raise InputError(f"{config.iterations} iterations of {fresh} seeds need {config.iterations * fresh}, 'seeds' has {len(seeds)}",
                          fix="name more seeds")
@@ -464,7 +464,7 @@ def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[s
     return serving, [f"gpus_for_vllm = {asked}: this machine has {found} GPU{'s' * (found != 1)}, so {plays}"] if serving < asked else []
 
 # %% ../../nbs/stages/04_grpo.ipynb #4b42a864
-_FREE = {"adapter", *GRPOConfig.goes_on, *GRPOConfig.patience}  # a run may go on with others
+_FREE = {"adapter", *GRPOConfig.extendable, *GRPOConfig.unhashed}  # a run may go on with others
 
 
 def updates_of(config: GRPOConfig) -> int:

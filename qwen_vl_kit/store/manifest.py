@@ -75,13 +75,13 @@ def _short(path: Path, run: Path) -> str:
 
 def config_hash(config: Stage) -> str:
     "sha256 over every resolved value of a stage's settings, but for those that say only how long it may take and what it may cost."
-    return digest([type(config).__name__, config.model_dump(mode="json", exclude=set(config.patience))])
+    return digest([type(config).__name__, config.model_dump(mode="json", exclude=set(config.unhashed))])
 
 
 def changed_fields(config: Stage, told: dict) -> list[str]:
-    "Names of the settings that are others than the config that a manifest or marker `told`, but for those of `patience`."
-    now = config.model_dump(mode="json", exclude=set(config.patience))
-    return sorted(name for name in now.keys() | told.keys() - config.patience if name not in now or name not in told or now[name] != told[name])
+    "Names of the settings that are others than the config that a manifest or marker `told`, but for those of `unhashed`."
+    now = config.model_dump(mode="json", exclude=set(config.unhashed))
+    return sorted(name for name in now.keys() | told.keys() - config.unhashed if name not in now or name not in told or now[name] != told[name])
 
 # %% ../../nbs/store/09_manifest.ipynb #be319307
 def priced(result: Result) -> tuple[list[dict], list[dict]]:
