@@ -254,7 +254,7 @@ def bring_back(stage: str, out: Path) -> None:
     for path in sorted((out / BEFORE).glob("*"), key=lambda path: path.name == MARKER):  # the marker last: until then this is done again
         path.replace(out / path.name)
     if marker and not anew and made.is_file():  # one that went on may have played or trained by now
-        changed = any(line.endswith("has changed") for line in manifest.changes(out, read_json(made)))
+        changed = any(change.kind == "changed" for change in manifest.changes(out, read_json(made)))
         (made if changed else out / MARKER).unlink(missing_ok=True)
     remove_empty([out / BEFORE])
 
@@ -296,11 +296,11 @@ def _finished(settings: Stage, out: Path, fix: str) -> str:
     if others and not more:
         raise InputError(f"an output folder of another run, whose config differs ({_named(others)})", _told(out), fix)
     changes = manifest.changes(out, made)
-    if changed := [line for line in changes if line.endswith("has changed")]:
+    if changed := [change for change in changes if change.kind == "changed"]:
         raise InputError(f"{changed[0]} since it was written", _told(out), fix)
     if more and not any((out / "checkpoints").glob("checkpoint-*")):
         raise InputError(f"its config differs ({_named(others)}), and the checkpoints to go on from are gone", _told(out), fix)
-    if any(line.endswith("is missing") for line in changes):
+    if changes:
         return "torn"
     paths = [(out.parent / given["path"], given["sha256"]) for given in made["inputs"].values()]
     same = all(path.exists() and content_hash(path) == was for path, was in paths)

@@ -14,12 +14,12 @@ import re
 import time
 import zlib
 
-from ..core import InputError
+from ..core import InputError, StageError
 from .access import in_one_line
 from ..protocol.turns import call_text
 
 # %% ../../nbs/engine/07_replies.ipynb #ab46277f
-class CallFailed(RuntimeError):
+class CallFailed(StageError):
     "A call that was not answered, whatever was tried. Its episode is lost; others may go on."
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..config import Protocol, horizon
-from ..core import progress
+from ..core import StageError, progress
 from ..game.world import World
 from .policies import Batched, Situation, check_policy
 from ..protocol.episodes import Decision, Episode, Turn
@@ -44,7 +44,7 @@ def play(situation: Situation, decision: Decision, noise: float = 0.0, random=No
     return turn
 
 # %% ../../nbs/play/02_rollout.ipynb #a2f2c2d9
-class LostEpisodes(RuntimeError):
+class LostEpisodes(StageError):
     "Some episodes were lost, the others were played. `lost` holds ((seed, member), reason)."
 
     def __init__(self, lost: list[tuple], total: int, stopped: bool = False):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, read_jsonl, resolve
+from ..core import InputError, read_jsonl, resolve, stage_folder
 from ..game.rules import ACHIEVEMENTS
 from .stats import Interval, wilson
 from .tables import COLOURS, Html, LINES, html_table, read_arms, read_table
@@ -167,7 +167,7 @@ def curves(path: str | Path, panels: tuple[Panel, ...] | list[str] = SFT_PANELS,
                if not any(key in series for key in keys)]
     for ax in figure.axes[len(found):]:
         ax.set_visible(False)
-    caption = f"{Path(path).parent.name}/{Path(path).name}" + (f"; not measured: {', '.join(missing)}" if missing else "")
+    caption = f"{stage_folder(Path(path).parent).name}/{Path(path).name}" + (f"; not measured: {', '.join(missing)}" if missing else "")
     return _plot(figure, pd.DataFrame(rows), caption, f"{', '.join(panel.title for panel in found)} against {x}")
 
 # %% ../../nbs/show/03_plots.ipynb #e2a7bfa3

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import BenchmarkConfig
 from ..core import (InputError, Result, adapter_folder, append_jsonl, atomic, digest, parse_seeds, read_json,
-                              resolve)
+                              resolve, stage_folder)
 from ..engine import factory
 from ..engine.base import Engine, Sampling
 from ..engine.factory import choose_engine, create_engine
@@ -168,7 +168,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     Its seconds are those of all sessions that stored episodes there; so are the metrics', which tell of each arm how long all took up to it.
     """
     began, out = time.perf_counter(), resolve(out)
-    adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, out.parent))}
+    adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, stage_folder(out).parent))}
     cards = {arm: checked_card(path, config) for arm, path in adapters.items()}  # told before hours are spent on the other arms
     seeds = check_unseen(parse_seeds(config.seeds), config.model, adapters)
     unknown = {arm: parts for arm, card in cards.items() if (parts := model_adapters.unknown(card))}
@@ -181,7 +181,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     if choose_engine(config.engine) == "server":
         meter = Meter(image=image_bound(config.model, "low", config.render_size), journal=out / "calls.jsonl")
     with (threads(config.threads), contextlib.closing(meter) if meter else contextlib.nullcontext(),
-          contextlib.closing(ArmPolicies(config, out.parent, meter)) as players, contextlib.ExitStack() as stack):
+          contextlib.closing(ArmPolicies(config, stage_folder(out).parent, meter)) as players, contextlib.ExitStack() as stack):
         players.ready()
         store = stack.enter_context(Store(out / "rollouts.db"))
         if others := set(traces.episodes(out / "rollouts.db").get("run", ())) - {name}:

@@ -21,6 +21,7 @@ from ..engine.base import Sampling
 from ..engine.factory import create_engine
 from ..engine.hf import HFEngine
 from ..engine.server import ServerEngine
+from ..game.rules import ACHIEVEMENTS
 from ..game.world import World
 from ..model.adapters import base_of
 from ..model.encode import model_notices
@@ -109,7 +110,7 @@ def check_store(out: Path) -> None:
 
 def _in_paid_words(error: InputError, out: Path) -> InputError:
     "The error; that of a damaged store, with calls beside it, says what playing again means."
-    damaged, calls = error.where == out / "rollouts.db" and "damaged" in error.what, out / "calls.jsonl"
+    damaged, calls = error.where == out / "rollouts.db" and error.code == "damaged", out / "calls.jsonl"
     return InputError(error.what, error.where, PAID_AGAIN) if damaged and calls.is_file() and calls.stat().st_size else error
 
 # %% ../../nbs/stages/01_collect.ipynb #6024b374
@@ -139,7 +140,7 @@ def run(config: CollectConfig, out: str | Path) -> Result:
         except InputError as error:
             raise _in_paid_words(error, out) from None
     totals = _totals(out / "rollouts.db")
-    numbers = {**totals, "achievement_rate": round(totals["achievements"] / 22 / totals["episodes"], 6), "teacher": policy.name,
+    numbers = {**totals, "achievement_rate": round(totals["achievements"] / len(ACHIEVEMENTS) / totals["episodes"], 6), "teacher": policy.name,
                "prompt_hash": prompt_hash(config), **plan, **(meter.numbers() if meter else {})}
     if loaded := getattr(getattr(policy, "engine", None), "loaded", None):  # a teacher that is played here
         numbers |= loaded.identity

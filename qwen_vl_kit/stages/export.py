@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..config import ExportConfig, Protocol
 from ..core import (InputError, Result, append_jsonl, atomic, digest, dumps, nearest, parse_seeds, progress,
-                              resolve, write_json)
+                              resolve, stage_folder, write_json)
 from ..foreign.formats import _dataset_info, parquet_writer, sharegpt, sharegpt_folder
 from ..foreign.synth import timestamp
 from ..game.images import png_size
@@ -297,7 +297,7 @@ def _tell(out: Path, kept: list, sides: dict, protocol: Protocol, held_out: set,
 def _stores(config: ExportConfig, out: Path) -> list[Path]:
     "The stores that a config names, or the one of the same run."
     named = [config.traces] if isinstance(config.traces, str) else config.traces
-    return list(dict.fromkeys(resolve(path) for path in named if path)) or [out.parent / "collect" / "rollouts.db"]
+    return list(dict.fromkeys(resolve(path) for path in named if path)) or [stage_folder(out).parent / "collect" / "rollouts.db"]
 
 # %% ../../nbs/stages/02_export.ipynb #ab8bcbe5
 def run(config: ExportConfig, out: str | Path) -> Result:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import GRPOConfig, horizon
 from ..core import (InputError, Result, TrainingStopped, adapter_folder, digest, parse_seeds, read_json,
-                              read_jsonl, resolve, seed_spec, write_json)
+                              read_jsonl, resolve, seed_spec, stage_folder, write_json)
 from ..engine import access, factory, serving as engine_serving
 from ..engine.base import EngineDied, Request, Sampling
 from ..engine.factory import create_engine
@@ -409,7 +409,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     learn from; what stands in `out/checkpoints` is kept.
     """
     began, out = time.perf_counter(), resolve(out)
-    adapter = adapter_folder(config.adapter or out.parent / "sft" / "adapter")
+    adapter = adapter_folder(config.adapter or stage_folder(out).parent / "sft" / "adapter")
     card, seeds = checked_card(adapter, config), seeds_of(config)  # what is wrong is told before anything is written
     check_engine(config.engine)
     check_prices(config)
@@ -464,7 +464,7 @@ def served(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[s
     return serving, [f"gpus_for_vllm = {asked}: this machine has {found} GPU{'s' * (found != 1)}, so {plays}"] if serving < asked else []
 
 # %% ../../nbs/stages/04_grpo.ipynb #4b42a864
-_FREE = {"adapter", *GRPOConfig.extendable, *GRPOConfig.unhashed}  # a run may go on with others
+_FREE = {"adapter", *GRPOConfig.extendable, *GRPOConfig.unhashed}  # a run may resume with others
 
 
 def updates_of(config: GRPOConfig) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..config import BenchmarkConfig, Protocol, SFTConfig
 from ..core import (InputError, Result, TrainingStopped, digest, parse_seeds, read_json, resolve, seed_spec,
-                              write_json)
+                              stage_folder, write_json)
 from ..learn.batches import Packer, Rows
 from ..learn.training import (SFT_NAMES, StopAtMaxSteps, ThroughputMeter, check_tracker, describe_sharding,
                                         device_name, devices, find_checkpoint, last_checkpoint, observer,
@@ -97,7 +97,7 @@ def arguments(config: SFTConfig, out: Path, steps: int) -> dict:
         eval_strategy="steps", eval_steps=min(config.eval_steps, steps), save_strategy="steps", save_steps=min(config.eval_steps, steps),
         save_total_limit=2, load_best_model_at_end=config.keep_best, metric_for_best_model=by, greater_is_better=by != "eval_loss",
         logging_steps=1, logging_nan_inf_filter=False, report_to=config.report_to, project="qwen_vl_kit",
-        run_name=f"{out.parent.name}/{out.name}", disable_tqdm=True, log_level="error", seed=config.seed,
+        run_name=f"{stage_folder(out).parent.name}/{stage_folder(out).name}", disable_tqdm=True, log_level="error", seed=config.seed,
         remove_unused_columns=False, dataloader_pin_memory=cuda, dataloader_num_workers=4 * cuda, dataloader_persistent_workers=cuda,
         dataset_kwargs={"skip_prepare_dataset": True})
 
@@ -108,6 +108,7 @@ def player(config: SFTConfig, protocol: Protocol):
 
     from qwen_vl_kit.engine.base import Sampling
     from qwen_vl_kit.engine.hf import HFEngine
+    from qwen_vl_kit.game.rules import ACHIEVEMENTS
     from qwen_vl_kit.play.policies import EnginePolicy
     from qwen_vl_kit.play.rollout import rollout
 
@@ -119,14 +120,14 @@ def player(config: SFTConfig, protocol: Protocol):
         def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
             engine.sync(model)
             episodes = rollout(policy, protocol, seeds, seed=config.seed, what=f"dev seeds, update {state.global_step}")
-            metrics["eval_dev.achievement_rate"] = sum(len(episode.achievements) for episode in episodes) / 22 / len(episodes)
+            metrics["eval_dev.achievement_rate"] = sum(len(episode.achievements) for episode in episodes) / len(ACHIEVEMENTS) / len(episodes)
 
     return Player()
 
 # %% ../../nbs/stages/03_sft.ipynb #e5158b1a
 def rows_of(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     "Training and validation rows of a config. Raises `InputError` when they were not made with one prompt, or cannot be played where asked."
-    train = Rows(config.train or out.parent / "export" / "train.jsonl")
+    train = Rows(config.train or stage_folder(out).parent / "export" / "train.jsonl")
     val = Rows(config.val or train.path.with_name("val.jsonl"), config.eval_rows)
     if train.prompt_hash != val.prompt_hash:
         raise InputError(f"its rows are of prompt {val.prompt_hash[:8]}, and those to train on of {train.prompt_hash[:8]}", val.path,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'MARKER', 'UNHASHED', 'TRANSIENT', 'made_files', 'outputs', 'folder_hash', 'content_hash', 'machine',
-           'config_hash', 'changed_fields', 'priced', 'bill', 'write', 'changes', 'owner', 'verify']
+           'config_hash', 'changed_fields', 'priced', 'bill', 'write', 'Change', 'changes', 'owner', 'verify']
 
 # %% ../../nbs/store/09_manifest.ipynb #762db3f1
 import os
@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from ..config import Stage
-from ..core import InputError, Result, digest, read_json, resolve, write_json
+from ..core import InputError, Result, digest, read_json, resolve, stage_folder, write_json
 from .ledger import Ledger
 from .provenance import provenance
 
@@ -123,7 +124,7 @@ def write(out: str | Path, result: Result, config: Stage, ledger: Iterable[dict]
     rows, unpriced = priced(result) if ledger is None else (list(ledger), [])
     usd = None if unpriced else float(sum(Decimal(row["usd"]) for row in rows))
     files = outputs(out)
-    inputs = {name: {"path": _short(resolve(path), out.parent), "sha256": content_hash(path)} for name, path in result.inputs.items()}
+    inputs = {name: {"path": _short(resolve(path), stage_folder(out).parent), "sha256": content_hash(path)} for name, path in result.inputs.items()}
     return write_json(out / NAME, {
         "stage": result.stage, "config": config.model_dump(mode="json"), "config_hash": config_hash(config), "inputs": inputs,
         "outputs": files, "outputs_hash": folder_hash(files), "numbers": result.numbers, "usage": result.usage, "ledger": rows,
@@ -132,17 +133,26 @@ def write(out: str | Path, result: Result, config: Stage, ledger: Iterable[dict]
         "machine": machine(), "provenance": provenance(), "command": os.environ.get("QVK_COMMAND", "")})
 
 # %% ../../nbs/store/09_manifest.ipynb #fb47e90b
-def changes(out: Path, manifest: dict) -> list[str]:
-    "How the files that a manifest names differ from what it says, one line each."
-    then = manifest["outputs"]
-    lines = []
-    for name, given in then.items():
+class Change(NamedTuple):
+    "A file that is not what a manifest says."
+
+    name: str
+    kind: Literal["changed", "missing"]
+
+    def __str__(self) -> str:
+        return f"{self.name} is missing" if self.kind == "missing" else f"{self.name} has changed"
+
+
+def changes(out: Path, manifest: dict) -> list[Change]:
+    "The files below `out` that are not what a manifest says of them."
+    found = []
+    for name, given in manifest["outputs"].items():
         path = out / name
         if not path.is_file():
-            lines.append(f"{name} is missing")
+            found.append(Change(name, "missing"))
         elif path.stat().st_size != given["bytes"] or digest(path) != given["sha256"]:
-            lines.append(f"{name} has changed")
-    return lines
+            found.append(Change(name, "changed"))
+    return found
 
 # %% ../../nbs/store/09_manifest.ipynb #bf664e36
 def owner(path: str | Path) -> Path | None:
@@ -183,7 +193,7 @@ def _problems(folder: Path, manifests: dict[Path, dict]) -> list[str]:
     "How a stage's folder, and what it was made from, differ from its manifest."
     manifest = manifests[folder]
     try:
-        found = changes(folder, manifest)
+        found = [str(change) for change in changes(folder, manifest)]
         found += [f"{name} is not in the manifest" for name in made_files(folder) if name not in manifest["outputs"]]
         found += [_input_problem(given, folder, manifests) for given in manifest["inputs"].values()]
         found += [] if folder_hash(manifest["outputs"]) == manifest["outputs_hash"] else ["the manifest has been edited"]

@@ -106,7 +106,7 @@ def _sqlite_errors_to_input_errors(path: Path):
         text = str(error) if isinstance(error, sqlite3.Error) else "malformed"
         for sign, what, fix in _SIGNS:
             if sign in text:
-                raise InputError(what, path, fix) from None
+                raise InputError(what, path, fix, code="damaged" if sign == "malformed" else "") from None
         raise InputError(f"not readable as a trace store ({text})", path, "run the stage that writes it again") from None
 
 # %% ../../nbs/store/02_schema.ipynb #7b920a8f
