@@ -12,48 +12,17 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
+from stores import PROTOCOL, WALK, episode, noise_episode, noise_store, rows, run_export, write_store
 
 from qwen_vl_kit.config import ExportConfig, Protocol, validate
 from qwen_vl_kit.core import InputError, digest, read_json
+from qwen_vl_kit.game.images import frame_hash
 from qwen_vl_kit.model.encode import decode_url
-from qwen_vl_kit.protocol.episodes import Decision, Episode, Turn
 from qwen_vl_kit.protocol.turns import parse, prompt_hash
 from qwen_vl_kit.runner.configs import load_config
 from qwen_vl_kit.stages import export
 from qwen_vl_kit.store.rows import numbered_rows, read_rows
 from qwen_vl_kit.store.traces import Store, merge_stores
-
-PROTOCOL = Protocol(prompt="brief", render_size=64)
-WALK = ["move_left", "do", "move_up", "do", "move_right", "noop"]
-
-
-def episode(seed, actions=WALK, unlocks=None, frames=None, model="a", invalid=(), reason="a tree", member=0, size=64):
-    "An episode of one action a turn; `unlocks` by turn, each worth 1; `frames` names the picture of each turn."
-    turns = []
-    for i, action in enumerate(actions):
-        frame = np.random.default_rng([seed if frames is None else 0, i if frames is None else ord(frames[i])])
-        unlocked = (unlocks or {}).get(i, [])
-        decision = Decision([action], reason, f"{reason} -> {action}", valid=i not in invalid)
-        turns.append(Turn(i, i, frame.integers(0, 255, (size, size, 3), dtype=np.uint8), "", decision, [action], [float(len(unlocked))], unlocked))
-    return Episode(seed, "s50", model, member, turns)
-
-
-def stored(path, *episodes, run="demo", protocol=PROTOCOL, scores=None):
-    with Store(path) as store:
-        store.begin(run, protocol)
-        for one in episodes:
-            store.add(one, scores=(scores or {}).get(one.seed))
-    return path
-
-
-def exported(db, out=None, **settings):
-    stores = [str(path) for path in db] if isinstance(db, list) else str(db)
-    return export.run(ExportConfig(traces=stores, **settings), out or (db[0] if isinstance(db, list) else db).parent / "export")
-
-
-def rows(result, side="train"):
-    return list(read_rows(result.out / f"{side}.jsonl"))
-
 
 # ---- rules about episodes
 
@@ -64,7 +33,7 @@ WOOD, SAPLING = ["collect_wood"], ["collect_sapling"]
 def four(tmp_path):
     """Seed 1: a tree after 3 turns; 2: a tree and a sapling, by model b; 900003 (of the split val): nothing, turns to and fro on the same
     two frames; 1000004 (test): does the same thing 8 times. Stored on the first four days of 2026; judged 0.1 to 0.4, but 1000004."""
-    db = stored(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={1: SAPLING, 5: WOOD}, model="b"),
+    db = write_store(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={1: SAPLING, 5: WOOD}, model="b"),
                 episode(900_003, ["move_left", "move_right"] * 3, frames="ababab"), episode(1_000_004, ["do"] * 8, unlocks={0: SAPLING}),
                 scores={1: {"rubric": 0.1}, 2: {"rubric": 0.2, "gpt": 1.0}, 900_003: {"rubric": 0.3}})
     with contextlib.closing(sqlite3.connect(db)) as connection:
@@ -86,7 +55,7 @@ def four(tmp_path):
     (dict(splits=["train"], best_share=0.5), (2,)),  # the best of what is left
 ], ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "".join(map(str, value)))
 def test_a_rule_drops_what_it_should_and_keeps_the_rest(four, settings, kept):
-    result = exported(four, val_fraction=0, **settings)
+    result = run_export(four, val_fraction=0, **settings)
     listed, stats = read_json(result.out / "kept.json"), read_json(result.out / "stats.json")
     assert tuple(session["seed"] % 100 for session in listed) == kept
     assert {row["metadata"]["seed"] % 100 for row in rows(result)} == set(kept)
@@ -96,7 +65,7 @@ def test_a_rule_drops_what_it_should_and_keeps_the_rest(four, settings, kept):
 
 def test_a_rule_that_leaves_nothing_names_itself(four):
     with pytest.raises(InputError, match="no episode is left: min_reward dropped 3, required_achievements dropped 1; loosen"):
-        exported(four, min_reward=1.5, required_achievements=["eat_cow"])
+        run_export(four, min_reward=1.5, required_achievements=["eat_cow"])
     assert not (four.parent / "export").exists()
 
 
@@ -118,17 +87,17 @@ def turns_of(result):
 
 
 def test_only_turns_near_an_unlock(tmp_path):
-    db = stored(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={0: SAPLING, 4: WOOD}), episode(3))
+    db = write_store(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={0: SAPLING, 4: WOOD}), episode(3))
     for window, kept in ((0, [(1, 3), (2, 0), (2, 4)]), (1, [(1, 2), (1, 3), (2, 0), (2, 3), (2, 4)])):
-        result = exported(db, val_fraction=0, unlock_window=window)
+        result = run_export(db, val_fraction=0, unlock_window=window)
         assert turns_of(result) == kept
         assert read_json(result.out / "stats.json")["dropped_by"] == {"unlock_window": 18 - len(kept)}
 
 
 def test_dedupe_keeps_the_first_of_what_is_the_same(tmp_path):
-    db = stored(tmp_path / "rollouts.db", episode(1, ["do", "do", "noop", "do"], frames="aaab"), episode(2, ["do", "noop"], frames="bb"))
-    assert len(rows(exported(db, val_fraction=0))) == 6
-    result = exported(db, val_fraction=0, dedupe=True)
+    db = write_store(tmp_path / "rollouts.db", episode(1, ["do", "do", "noop", "do"], frames="aaab"), episode(2, ["do", "noop"], frames="bb"))
+    assert len(rows(run_export(db, val_fraction=0))) == 6
+    result = run_export(db, val_fraction=0, dedupe=True)
     assert turns_of(result) == [(1, 0), (1, 2), (1, 3), (2, 1)]  # the frame and the answer together
     assert read_json(result.out / "stats.json")["dropped_by"] == {"dedupe": 2}
 
@@ -136,11 +105,11 @@ def test_dedupe_keeps_the_first_of_what_is_the_same(tmp_path):
 def test_turns_that_were_taken_over_are_rows_of_the_episode_that_played_them(tmp_path):
     first, later = episode(0), episode(0, member=1)
     later.start = 4
-    result = exported(stored(tmp_path / "rollouts.db", first, later), val_fraction=0.0)
+    result = run_export(write_store(tmp_path / "rollouts.db", first, later), val_fraction=0.0)
     told = [(row["metadata"]["member"], row["metadata"]["turn"]) for row in rows(result)]
     assert sorted(told) == [(0, turn) for turn in range(6)] + [(1, 4), (1, 5)]
     later.turns[5].unlocked, later.turns[5].rewards = ["collect_wood"], [1.0]
-    alone = exported(stored(tmp_path / "again" / "rollouts.db", first, later), val_fraction=0.0, min_achievements=1)
+    alone = run_export(write_store(tmp_path / "again" / "rollouts.db", first, later), val_fraction=0.0, min_achievements=1)
     assert sorted((row["metadata"]["member"], row["metadata"]["turn"]) for row in rows(alone)) == [(1, turn) for turn in range(6)]
 
 
@@ -149,18 +118,18 @@ def test_what_nobody_said_is_never_a_target(tmp_path):
     two.turns[0].decision.actions = ["do", "do"]  # more than this protocol's turn may carry
     two.turns[1].decision.reason = "a <|im_end|> tree"
     two.turns[2].decision.actions = []
-    db = stored(tmp_path / "rollouts.db", episode(1, invalid=(0, 5)), two, episode(3, ["do"], reason="see <image>"))
-    result = exported(db, val_fraction=0)
+    db = write_store(tmp_path / "rollouts.db", episode(1, invalid=(0, 5)), two, episode(3, ["do"], reason="see <image>"))
+    result = run_export(db, val_fraction=0)
     assert turns_of(result) == [(1, t) for t in range(1, 5)]
     assert read_json(result.out / "stats.json")["dropped_by"] == {"invalid": 3, "unreadable": 1, "special_tokens": 2}
     with pytest.raises(InputError, match="no turn is left to train on: {'special_tokens': 1}"):
-        exported(db, seeds="3")
+        run_export(db, seeds="3")
 
 
 @pytest.mark.parametrize("form", ["reason", "plain", "tool"])
 def test_every_answer_is_read_back_as_what_was_done(tmp_path, form):
-    db = stored(tmp_path / "rollouts.db", episode(1), episode(2))
-    result = exported(db, form=form, val_fraction=0)
+    db = write_store(tmp_path / "rollouts.db", episode(1), episode(2))
+    result = run_export(db, form=form, val_fraction=0)
     protocol = Protocol(**read_json(result.out / "stats.json")["protocol"])
     assert protocol.form == form
     for row in read_rows(result.out / "train.jsonl", prompt_hash(protocol)):
@@ -171,18 +140,18 @@ def test_every_answer_is_read_back_as_what_was_done(tmp_path, form):
 
 
 def test_max_rows_takes_a_sample_after_the_shuffle(tmp_path):
-    db = stored(tmp_path / "rollouts.db", *map(episode, range(6)))
-    result = exported(db, val_fraction=0, max_rows=10)
+    db = write_store(tmp_path / "rollouts.db", *map(episode, range(6)))
+    result = run_export(db, val_fraction=0, max_rows=10)
     assert len(rows(result)) == 10 and len({row["metadata"]["seed"] for row in rows(result)}) > 2
     assert read_json(result.out / "stats.json")["dropped_by"] == {"max_rows": 26}
     drawn = turns_of(result)
-    assert turns_of(exported(db, val_fraction=0, max_rows=10)) == drawn != turns_of(exported(db, val_fraction=0, max_rows=10, seed=1))
+    assert turns_of(run_export(db, val_fraction=0, max_rows=10)) == drawn != turns_of(run_export(db, val_fraction=0, max_rows=10, seed=1))
 
 
 def test_a_stratified_split_has_all_levels_and_no_seed_twice(tmp_path):
     db = tmp_path / "rollouts.db"
-    stored(db, *(episode(seed, unlocks={t: WOOD for t in range(seed % 5)}, member=m) for seed in range(20) for m in range(2)))
-    kept = read_json(exported(db, val_fraction=0.25, stratify=True).out / "kept.json")
+    write_store(db, *(episode(seed, unlocks={t: WOOD for t in range(seed % 5)}, member=m) for seed in range(20) for m in range(2)))
+    kept = read_json(run_export(db, val_fraction=0.25, stratify=True).out / "kept.json")
     held = {session["seed"]: session["achievements"] for session in kept if session["side"] == "val"}
     assert sorted(held.values()) == [0, 1, 2, 3, 4]
     assert not set(held) & {session["seed"] for session in kept if session["side"] == "train"}
@@ -190,36 +159,36 @@ def test_a_stratified_split_has_all_levels_and_no_seed_twice(tmp_path):
 
 def test_the_same_traces_give_the_same_bytes_whatever_the_order_of_storing(tmp_path):
     made = [episode(seed, unlocks={2: WOOD}) for seed in range(4)]
-    one, two = stored(tmp_path / "1" / "rollouts.db", *made), stored(tmp_path / "2" / "rollouts.db", *made[::-1])
+    one, two = write_store(tmp_path / "1" / "rollouts.db", *made), write_store(tmp_path / "2" / "rollouts.db", *made[::-1])
     for settings in ({}, {"stratify": True, "best_share": 0.5}):
-        outs = [exported(db, **settings).out for db in (one, two)]
+        outs = [run_export(db, **settings).out for db in (one, two)]
         for name in ("train.jsonl", "val.jsonl", "stats.json", "kept.json"):
             assert digest(outs[0] / name) == digest(outs[1] / name)
 
 
 def test_several_stores_are_read_as_one(tmp_path):
-    parts = [stored(tmp_path / f"{name}.db", *map(episode, seeds)) for name, seeds in (("a", (1, 2)), ("b", (3, 4)))]
+    parts = [write_store(tmp_path / f"{name}.db", *map(episode, seeds)) for name, seeds in (("a", (1, 2)), ("b", (3, 4)))]
     whole = tmp_path / "whole.db"
     merge_stores(whole, *parts)
-    several = exported(parts, tmp_path / "several", val_fraction=0)
-    assert (several.out / "train.jsonl").read_bytes() == (exported(whole, tmp_path / "one", val_fraction=0).out / "train.jsonl").read_bytes()
+    several = run_export(parts, tmp_path / "several", val_fraction=0)
+    assert (several.out / "train.jsonl").read_bytes() == (run_export(whole, tmp_path / "one", val_fraction=0).out / "train.jsonl").read_bytes()
     assert {name: path.name for name, path in several.inputs.items()} == {"traces": "a.db", "traces_1": "b.db"}
-    result = exported([*parts, whole], tmp_path / "twice", val_fraction=0)  # what is in two of them counts once
+    result = run_export([*parts, whole], tmp_path / "twice", val_fraction=0)  # what is in two of them counts once
     assert read_json(result.out / "stats.json")["dropped_by"] == {"known": 4}
 
 
 def test_episodes_of_two_prompts_are_refused_unless_their_forms_are_made_one(tmp_path):
-    a = stored(tmp_path / "a.db", episode(1), protocol=Protocol(prompt="brief", render_size=64, form="tool"))
-    b = stored(tmp_path / "b.db", episode(2))
-    c = stored(tmp_path / "c.db", episode(3), protocol=Protocol(prompt="brief", render_size=64, history=0))
+    a = write_store(tmp_path / "a.db", episode(1), protocol=Protocol(prompt="brief", render_size=64, form="tool"))
+    b = write_store(tmp_path / "b.db", episode(2))
+    c = write_store(tmp_path / "c.db", episode(3), protocol=Protocol(prompt="brief", render_size=64, history=0))
     with pytest.raises(InputError, match="episodes of 2 prompts"):
-        exported([a, b])
-    assert exported([a, b], form="reason").numbers["episodes"] == 2
+        run_export([a, b])
+    assert run_export([a, b], form="reason").numbers["episodes"] == 2
     with pytest.raises(InputError, match="episodes of 2 prompts") as error:
-        exported([a, b, c], form="reason")
+        run_export([a, b, c], form="reason")
     told = json.loads(re.search(r"prompts = (\[.*?\])", str(error.value))[1])  # what the message says does it: a and b are the most
-    assert len(told) == 2 and exported([a, b, c], form="reason", prompts=told).numbers["episodes"] == 2
-    kept = exported([a, b, c], prompts=[prompt_hash(Protocol(prompt="brief", render_size=64, history=0))[:8]])
+    assert len(told) == 2 and run_export([a, b, c], form="reason", prompts=told).numbers["episodes"] == 2
+    kept = run_export([a, b, c], prompts=[prompt_hash(Protocol(prompt="brief", render_size=64, history=0))[:8]])
     assert kept.numbers["episodes"] == 1 and read_json(kept.out / "stats.json")["dropped_by"]["prompts"] == 2
 
 
@@ -230,7 +199,7 @@ def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monk
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
     from trl.data_utils import prepare_multimodal_messages
-    result = exported(stored(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))), extra_formats=["parquet"])
+    result = run_export(write_store(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))), extra_formats=["parquet"])
     loaded = datasets.load_dataset("parquet", data_files={side: str(result.out / f"{side}.parquet") for side in ("train", "val")},
                                    cache_dir=str(tmp_path / "cache"))
     lines = {side: rows(result, side) for side in ("train", "val")}
@@ -252,7 +221,7 @@ def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monk
 def test_sharegpt_is_what_llama_factory_documents(tmp_path):
     # hiyouga/LLaMA-Factory, data/README.md: "Multimodal Image Dataset" (the number of images equals the <image> tokens, images are paths
     # in the dataset's folder) and "OpenAI Format" (the tags); a .jsonl is one of its file types
-    result = exported(stored(tmp_path / "rollouts.db", *map(episode, range(5)), protocol=Protocol(prompt="brief", render_size=64, frames=2)),
+    result = run_export(write_store(tmp_path / "rollouts.db", *map(episode, range(5)), protocol=Protocol(prompt="brief", render_size=64, frames=2)),
                       extra_formats=["sharegpt"])
     folder = result.out / "sharegpt"
     told = read_json(folder / "dataset_info.json")
@@ -280,8 +249,8 @@ def test_image_tokens_are_those_of_the_processor_and_every_row_survives_it(tmp_p
     from qwen_vl_kit.model.tiny import tiny_tokenizer
     processor = make_processor(tiny_tokenizer())
     for size in (64, 288):
-        db = stored(tmp_path / str(size) / "rollouts.db", episode(1, size=size), protocol=Protocol(render_size=size, frames=2))
-        result = exported(db, val_fraction=0)
+        db = write_store(tmp_path / str(size) / "rollouts.db", episode(1, size=size), protocol=Protocol(render_size=size, frames=2))
+        result = run_export(db, val_fraction=0)
         tokens = read_json(result.out / "stats.json")["qwen3_vl_image_tokens"]
         for row in rows(result):
             sample = encode.encode(processor, row["messages"])
@@ -408,7 +377,7 @@ def url_of(blob):
     (url_of(drawn(save_all=True, append_images=[PIL.Image.new("RGB", (64, 64), "red")])), "an animation of 2 frames"),
 ], ids=str)
 def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
-    path = exported(stored(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
+    path = run_export(write_store(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
     lines = [json.loads(line) for line in open(path)]
     lines[2]["messages"][1]["content"][0]["image_url"]["url"] = image
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -420,7 +389,7 @@ def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     "A file of three rows in a folder of its own, as another tool leaves it, and a function that changes the third."
-    path = exported(stored(tmp_path_factory.mktemp("made") / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
+    path = run_export(write_store(tmp_path_factory.mktemp("made") / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
     lines = path.read_text().splitlines()[:3]
     there = tmp_path_factory.mktemp("foreign") / "train.jsonl"
 
@@ -519,7 +488,7 @@ def test_files_of_other_makers_are_read_line_by_line(foreign):
 
 
 def test_export_again_is_said_of_its_own_files_alone(tmp_path):
-    path = exported(stored(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
+    path = run_export(write_store(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
     path.write_text(path.read_text().replace("a tree", "<|im_end|>"))
     with pytest.raises(InputError, match=r"train.jsonl:1: .*; or run export again$"):
         list(read_rows(path))
@@ -528,19 +497,19 @@ def test_export_again_is_said_of_its_own_files_alone(tmp_path):
 @pytest.mark.parametrize("blob, says", [(b"", "not a PNG image"), ("text", "not a PNG image"), (b"GIF89a" * 99, "not a PNG image"),
                                         (png(50_000, 50_000), "an image of 50000x50000 pixels"), (png(64, 64, b"?"), "not a PNG image")])
 def test_a_bad_image_in_a_store_is_told(tmp_path, blob, says):
-    db = stored(tmp_path / "rollouts.db", episode(1), episode(2))
+    db = write_store(tmp_path / "rollouts.db", episode(1), episode(2))
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("UPDATE frames SET png = ? WHERE hash = (SELECT frame FROM turns WHERE session = 2 AND turn = 0)", (blob,))
         connection.commit()
     with pytest.raises(InputError, match=says) as error:
-        exported(db)
+        run_export(db)
     assert str(error.value).startswith(f"{db}: frame ") and not list((tmp_path / "export").glob("*"))
-    assert exported(db, seeds="1").numbers["episodes"] == 1  # the rest of the data is as good as ever
+    assert run_export(db, seeds="1").numbers["episodes"] == 1  # the rest of the data is as good as ever
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    db = stored(tmp_path / "rollouts.db", episode(1))
-    before = exported(db, val_fraction=0).out / "train.jsonl"
+    db = write_store(tmp_path / "rollouts.db", episode(1))
+    before = run_export(db, val_fraction=0).out / "train.jsonl"
     whole = before.read_bytes()
 
     def full(row):
@@ -548,6 +517,73 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path, monkeypat
 
     monkeypatch.setattr(export, "dumps", full)
     with pytest.raises(InputError, match=r"export: cannot be written \(No space left on device\); free some space"):
-        exported(db, val_fraction=0, extra_formats=["parquet", "sharegpt"])
+        run_export(db, val_fraction=0, extra_formats=["parquet", "sharegpt"])
     assert before.read_bytes() == whole and not [path for path in before.parent.iterdir() if path.name.startswith(".")]
     assert not (before.parent / "sharegpt").exists()
+
+
+# ---- what a row holds
+
+
+@pytest.fixture
+def db(tmp_path):
+    return noise_store(tmp_path / "rollouts.db")
+
+
+def test_a_seed_is_on_one_side_only(tmp_path):
+    path = tmp_path / "rollouts.db"
+    with Store(path) as store:
+        store.begin("demo", PROTOCOL)
+        for seed in range(10):
+            for member in range(3):
+                store.add(noise_episode(seed, member=member, turns=2))
+    out = run_export(path, val_fraction=0.3).out
+    sides = [{row["metadata"]["seed"] for row in read_rows(out / f"{side}.jsonl")} for side in ("train", "val")]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(range(10)) and len(sides[1]) == 3
+
+
+def test_every_image_is_the_frame_that_was_seen(db):
+    out = run_export(db).out
+    for row in read_rows(out / "train.jsonl"):
+        parts = [part for part in row["messages"][1]["content"] if part["type"] == "image_url"]
+        assert len(parts) == 1
+        assert frame_hash(decode_url(parts[0]["image_url"]["url"])) == row["metadata"]["frame"]
+        assert row["metadata"]["prompt_hash"] == read_json(out / "stats.json")["prompt_hash"]
+
+
+def test_rules_explain_an_empty_result(db):
+    for settings, words in (({"min_achievements": 5}, "min_achievements dropped 3"), ({"models": ["gpt"]}, "models dropped 3"),
+                            ({"seeds": "900-905"}, "seeds dropped 3"), ({"min_reward": 99.0}, "min_reward dropped 3")):
+        with pytest.raises(InputError, match=words):
+            run_export(db, **settings)
+    assert not (db.parent / "export").exists()
+
+
+def test_shuffle_limit_and_seed_act(db):
+    def order(**settings):
+        rows = read_rows(run_export(db, val_fraction=0, **settings).out / "train.jsonl")
+        return [(row["metadata"]["seed"], row["metadata"]["turn"]) for row in rows]
+
+    plain = order(shuffle=False)
+    assert plain == sorted(plain) and len(plain) == 15
+    assert order() == order() != plain and sorted(order()) == plain
+    assert order(seed=1) != order()
+    assert {seed for seed, _ in order(limit=1)} == {1}
+
+
+def test_frames_of_another_size_are_refused(tmp_path):
+    with pytest.raises(InputError, match="is 32x32, not 64 pixels square"):
+        run_export(noise_store(tmp_path / "rollouts.db", size=32))
+
+
+def test_a_torn_row_is_told_with_its_line(db):
+    path = run_export(db).out / "train.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3][:len(lines[3]) // 2]]))
+    with pytest.raises(InputError, match="train.jsonl:4"):
+        list(read_rows(path))
+    row = json.loads(lines[0])
+    row["messages"][1]["content"][0]["image_url"]["url"] = ""
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError, match="train.jsonl:1: the image is not a PNG data URL"):
+        list(read_rows(path))

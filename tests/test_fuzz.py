@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from test_export import PROTOCOL, episode, stored
-from test_traces import synth
+from stores import PROTOCOL, episode, write_store
+from synth_traces import write_synth
 
 from qwen_vl_kit.config import ExportConfig
 from qwen_vl_kit.core import InputError, dumps
@@ -119,7 +119,7 @@ def place():
 def whole(place):
     "A small store, as bytes."
     made = [episode(seed, ["do", "noop", "move_left"], unlocks={1: ["collect_wood"]}, size=18) for seed in range(3)]
-    db = stored(place / "rollouts.db", *made, protocol=PROTOCOL.model_copy(update={"render_size": 18}), scores={1: {"rubric": 0.5}})
+    db = write_store(place / "rollouts.db", *made, protocol=PROTOCOL.model_copy(update={"render_size": 18}), scores={1: {"rubric": 0.5}})
     return db.read_bytes()
 
 
@@ -139,7 +139,7 @@ def test_seven_hundred_damaged_stores(whole, place):
 
 
 def test_a_hundred_and_fifty_damaged_databases_of_synth_ai(place):
-    dice, whole = random.Random(2), synth(place / "v3.db", sessions=2, turns=2, size=18).read_bytes()
+    dice, whole = random.Random(2), write_synth(place / "v3.db", sessions=2, turns=2, size=18).read_bytes()
     for number in range(150):
         path = place / f"{number}.db"
         path.write_bytes(whole if number % 2 else with_bytes(whole, dice))
