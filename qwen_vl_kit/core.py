@@ -6,8 +6,8 @@
 __all__ = ['WORK', 'MANIFEST', 'SITE', 'MOST_SEEDS', 'LARGEST_SEED', 'InputError', 'StageError', 'OverBudget', 'TrainingStopped',
            'one_line', 'as_input_error', 'reporting_os_errors', 'nearest', 'root', 'resolve', 'adapter_folder',
            'display_path', 'stage_folder', 'read_text', 'site', 'missing_parents', 'remove_empty', 'atomic',
-           'write_json', 'read_json', 'clean_text', 'dumps', 'append_jsonl', 'numbered_jsonl', 'read_jsonl', 'digest',
-           'parse_seeds', 'seed_spec', 'progress', 'notify', 'Result']
+           'write_json', 'read_json', 'clean_text', 'dumps', 'append_jsonl', 'numbered_jsonl', 'read_jsonl',
+           'is_installed', 'digest', 'parse_seeds', 'seed_spec', 'progress', 'notify', 'Result']
 
 # %% ../nbs/00_core.ipynb #7143375f
 import configparser
@@ -220,6 +220,12 @@ def numbered_jsonl(path: str | Path, **options):
 def read_jsonl(path: str | Path):
     "Iterate over the rows of a JSON lines file. Raises `InputError` as `numbered_jsonl` does."
     return (row for _, row in numbered_jsonl(path))
+
+# %% ../nbs/00_core.ipynb #462ef6f3
+def is_installed(module: str) -> bool:
+    "Whether a top-level module is installed; it is not imported."
+    from importlib.util import find_spec
+    return find_spec(module) is not None
 
 # %% ../nbs/00_core.ipynb #e677e675
 def digest(value) -> str:

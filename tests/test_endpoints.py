@@ -16,7 +16,7 @@ from hostile import AGAIN, ENDS, LOST, READ, Hostile, error, says, value
 
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import InputError, read_jsonl
-from qwen_vl_kit.engine.replies import CallFailed
+from qwen_vl_kit.engine.refusals import CallFailed
 from qwen_vl_kit.learn.judge import judge_stores
 from qwen_vl_kit.play.rollout import LostEpisodes
 from qwen_vl_kit.stages import collect

@@ -12,7 +12,7 @@ from qwen_vl_kit.core import root
 
 NOTEBOOKS = root() / "nbs"
 HANDS_OVER = {("run", "perf")}  # `qvk perf` is perf's own command; nothing of perf is used
-FLOORS = ["core", "config", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner", "run", "cli", "perf"]
+FLOORS = ["core", "config", "process", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner", "run", "cli", "perf"]
 
 
 def default_exp(path: Path) -> str:

@@ -21,7 +21,7 @@ from qwen_vl_kit.core import InputError, read_json, read_jsonl
 from qwen_vl_kit.engine import serving
 from qwen_vl_kit.engine.base import EngineDied, Request, Sampling
 from qwen_vl_kit.engine.factory import create_engine
-from qwen_vl_kit.engine.replies import CallFailed
+from qwen_vl_kit.engine.refusals import CallFailed
 from qwen_vl_kit.model import encode
 from qwen_vl_kit.model.loading import without_weights
 from qwen_vl_kit.stages import benchmark

@@ -13,8 +13,7 @@ import socket
 import urllib.request
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from ..core import InputError, clean_text
-from .vllm import is_installed
+from ..core import InputError, clean_text, is_installed
 
 # %% ../../nbs/engine/06_access.ipynb #e5c996b3
 def _is_address(url: str) -> bool:

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..core import InputError
 from .access import OPENAI, _basic, proxy_of, redact, secret_texts
-from .replies import TransientError, from_json, read_body
+from .replies import from_json, read_body
+from .refusals import TransientError
 
 # %% ../../nbs/engine/08_endpoint.ipynb #75c1dad0
 def place_of(url: str) -> str:

@@ -6,11 +6,11 @@ __all__ = ['choose_engine', 'create_engine', 'rank_of']
 # %% ../../nbs/engine/11_factory.ipynb #829628a7
 from pathlib import Path
 
-from ..core import InputError, adapter_folder, read_json
+from ..core import InputError, adapter_folder, is_installed, read_json
 from .base import Engine
 from .hf import HFEngine
 from .server import ServerEngine
-from .vllm import VLLMEngine, is_installed
+from .vllm import VLLMEngine
 from ..model.loading import load_model, without_weights
 
 # %% ../../nbs/engine/11_factory.ipynb #9f6ac455

@@ -22,9 +22,9 @@ from . import access as engine_access
 from .access import in_one_line
 from .base import EngineDied, Output, Request, Sampling, Versions
 from .endpoint import Answer, Endpoint, place_of
-from .replies import (CallFailed, MOST_TEXT, ParameterRejected, QuotaExceeded, TransientError,
-                                        backoff, error_in, in_words, read_error, read_reply, read_tokens,
-                                        refused_parameter, retry_after, size)
+from .replies import MOST_TEXT, error_in, read_reply, read_tokens, size
+from .refusals import (CallFailed, ParameterRejected, QuotaExceeded, TransientError, backoff,
+                                         in_words, read_error, refused_parameter, retry_after)
 from .vllm import language_only, seed_of
 from ..model.adapters import read_card, trained_weights
 from ..protocol.turns import with_urls
@@ -47,7 +47,7 @@ class Serving:
 class Unmetered:
     "A meter that counts nothing and refuses nothing."
 
-    in_flight, last_reserved = 0, 0
+    flying, aside = 0, 0
 
     def room(self) -> tuple[float, float]:
         "US dollars and calls that are left."
@@ -190,7 +190,7 @@ class ServerEngine:
         while (pause := self._pause - time.monotonic()) > 0:
             await asyncio.sleep(pause + random.uniform(0, min(pause, 1.0) / 4))
         expected = self.model, *size(request.messages, request.tools), sampling.max_new_tokens
-        while self.meter.in_flight and not self.meter.fits(*expected):  # what is in flight may cost less than its worst case
+        while self.meter.flying and not self.meter.fits(*expected):  # what is in flight may cost less than its worst case
             self._settled.clear()
             await self._settled.wait()
         call, counts, billed, began = self.meter.send(*expected, key=request.key, again=again), None, True, time.perf_counter()

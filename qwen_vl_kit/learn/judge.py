@@ -18,13 +18,13 @@ from pathlib import Path
 from ..config import CollectConfig
 from ..core import InputError, OverBudget, Result, digest, nearest, one_line, resolve
 from ..engine.base import Request, Sampling
-from ..engine.replies import CallFailed
+from ..engine.refusals import CallFailed
 from ..engine.server import ServerEngine
 from ..expert import named
 from ..game.rules import ACHIEVEMENTS
 from ..play.policies import concerns_all
 from ..protocol.episodes import Episode, Turn, replayed
-from ..store.meter import Journal, Meter, reporting_bad_rows
+from ..store.meter import Journal, Meter, own_rows
 from ..store.traces import Store, read_sessions
 
 # %% ../../nbs/learn/05_judge.ipynb #9bf7e529
@@ -163,7 +163,7 @@ class RemoteJudge:
     def _read(self) -> None:
         "Take over the answers that the cache holds."
         for row, where in self.cache.rows() if self.cache else ():
-            with reporting_bad_rows(where):
+            with own_rows(where):
                 read_score(row["answer"])
                 self.answers[row["key"]] = row["answer"]
 

@@ -17,12 +17,12 @@ import numpy as np
 
 from ..config import GRPOConfig, horizon
 from ..core import (InputError, Result, TrainingStopped, adapter_folder, digest, parse_seeds, read_json,
-                              read_jsonl, resolve, seed_spec, stage_folder, write_json)
+                              is_installed, read_jsonl, resolve, seed_spec, stage_folder, write_json)
 from ..engine import access, factory, serving as engine_serving
 from ..engine.base import EngineDied, Request, Sampling
 from ..engine.factory import create_engine
-from ..engine.replies import CallFailed
-from ..engine.vllm import check_engine, is_installed, language_only
+from ..engine.refusals import CallFailed
+from ..engine.vllm import check_engine, language_only
 from ..game.rules import ACHIEVEMENTS
 from ..game.world import World
 from ..learn.advantages import Group, Sample, advantages, merge_duplicates

@@ -4,11 +4,9 @@
 __all__ = ['trainer_class', 'arguments', 'player', 'rows_of', 'fit', 'best_figures', 'worker', 'launch', 'rendezvous_args', 'run']
 
 # %% ../../nbs/stages/03_sft.ipynb #803fc6be
-import contextlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,7 @@ from ..model.fast import apply_training_fast_paths
 from ..model.loading import load_model, without_weights
 from ..model.processor import make_processor
 from ..model.tiny import make_tiny, tiny_tokenizer
+from ..process import child_process
 from ..store import estimate
 
 # %% ../../nbs/stages/03_sft.ipynb #aebe0970
@@ -217,14 +216,6 @@ def worker() -> None:
     if "error" in answer:
         os._exit(1)  # the others wait for this one in the middle of a collective
 
-# %% ../../nbs/stages/03_sft.ipynb #30302d6e
-def _die_with_parent() -> None:
-    "Let this process be told to end when its parent does."
-    import ctypes
-    import signal
-    with contextlib.suppress(OSError, AttributeError):  # Linux only
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
 # %% ../../nbs/stages/03_sft.ipynb #0476b1ae
 def launch(config: SFTConfig, out: Path, processes: int, before: dict) -> dict:
     "Run `fit` in `processes` processes on this machine; the figures of the first of all."
@@ -233,14 +224,9 @@ def launch(config: SFTConfig, out: Path, processes: int, before: dict) -> dict:
         write_json(job, {"config": config.model_dump(), "out": str(out), "before": before})
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *rendezvous_args(config.machines), "--no-python",
                    sys.executable, "-c", "from qwen_vl_kit.stages.sft import worker; worker()", str(job)]
-        with open(said, "wb") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, preexec_fn=_die_with_parent,
-                                       env={"OMP_NUM_THREADS": str(config.threads or 1), **os.environ})
-            try:
-                code = process.wait()
-            finally:
-                process.terminate()
-                process.wait()
+        threads_env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(config.threads or 1))}
+        with child_process(command, said, threads_env) as process:
+            code = process.wait()
         answer = read_json(job.with_suffix(".answer")) if job.with_suffix(".answer").is_file() else {}
         if "error" in answer:
             raise {"InputError": InputError, "OSError": OSError}.get(answer["error"], TrainingStopped)(answer["words"])
