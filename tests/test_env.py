@@ -24,7 +24,7 @@ from qwen_vl_kit.perf import Differs, Pair, ReproducibleStock, main, play_both
 EPISODE = """
 import hashlib, sys
 import numpy as np
-from qwen_vl_kit.env import World
+from qwen_vl_kit.game.world import World
 
 def episode(seed, others=()):
     world, digest = World(size=54, length=230), hashlib.sha256()
@@ -397,7 +397,7 @@ def test_a_step_after_the_end_is_refused():
 
 
 @pytest.mark.parametrize("settings, says", [
-    ({"size": 17}, "17x17 is too small; crafter draws from 18 pixels up"), ({"size": (64, 9)}, "64x9 is too small"),
+    ({"size": 17}, "17x17 is too small; give 18 to 4096 pixels a side"), ({"size": (64, 9)}, "64x9 is too small"),
     ({"size": "big"}, "cannot read a frame size"), ({"size": 64.0}, "cannot read a frame size"), ({"length": -1}, "as a length"),
     *(({"area": area}, "impossible area") for area in [(8, 64), (64, 8), (0, 0), (-9, -9), (64,), (64, 64, 64), 64, 1e9, (9.5, 9), "ab", None,
                                                        (10 ** 6, 10 ** 6), (True, 9)])])
