@@ -68,6 +68,8 @@ def small(png: str) -> str:
 def clean_output(output: dict) -> dict:
     "An output without counts, metadata and addresses of objects, which differ from run to run; large pictures made smaller."
     output = {key: value for key, value in output.items() if key not in ("metadata", "execution_count")}
+    if "image/png" in output.get("data", {}):
+        output["data"].pop("image/jpeg", None)  # Pillow's pictures show themselves in both forms
     for kind, value in output.get("data", {}).items():
         if kind == "image/png":
             output["data"][kind] = small(value)
