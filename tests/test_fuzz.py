@@ -17,7 +17,7 @@ from qwen_vl_kit.foreign.synth import import_synth
 from qwen_vl_kit.stages import export
 from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.rows import read_rows
-from qwen_vl_kit.store.traces import Store, fingerprint, load_episodes, merge_stores, protocol_of, read_sessions, spent
+from qwen_vl_kit.store.traces import Store, fingerprint, load_episodes, merge_stores, protocol_of, read_sessions, total_usd
 
 WEIRD = [None, "", "x", "-1", "1e999", "[", "[]", "[1]", '["do"', '{"a": 1}', '["' + "a" * 999 + '"]', b"\xff\xfe", b"", 0, -1, 2**62, 1e308,
          "\u0000", "[[[["]
@@ -83,7 +83,7 @@ def written(path, episodes):
 USES = {
     "load": lambda path, out: list(load_episodes(path)), "hashes": lambda path, out: list(read_sessions(path, frames="hash")),
     "tables": lambda path, out: (traces.episodes(path), traces.turns(path)), "fingerprint": lambda path, out: fingerprint(path),
-    "spent": lambda path, out: (spent(path), protocol_of(path)), "merge": lambda path, out: merge_stores(out / "all.db", path),
+    "spent": lambda path, out: (total_usd(path), protocol_of(path)), "merge": lambda path, out: merge_stores(out / "all.db", path),
     "write": lambda path, out: written(path, [episode(77, ["do"], size=18)]),
     "export": lambda path, out: export.run(ExportConfig(traces=str(path)), out / "export"),
     "export all": lambda path, out: export.run(ExportConfig(

@@ -279,7 +279,7 @@ def test_what_was_learnt_of_long_replies_is_known_to_the_next_run(tmp_path):
     meter.close()
     again = Meter(0.1, journal=tmp_path / "calls.jsonl", book=BOOK)
     again.send("gpt-4o-mini", 0, 500, 64)
-    assert again.aside == again.cost("gpt-4o-mini", 900, 4000)
+    assert again.last_reserved == again.cost("gpt-4o-mini", 900, 4000)
     assert again.bound("other")(0, 500, 64) == [250, 64]  # of another model nothing is known
 
 

@@ -22,7 +22,7 @@ from qwen_vl_kit.game.images import Png, decode_png, png
 from qwen_vl_kit.protocol.episodes import Decision, Episode, Turn
 from qwen_vl_kit.store import provenance, traces
 from qwen_vl_kit.store.schema import _MIGRATIONS, _VIEW, SCHEMA
-from qwen_vl_kit.store.traces import Store, _unpriced, load_episodes, merge_stores, spent
+from qwen_vl_kit.store.traces import Store, _unpriced, load_episodes, merge_stores, total_usd
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_killed_writer_leaves_whole_episodes_and_can_go_on(tmp_path):
     table = traces.episodes(path)
     assert len(table) > last and set(table["turns"]) == {20}
     with Store(path) as store:
-        assert store.done("demo") == {(seed, 0) for seed in range(len(table))}
+        assert store.stored_keys("demo") == {(seed, 0) for seed in range(len(table))}
         store.begin("demo", PROTOCOL)
         store.add(noise_episode(20_000))
     assert [name.name for name in tmp_path.iterdir()] == ["rollouts.db"]
@@ -224,7 +224,7 @@ def test_a_cost_is_kept_to_the_last_digit(tmp_path):
         with Store(tmp_path / "costs.db") as store:
             store.begin("demo", PROTOCOL)
             store.add(episode)
-    assert spent(tmp_path / "costs.db") == Decimal("0.000435") + Decimal("0.00000015") + Decimal("12.3456789012")
+    assert total_usd(tmp_path / "costs.db") == Decimal("0.000435") + Decimal("0.00000015") + Decimal("12.3456789012")
     for usd in (float("nan"), -1, "much"):
         episode = noise_episode(9, turns=1)
         episode.turns[0].decision.usage["usd"] = usd
@@ -329,7 +329,7 @@ def test_a_store_of_the_previous_schema_is_read_and_left_as_it_is(old, db):
     before = old.read_bytes()
     assert [e.turns[2].frame.tolist() for e in load_episodes(old)] == [e.turns[2].frame.tolist() for e in load_episodes(db)]
     assert traces.episodes(old)["split"].tolist() == ["train", "test", "train"]
-    assert spent(old) == Decimal("0.0030") and len(traces.turns(old)) == 15
+    assert total_usd(old) == Decimal("0.0030") and len(traces.turns(old)) == 15
     assert run_export(old, splits=["test"], val_fraction=0).numbers["train_rows"] == 5
     assert old.read_bytes() == before
 
@@ -346,7 +346,7 @@ def test_a_store_of_the_previous_schema_is_migrated_when_it_is_written_to(old, d
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
         assert connection.execute("SELECT count(*) FROM sessions WHERE source IS NULL").fetchone() == (0,)
     assert list(traces.episodes(old)["seed"]) == [1, 1_000_002, 3, 9]
-    assert spent(old) == Decimal("0.0040")
+    assert total_usd(old) == Decimal("0.0040")
 
 
 def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
@@ -408,7 +408,7 @@ def test_two_halves_are_merged_into_the_whole(tmp_path):
 
 def test_old_stores_are_merged_too(old, tmp_path):
     assert merge_stores(tmp_path / "all.db", old)["episodes"] == 3
-    assert spent(tmp_path / "all.db") == Decimal("0.0030")
+    assert total_usd(tmp_path / "all.db") == Decimal("0.0030")
 
 
 def test_merging_never_takes_one_play_for_another(db, tmp_path):
@@ -473,7 +473,7 @@ def test_a_file_that_may_not_grow_is_told_in_one_line(tmp_path, limit):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{path}: "), done.stderr
     with Store(path) as store:  # and it goes on when there is room again
         store.begin("demo", PROTOCOL)
-        stored = len(store.done("demo"))
+        stored = len(store.stored_keys("demo"))
         store.add(noise_episode(stored))
     assert set(traces.episodes(path)["turns"]) == {5} and (limit < 400_000 or stored > 1)
 

@@ -204,7 +204,7 @@ def import_synth(file: str | Path, db: str | Path) -> dict:
             run = f"{path.stem} {prompt_hash(protocol)[:8]}"
             key = (run, episode.model, episode.seed)
             episode.member, members[key] = members[key], members[key] + 1
-            if (episode.seed, episode.member) in store.done(run, episode.model):
+            if (episode.seed, episode.member) in store.stored_keys(run, episode.model):
                 count["known"] += 1
                 continue
             store.begin(run, protocol, more["facts"])

@@ -15,7 +15,7 @@ from ..core import InputError, read_json, resolve
 from ..game.rules import ACHIEVEMENTS
 from .stats import (Interval, crafter_score_interval, mean_interval, paired_interval,
                                     probability_of_improvement)
-from ..store.prices import gpu_cost, seed_equivalent
+from ..store.prices import gpu_cost, synth_equivalent
 
 # %% ../../nbs/show/02_tables.ipynb #feffada7
 class Html(str):
@@ -189,7 +189,7 @@ def cost_table(run: str | Path, usd_per_gpu_hour: float | None = None):
 
     rows = []
     for stage, manifest in _left(run).items():
-        seconds, rent = manifest["seconds"], seed_equivalent(manifest["stage"], manifest["seconds"])
+        seconds, rent = manifest["seconds"], synth_equivalent(manifest["stage"], manifest["seconds"])
         usd = rent["usd"] if usd_per_gpu_hour is None else float(gpu_cost(seconds, rent["gpus"], usd_per_gpu_hour))
         here = math.nan if manifest["usd"] is None else float(manifest["usd"])
         rows.append({"stage": stage, "seconds": round(seconds, 1), "USD here": here, "seed's H200s": rent["gpus"],

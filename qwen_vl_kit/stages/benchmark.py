@@ -193,7 +193,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
             policy, replies = players.policy(arm), Replies()
             rollout(policy, config, seeds, seed=config.seed, concurrency=config.concurrency,
                     sink=lambda episode, arm=arm, replies=replies: (store.add(episode, arm=arm), replies.add(episode)),
-                    done=store.done(name, arm), keep=False, what=arm)
+                    done=store.stored_keys(name, arm), keep=False, what=arm)
             found += replies.notices(arm)
             played = sorted(load_episodes(out / "rollouts.db", run=name, arm=arm, frames=False), key=lambda e: e.seed)
             seconds = sum(turn.seconds for episode in played for turn in episode.turns)

@@ -164,7 +164,7 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Met
             facts |= {"detail": config.detail, "parameters_changed": policy.engine.learned}
         if earlier := store.seconds("collect"):
             plan["earlier_seconds"] = round(earlier, 3)
-        if done := store.done("collect", policy.name):
+        if done := store.stored_keys("collect", policy.name):
             plan["earlier_episodes"] = len(done)
         store.begin("collect", config, facts)
         rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency,
@@ -179,7 +179,7 @@ def _missing(db: Path, arm: str, seeds: list[int]) -> list[int]:
     if not db.is_file():
         return seeds
     with Store(db) as store:
-        done = store.done("collect", arm)
+        done = store.stored_keys("collect", arm)
     return [seed for seed in seeds if (seed, 0) not in done]
 
 # %% ../../nbs/stages/01_collect.ipynb #eb12a65d

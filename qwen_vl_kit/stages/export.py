@@ -24,7 +24,7 @@ from ..protocol.episodes import Episode, Turn
 from ..protocol.turns import answer, parse, prompt, prompt_hash
 from ..store import traces
 from ..store.estimate import image_tokens
-from ..store.rows import template_checker, unfit_text
+from ..store.rows import template_checker, text_problem
 from ..store.traces import read_sessions
 
 # %% ../../nbs/stages/02_export.ipynb #d6c0db66
@@ -201,7 +201,7 @@ def _unfit(protocol: Protocol, turn: Turn) -> str:
     if not turn.decision.valid or not turn.decision.actions:
         return "invalid"
     said = answer(protocol, turn.decision.actions, turn.decision.reason)
-    if any(unfit_text(text) or "<image>" in text for text in (said, turn.text)):
+    if any(text_problem(text) or "<image>" in text for text in (said, turn.text)):
         return "special_tokens"
     read = parse(protocol, said)
     return "" if read.valid and read.actions == turn.decision.actions else "unreadable"

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'OTHER_FORMATS', 'ROW', 'ELSEWHERE', 'KINDS', 'template_checker', 'picture_size', 'numbered_rows',
-           'read_rows', 'unfit_text']
+           'read_rows', 'text_problem']
 
 # %% ../../nbs/store/08_rows.ipynb #b4fb1051
 import base64
@@ -138,7 +138,7 @@ def _parts(content, who: str) -> list[dict]:
         raise InputError(f"the {who}'s content is {_name(content)}", fix=ROW)
     parts = [_part(part, who) for part in content] if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
-        if part["type"] == "text" and (found := unfit_text(part["text"])):
+        if part["type"] == "text" and (found := text_problem(part["text"])):
             raise InputError(f"the {who}'s text holds {found}", fix="take it out, or leave the row out")
     return parts
 
@@ -166,7 +166,7 @@ def _answer(message: dict) -> str:
     words = "\n".join([words] * bool(words) + list(map(_call, calls)))
     if not words.strip():
         raise InputError("the assistant says nothing", fix="leave the row out")
-    if found := unfit_text(words):
+    if found := text_problem(words):
         raise InputError(f"the assistant's text holds {found}", fix="take it out, or leave the row out")
     return words
 
@@ -287,7 +287,7 @@ def read_rows(path: str | Path, prompt_hash: str | None = None) -> Iterator[dict
     return (row for _, row in numbered_rows(path, prompt_hash))
 
 # %% ../../nbs/store/08_rows.ipynb #e54e9102
-def unfit_text(text: str) -> str:
+def text_problem(text: str) -> str:
     "What in a text no tokenizer may be given as words, or an empty string: a special token would be one again, and be no word."
     token = re.search(r"<\|\w+\|>", text)
     half = re.search("[\ud800-\udfff]", text)
