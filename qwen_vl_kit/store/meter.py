@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..core import InputError, OverBudget, as_input_error, dumps
 from .ledger import WAYS, price_item
-from .prices import BOOK, IMAGE_TOKENS, _priced, listed, prices
+from .prices import BOOK, IMAGE_TOKENS, listed, prices, require_prices
 
 # %% ../../nbs/store/06_meter.ipynb #025a21a0
 def image_bound(model: str, detail: str, render_size: int) -> int:
@@ -338,7 +338,7 @@ class Meter(CallCounts):
             if self._closed:
                 raise RuntimeError("the meter is closed: nothing is sent any more")
             if self.cap:
-                _priced(model, self.book)
+                require_prices(model, self.book)
             if self.journal:
                 self._open()
             if not self.affords(model, images, characters, completion):
