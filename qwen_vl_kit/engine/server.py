@@ -47,7 +47,7 @@ class Serving:
 class Unmetered:
     "A meter that counts nothing and refuses nothing."
 
-    flying, aside = 0, 0
+    in_flight, last_reserved = 0, 0
 
     def room(self) -> tuple[float, float]:
         "US dollars and calls that are left."
@@ -190,7 +190,7 @@ class ServerEngine:
         while (pause := self._pause - time.monotonic()) > 0:
             await asyncio.sleep(pause + random.uniform(0, min(pause, 1.0) / 4))
         expected = self.model, *size(request.messages, request.tools), sampling.max_new_tokens
-        while self.meter.flying and not self.meter.fits(*expected):  # what is in flight may cost less than its worst case
+        while self.meter.in_flight and not self.meter.fits(*expected):  # what is in flight may cost less than its worst case
             self._settled.clear()
             await self._settled.wait()
         call, counts, billed, began = self.meter.send(*expected, key=request.key, again=again), None, True, time.perf_counter()

@@ -24,7 +24,7 @@ from ..expert import named
 from ..game.rules import ACHIEVEMENTS
 from ..play.policies import concerns_all
 from ..protocol.episodes import Episode, Turn, replayed
-from ..store.meter import Journal, Meter, own_rows
+from ..store.meter import Journal, Meter, reporting_bad_rows
 from ..store.traces import Store, read_sessions
 
 # %% ../../nbs/learn/05_judge.ipynb #9bf7e529
@@ -163,7 +163,7 @@ class RemoteJudge:
     def _read(self) -> None:
         "Take over the answers that the cache holds."
         for row, where in self.cache.rows() if self.cache else ():
-            with own_rows(where):
+            with reporting_bad_rows(where):
                 read_score(row["answer"])
                 self.answers[row["key"]] = row["answer"]
 

@@ -286,7 +286,7 @@ class ServerPolicy:
             notify(f"{self.unusable} of {self.decided} turns: no usable action in the reply, so noop was played")
 
     def _count(self, usage: dict) -> None:
-        usd = usage.get("usd", self.engine.meter.aside * usage["calls"])  # of unknown cost: at its worst
+        usd = usage.get("usd", self.engine.meter.last_reserved * usage["calls"])  # of unknown cost: at its worst
         self.turns, self.calls, self.usd = self.turns + 1, self.calls + usage["calls"], self.usd + usd
 
     def _affords(self) -> bool:
@@ -301,7 +301,7 @@ class ServerPolicy:
         length = sum(self.lengths) / len(self.lengths) if self.lengths else horizon(self.protocol.horizon).turns
         needed = length + sum(max(length - len(episode.turns), 1) for episode, _ in self.begun.values())
         mean = self.usd / self.turns
-        last = (len(self.begun) + 1) * max(self.engine.meter.aside - mean, 0)
+        last = (len(self.begun) + 1) * max(self.engine.meter.last_reserved - mean, 0)
         return mean * Decimal(needed) + last <= usd and self.calls / self.turns * needed <= calls
 
     def _pictured(self, situation: Situation) -> Situation:

@@ -43,17 +43,17 @@ def _parse_book(table: str) -> dict[str, Price]:
 
 # %% ../../nbs/store/04_prices.ipynb #98b97173
 BOOK = _parse_book("""
-    h200               | 4.44  | 1       | GPU-hour | on demand, RunPod: the median of the five below      | 2026-10-24
-    h200/civo          | 3.45  | 1       | GPU-hour | on demand, Civo                                      | 2026-10-24
-    h200/hyperstack    | 3.99  | 1       | GPU-hour | on demand, Hyperstack                                | 2026-10-24
-    h200/runpod        | 4.44  | 1       | GPU-hour | on demand, RunPod                                    | 2026-10-24
-    h200/nebius        | 5.40  | 1       | GPU-hour | on demand, Nebius                                    | 2026-10-24
-    h200/coreweave     | 6.31  | 1       | GPU-hour | on demand, CoreWeave                                 | 2026-10-24
-    h200/synth         | 3.50  | 1       | GPU-hour | implied by the tables of synth-ai's Crafter document | 2025-10
-    gpt-4o-mini/input  | 0.15  | 1000000 | token    | OpenAI's list; the model is to retire on 2027-01-14  | 2026-11
-    gpt-4o-mini/cached | 0.075 | 1000000 | token    | OpenAI's list; the model is to retire on 2027-01-14  | 2026-11
-    gpt-4o-mini/output | 0.60  | 1000000 | token    | OpenAI's list; the model is to retire on 2027-01-14  | 2026-11
-    cpu                | 0     | 1       | hour     | the machine at hand; its electricity is not counted  | 2026-11
+h200               | 4.44  | 1       | GPU-hour | on demand, RunPod: the median of the five below          | 2026-10-24
+h200/civo          | 3.45  | 1       | GPU-hour | on demand, Civo                                          | 2026-10-24
+h200/hyperstack    | 3.99  | 1       | GPU-hour | on demand, Hyperstack                                    | 2026-10-24
+h200/runpod        | 4.44  | 1       | GPU-hour | on demand, RunPod                                        | 2026-10-24
+h200/nebius        | 5.40  | 1       | GPU-hour | on demand, Nebius                                        | 2026-10-24
+h200/coreweave     | 6.31  | 1       | GPU-hour | on demand, CoreWeave                                     | 2026-10-24
+h200/synth         | 3.50  | 1       | GPU-hour | implied by the tables of synth-ai's Crafter document     | 2025-10
+gpt-4o-mini/input  | 0.15  | 1000000 | token    | OpenAI's list; the model is said to retire on 2027-01-14 | 2026-11
+gpt-4o-mini/cached | 0.075 | 1000000 | token    | OpenAI's list; the model is said to retire on 2027-01-14 | 2026-11
+gpt-4o-mini/output | 0.60  | 1000000 | token    | OpenAI's list; the model is said to retire on 2027-01-14 | 2026-11
+cpu                | 0     | 1       | hour     | the machine at hand; its electricity is not counted      | 2026-11
 """)
 
 # %% ../../nbs/store/04_prices.ipynb #50e25c0e
