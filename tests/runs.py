@@ -1,9 +1,14 @@
 "What tests of training share: a student that has learned a little, and what a run has left."
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
+
 from qwen_vl_kit.config import CollectConfig, ExportConfig, SFTConfig
-from qwen_vl_kit.core import read_jsonl
+from qwen_vl_kit.core import read_jsonl, root
 from qwen_vl_kit.stages import collect, export, sft
 
 
@@ -16,7 +21,7 @@ def student(place: Path) -> Path:
     return place / "sft" / "adapter"
 
 
-def told(out: Path) -> list[dict]:
+def figures(out: Path) -> list[dict]:
     "The metrics of a run without what measures time."
     return [{name: value for name, value in row.items() if "second" not in name} for row in read_jsonl(out / "metrics.jsonl")]
 
@@ -30,3 +35,15 @@ def lora(out: Path) -> dict:
 def alike(ours: dict, theirs: dict) -> None:
     "Both have the same weights, to the last bit."
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def kill_when(ready, command: list[str], seconds: float = 200) -> None:
+    "Start a process in the project's folder and kill it, with all that it has started, as soon as `ready()`."
+    process = subprocess.Popen(command, cwd=root(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit and process.poll() is None and not ready():
+        time.sleep(0.01)
+    assert process.poll() is None, "it had ended before it was killed"
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+    assert process.wait() == -signal.SIGKILL

@@ -6,12 +6,12 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import QVK
 from safetensors.torch import load_file, save_file
 
 from qwen_vl_kit.core import InputError
@@ -194,8 +194,7 @@ def test_what_cannot_be_played_is_refused_in_a_line(name, tmp_path):
 def test_the_command_refuses_before_memory_is_spent(tmp_path):
     "Exit status 2, one line, nothing left, in the memory of the libraries."
     folder = Folder(tmp_path).json("config.json", part="text_config", num_hidden_layers=10**7).path
-    command = [sys.executable, "-c", "from qwen_vl_kit.run import main; raise SystemExit(main())", "benchmark",
-               "--config", "configs/demo/benchmark.toml", "--out", tmp_path / "out",
+    command = [*QVK, "benchmark", "--config", "configs/demo/benchmark.toml", "--out", tmp_path / "out",
                "--set", f"model={folder}", "--set", 'arms=["base"]', "--set", "seeds=1000000", "--set", "horizon=s2"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300,
                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (4 * 2**30,) * 2))

@@ -3,19 +3,16 @@
 import inspect
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import contract
 import pytest
-from runs import alike, lora, student, told
+from runs import alike, figures, kill_when, lora, student
 from servers import Endpoint, refuses, says
 
 from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
-from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, root, write_json
+from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, write_json
 from qwen_vl_kit.engine.base import EngineDied, Sampling
 from qwen_vl_kit.engine.hf import HFEngine
 from qwen_vl_kit.model.adapters import read_card
@@ -49,24 +46,20 @@ def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
     whole = grpo.run(config, tmp_path / "whole")
     program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.stages import grpo\n" \
         f"grpo.run(config.GRPOConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=root(), stderr=subprocess.DEVNULL)
-    db, limit = tmp_path / "killed" / "rollouts.db", time.monotonic() + 200
+    db = tmp_path / "killed" / "rollouts.db"
 
     def third_is_under_way() -> bool:  # its episodes are stored, its updates are not yet made
         return db.is_file() and (db.parent / "metrics.jsonl").is_file() and "grpo-0002" in set(traces.episodes(db).get("arm", ()))
 
-    while time.monotonic() < limit and process.poll() is None and not third_is_under_way():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    kill_when(third_is_under_way, [sys.executable, "-c", program])
     resumed = grpo.run(config, tmp_path / "killed")
-    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
     assert played(tmp_path / "killed") == played(tmp_path / "whole")
     assert resumed.numbers == whole.numbers
     alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
     shutil.rmtree(tmp_path / "killed" / "adapter")  # killed once more, between its last update and its end
     grpo.run(config, tmp_path / "killed")
-    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
     alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
     with pytest.raises(InputError, match="there are 3 iterations already, and iterations = 1"):
         grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "killed")
@@ -76,9 +69,9 @@ def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
     grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "first")
     again = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "second")
     other = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "first" / "more")
-    assert told(again.out) == told(other.out)
+    assert figures(again.out) == figures(other.out)
     grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "second")
-    assert told(tmp_path / "second") == told(tmp_path / "first")
+    assert figures(tmp_path / "second") == figures(tmp_path / "first")
     metrics = tmp_path / "second" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"seconds":', '"seconds":1e9,"once":'))
     last = grpo.run(GRPOConfig(**settings | {"iterations": 1, "learning_rate": 1e-30}), tmp_path / "second")
@@ -88,7 +81,7 @@ def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
 
 def test_at_a_learning_rate_of_nothing_the_ratio_stays_one(settings, tmp_path):
     out = grpo.run(GRPOConfig(**settings | {"learning_rate": 1e-30, "epochs": 2}), tmp_path / "still").out
-    rows = told(out)
+    rows = figures(out)
     assert len(rows) == 3
     assert all(row["ratio_mean"] == pytest.approx(1, abs=1e-5) and row["ratio_max"] == pytest.approx(1, abs=1e-4) for row in rows)
     assert all(row["logprob_gap"] < 1e-5 and row["clip_fraction"] == 0 and row["effective_share"] > 0.9999 for row in rows)
@@ -124,7 +117,7 @@ def test_weights_that_do_not_reach_the_engine_stop_the_run(settings, tmp_path, m
 def test_on_a_base_in_4_bits_it_plays_what_it_trains(settings, tmp_path):
     result = grpo.run(GRPOConfig(**settings | {"variety": "qlora", "engine": "auto", "gpus_for_vllm": 1, "beta": 0.1, "learning_rate": 1e-5}),
                       tmp_path / "grpo")
-    rows = told(tmp_path / "grpo")
+    rows = figures(tmp_path / "grpo")
     assert len(rows) == 3 and all(row["logprob_gap"] < 1e-4 and row["ratio_max"] < 1.01 for row in rows)
     assert read_card(result.out)["quantization"] == "nf4"
     assert read_card(result.out)["base_weights"] == read_card(settings["adapter"])["base_weights"]
@@ -139,9 +132,9 @@ def test_ahead_of_the_updates(settings, tmp_path):
     one = grpo.run(config, tmp_path / "one").out
     for iterations in (1, 2, 3):  # the second and third go on by weights that played while the one before was trained on
         two = grpo.run(GRPOConfig(**settings | {"overlap": True, "iterations": iterations}), tmp_path / "two").out
-    assert told(one) == told(two) and played(one) == played(two)
+    assert figures(one) == figures(two) and played(one) == played(two)
     alike(lora(one), lora(two))
-    rows = told(one)
+    rows = figures(one)
     assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, False, False]  # played by the weights of one iteration before
     assert {arm for arm, *_ in played(one)} == {"grpo-0000", "grpo-0001", "grpo-0002"}
 
@@ -151,16 +144,16 @@ def test_weights_that_arrive_wrongly_while_the_next_is_played_stop_the_run(setti
     monkeypatch.setattr(HFEngine, "set_policy", lambda self, version, folder: first(self, version, folder if version < 3 else other))
     with pytest.raises(TrainingStopped, match="nats from the trainer's: it plays other weights"):
         grpo.run(GRPOConfig(**settings | {"overlap": True}), tmp_path / "grpo")
-    assert len(told(tmp_path / "grpo")) == 1
+    assert len(figures(tmp_path / "grpo")) == 1
 
 
 def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeypatch):
     "A turn that several episodes share goes through the model once, and pulls as hard; KL is of every one of them."
     whole = settings | {"iterations": 1, "group_size": 8, "batch_size": 1000, "top_share": 1.0, "temperature": 0.5}
-    [one] = told(grpo.run(GRPOConfig(**whole), tmp_path / "one").out)
-    [kept_near] = told(grpo.run(GRPOConfig(**whole | {"beta": 0.1}), tmp_path / "near").out)
+    [one] = figures(grpo.run(GRPOConfig(**whole), tmp_path / "one").out)
+    [kept_near] = figures(grpo.run(GRPOConfig(**whole | {"beta": 0.1}), tmp_path / "near").out)
     monkeypatch.setattr(grpo, "merge_duplicates", lambda samples, weights: (samples, weights))
-    [each] = told(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
+    [each] = figures(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
     assert one["turns_distinct"] < one["turns_with_advantage"] == each["turns_distinct"] == kept_near["turns_distinct"]
     assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -171,7 +164,7 @@ def test_nothing_to_learn_is_said(settings, tmp_path):
     config = GRPOConfig(**settings | costless | {"horizon": "s1", "iterations": 4, "batch_size": 6, "seeds": "50-99"})
     with pytest.raises(TrainingStopped, match="nothing to learn; raise temperature, group_size or groups"):
         grpo.run(config, tmp_path / "grpo")
-    rows = told(tmp_path / "grpo")
+    rows = figures(tmp_path / "grpo")
     assert [row["turns_with_advantage"] for row in rows] == [0, 0] and [row["groups_alike"] for row in rows] == [1, 1]
 
 
@@ -191,7 +184,7 @@ def test_an_engine_that_dies_costs_its_iteration_only(settings, tmp_path, monkey
     counts = traces.episodes(tmp_path / "died" / "rollouts.db").groupby("arm").size()
     assert len(counts) < 3 and set(counts) <= {6}  # whole iterations only
     grpo.run(config, tmp_path / "died")
-    assert told(tmp_path / "died") == told(whole) and played(tmp_path / "died") == played(whole)
+    assert figures(tmp_path / "died") == figures(whole) and played(tmp_path / "died") == played(whole)
 
 
 def test_divergence_and_a_lack_of_memory_are_told_and_state_is_kept(settings, tmp_path, monkeypatch):
@@ -217,7 +210,7 @@ def test_divergence_and_a_lack_of_memory_are_told_and_state_is_kept(settings, tm
 def test_losses_of_trl(settings, tmp_path, loss_type):
     more = {"loss_type": loss_type, "importance": "sequence" if loss_type == "luspo" else "token", "beta": 0.01 if loss_type == "grpo" else 0.0}
     out = grpo.run(GRPOConfig(**settings | more | {"iterations": 1}), tmp_path / "grpo").out
-    row = told(out)[0]
+    row = figures(out)[0]
     assert row["grad_norm"] > 0 and ("kl" in row) == (loss_type == "grpo")
     before, after = lora(Path(settings["adapter"]).parent), lora(out)
     assert any((before[name] != after[name]).any() for name in before)
@@ -278,7 +271,7 @@ def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
     for name, iterations in (("parts", 1), ("parts", 2), ("whole", 2)):
         go(name, iterations)
     alike(lora(tmp_path / "parts"), lora(tmp_path / "whole"))
-    assert told(tmp_path / "parts") == told(tmp_path / "whole") and played(tmp_path / "parts") == played(tmp_path / "whole")
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole") and played(tmp_path / "parts") == played(tmp_path / "whole")
     with pytest.raises(InputError, match="there are 2 iterations already"):
         go("parts", 1)
     assert state("grpo", GRPOConfig(**settings | {"iterations": 2}), tmp_path / "parts") == "done"

@@ -3,15 +3,13 @@
 Only counts are lowered. What is compared is what transformers and PEFT make of the same files.
 """
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import rehearsal
 import servers
+from commands import qvk
 
 from qwen_vl_kit.core import read_json, read_jsonl, root
 
@@ -25,19 +23,18 @@ def options(settings: dict) -> list[str]:
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
-def qvk(*words, cwd=None, **variables):
-    "Run the command; what it printed. It has to end well."
-    command = [sys.executable, "-c", "from qwen_vl_kit.run import main; raise SystemExit(main())", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | variables)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout + ended.stderr
+def command(*words, **more) -> str:
+    "Run `qvk`, which has to end well; what it printed."
+    code, out, err = qvk(*words, OMP_NUM_THREADS="1", **more)
+    assert code == 0, out + err
+    return out + err
 
 
 @pytest.fixture(scope="module")
 def run(hub, tmp_path_factory):
     "configs/h200, all six stages."
     out = tmp_path_factory.mktemp("run") / "h200"
-    qvk("run", "configs/h200", "--out", out, *options(SMALL))
+    command("run", "configs/h200", "--out", out, *options(SMALL))
     return out
 
 
@@ -191,12 +188,12 @@ def test_the_seed_documents_six_commands(hub, tmp_path):
     with servers.Endpoint(answer) as endpoint:
         access = dict(cwd=tmp_path, OPENAI_BASE_URL=endpoint.url, OPENAI_API_KEY="sk-nobody")
         store = "traces/gpt4o_vision_100/rollouts.db"
-        qvk("eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-3", "--trace-db", store,
+        command("eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-3", "--trace-db", store,
             *options({"horizon": "t3"}), **access)
-        qvk("filter", "--config", "configs/seed/filter_vision_test.toml", *options({"val_fraction": 0.5}), **access)
-        qvk("train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml", *options(sft), **access)
-        qvk("train", "--type", "rl", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml", *options(grpo | {"horizon": "t3"}), **access)
-        qvk("benchmark", "--config", "configs/seed/benchmark.toml",
+        command("filter", "--config", "configs/seed/filter_vision_test.toml", *options({"val_fraction": 0.5}), **access)
+        command("train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml", *options(sft), **access)
+        command("train", "--type", "rl", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml", *options(grpo | {"horizon": "t3"}), **access)
+        command("benchmark", "--config", "configs/seed/benchmark.toml",
             *options({"horizon": "t3", "seeds": "1000000", "max_new_tokens": 8,
                       "grpo_adapter": "lora_adapters/qwen3vl_2b_crafter_rl_iter1"}), **access)
-        qvk("report", "--config", "configs/seed/report.toml", **access)
+        command("report", "--config", "configs/seed/report.toml", **access)

@@ -3,19 +3,17 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from runs import alike, lora, told
+from commands import QVK, qvk
+from runs import alike, figures, kill_when, lora
 
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
-from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl, root
+from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl
 from qwen_vl_kit.learn import training
 from qwen_vl_kit.learn.batches import Rows
 from qwen_vl_kit.learn.training import TRACKERS, devices, sharding
@@ -44,19 +42,15 @@ def test_killed_and_resumed_it_learns_the_same(rows, tmp_path):
     whole = sft.run(config, tmp_path / "whole")
     program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.stages import sft\n" \
         f"sft.run(config.SFTConfig(**{config.model_dump()!r}), {str(tmp_path / 'killed')!r})"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=root(), stderr=subprocess.DEVNULL)
-    metrics, limit = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 100
-    while time.monotonic() < limit and process.poll() is None and not (metrics.is_file() and '"step":3' in metrics.read_text()):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    kill_when(lambda: metrics.is_file() and '"step":3' in metrics.read_text(), [sys.executable, "-c", program])
     resumed = sft.run(config, tmp_path / "killed")
-    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
     assert resumed.numbers == whole.numbers
     alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
     shutil.rmtree(tmp_path / "killed" / "adapter")  # killed once more, between its last update and its end
     sft.run(config, tmp_path / "killed")
-    assert told(tmp_path / "killed") == told(tmp_path / "whole")
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
     alike(lora(tmp_path / "killed"), lora(tmp_path / "whole"))
 
 
@@ -76,14 +70,14 @@ def test_checkpoints_of_other_rows_are_not_gone_on_with(rows, tmp_path):
     fewer.write_text("".join(Path(rows["train"]).read_text().splitlines(True)[:40]))
     (tmp_path / "sft" / "adapter" / "qvk.json").unlink()
     again = sft.run(SFTConfig(**FAST, **rows | {"train": str(fewer)}), tmp_path / "sft")
-    assert [row["step"] for row in told(again.out) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in figures(again.out) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert again.numbers["rows"] == 40 and again.numbers["val_loss"] != first.numbers["val_loss"]
 
 
 def same_curves(one: Path, two: Path) -> None:
     "Two runs learned the same."
     for name in ("loss", "val_loss", "val_token_accuracy", "val_action_accuracy"):
-        ours, theirs = ([(row["step"], row[name]) for row in told(out) if name in row] for out in (one, two))
+        ours, theirs = ([(row["step"], row[name]) for row in figures(out) if name in row] for out in (one, two))
         assert [row[0] for row in ours] == [row[0] for row in theirs] and ours
         assert [row[1] for row in ours] == pytest.approx([row[1] for row in theirs], abs=5e-6), name
     ours, theirs = lora(one), lora(two)
@@ -97,7 +91,7 @@ def test_two_processes_learn_what_one_does(rows, tmp_path):
     one = sft.run(SFTConfig(**TAUGHT, **rows), tmp_path / "one")
     two = sft.run(SFTConfig(**TAUGHT | {"batch_size": 4, "processes": 2}, **rows), tmp_path / "two")
     same_curves(one.out, two.out)
-    counts = [[(row["samples"], row["tokens"]) for row in told(out) if "loss" in row] for out in (one.out, two.out)]
+    counts = [[(row["samples"], row["tokens"]) for row in figures(out) if "loss" in row] for out in (one.out, two.out)]
     assert counts[0] == counts[1] and one.numbers["val_token_accuracy"] > 0
     assert two.numbers["processes"] == 2 and two.numbers["samples"] == one.numbers["samples"]
 
@@ -171,7 +165,7 @@ def test_accumulated_batches_are_one_batch(rows, tmp_path):
     "The loss is a mean over tokens, and rows differ in length."
     sft.run(SFTConfig(**FAST, **rows), tmp_path / "one")
     sft.run(SFTConfig(**FAST | {"batch_size": 2, "gradient_accumulation_steps": 4}, **rows), tmp_path / "two")
-    losses = [[row["loss"] for row in told(out) if "loss" in row] for out in (tmp_path / "one", tmp_path / "two")]
+    losses = [[row["loss"] for row in figures(out) if "loss" in row] for out in (tmp_path / "one", tmp_path / "two")]
     assert losses[1] == pytest.approx(losses[0], abs=2e-6)
 
 
@@ -258,7 +252,7 @@ def test_a_student_plays_and_the_expert_says_what_it_would_do(rows, tmp_path):
 def test_the_kept_adapter_is_the_one_that_played_best(rows, tmp_path):
     config = SFTConfig(**FAST | {"best_by": "dev.achievement_rate", "dev_seeds": "900000-900001"}, **rows)
     result = sft.run(config, tmp_path / "sft")
-    played = {row["step"]: row["dev_achievement_rate"] for row in told(result.out) if "dev_achievement_rate" in row}
+    played = {row["step"]: row["dev_achievement_rate"] for row in figures(result.out) if "dev_achievement_rate" in row}
     assert sorted(played) == [2, 4, 6] and played[result.numbers["kept_update"]] == max(played.values())
     with pytest.raises(InputError, match="dev_seeds names none"):
         sft.run(SFTConfig(**FAST | {"best_by": "dev.achievement_rate"}, **rows), tmp_path / "none")
@@ -268,7 +262,7 @@ def test_training_that_diverges_stops_and_keeps_its_checkpoints(rows, tmp_path):
     config = SFTConfig(**FAST | {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0, "scheduler": "constant"}, **rows)
     with pytest.raises(TrainingStopped, match=r"not a finite number at step \d+.*lower learning_rate"):
         sft.run(config, tmp_path / "sft")
-    assert not (tmp_path / "sft" / "adapter").exists() and told(tmp_path / "sft")
+    assert not (tmp_path / "sft" / "adapter").exists() and figures(tmp_path / "sft")
 
 
 @pytest.mark.parametrize("spoil, expected", [
@@ -288,15 +282,9 @@ def test_rows_that_are_not_what_they_say(rows, tmp_path, spoil, expected):
 
 def test_on_the_command_line_a_killed_run_goes_on(rows, tmp_path):
     values = [f"{name}={json.dumps(value)}" for name, value in {**FAST, **rows}.items()]
-    line = [sys.executable, "-c", "import sys; from qwen_vl_kit.run import main; sys.exit(main())", "sft", "--config", "configs/demo",
-            "--out", str(tmp_path), *(word for value in values for word in ("--set", value))]
-    process = subprocess.Popen(line, cwd=root(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    metrics, limit = tmp_path / "sft" / "metrics.jsonl", time.monotonic() + 100
-    while time.monotonic() < limit and process.poll() is None and not (metrics.is_file() and '"step":3' in metrics.read_text()):
-        time.sleep(0.01)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # the notebook's kernel, and who started it
-        one.kill()
-    process.wait()
-    done = subprocess.run(line, cwd=root(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in told(tmp_path / "sft") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    line = ["sft", "--config", "configs/demo", "--out", str(tmp_path), *(word for value in values for word in ("--set", value))]
+    metrics = tmp_path / "sft" / "metrics.jsonl"
+    kill_when(lambda: metrics.is_file() and '"step":3' in metrics.read_text(), [*QVK, *line])
+    done = qvk(*line)
+    assert done.code == 0, done.err
+    assert [row["step"] for row in figures(tmp_path / "sft") if "loss" in row] == [1, 2, 3, 4, 5, 6]
