@@ -72,7 +72,7 @@ from .game.images import decode_png, png
 from .game.paint import GRAIN, compiled, night_noise
 from .game.rules import ACHIEVEMENTS, ACTIONS
 from .game.world import View, World
-from .expert import Expert
+from .expert.expert import Expert
 from .play import rollout as play_rollout
 
 # %% ../nbs/22_perf.ipynb #6420abaf

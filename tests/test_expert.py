@@ -1,20 +1,26 @@
 "The teacher: it plays well, from what it has seen and nothing else, and it can say what it would do in states it would never get into."
 
+import pickle
 import random
 
 import pytest
 
 from qwen_vl_kit.core import InputError
-from qwen_vl_kit.expert import _ROW, GOALS, Expert
+from qwen_vl_kit.expert.expert import Expert
+from qwen_vl_kit.expert.explore import explore
+from qwen_vl_kit.expert.field import search
+from qwen_vl_kit.expert.goals import GOALS, Offer, offers
+from qwen_vl_kit.expert.memory import ROW, Memory
+from qwen_vl_kit.expert.moves import Move
+from qwen_vl_kit.expert.reasons import GOAL_NAMES
+from qwen_vl_kit.expert.survival import NEEDS, seek_shelter
 from qwen_vl_kit.game.rules import ACHIEVEMENTS, ACTIONS
 from qwen_vl_kit.game.world import World
 
 
-class Homeless(Expert):
+def homeless(budget):
     "The teacher without closed rooms."
-
-    def shelter(self):
-        return None
+    return Expert(budget, needs=tuple(need for need in NEEDS if need is not seek_shelter))
 
 
 def play(seed, budget, steps=None, teacher=Expert):
@@ -35,8 +41,8 @@ def test_it_lives_for_days_and_gets_what_takes_long():
     worlds = [play(seed, 10_000, steps=900) for seed in range(700, 710)]
     assert {name for world in worlds for name in world.unlocked} == set(ACHIEVEMENTS)
     assert sum(len(world.unlocked) for world in worlds) / len(worlds) > 17.5
-    homeless = [play(seed, 10_000, steps=900, teacher=Homeless) for seed in range(700, 710)]
-    lived, without = (sum(world._game.clock for world in group) for group in (worlds, homeless))
+    others = [play(seed, 10_000, steps=900, teacher=homeless) for seed in range(700, 710)]
+    lived, without = (sum(world._game.clock for world in group) for group in (worlds, others))
     assert lived > 1.2 * without, (lived, without)
 
 
@@ -64,11 +70,12 @@ def test_it_goes_looking_when_it_is_hungry_and_nothing_is_unknown():
     for _ in range(120):
         world.step(expert.act(world).actions[0])
     game = world._game
-    expert.seen.update({x * _ROW + y: "grass" for x in range(64) for y in range(64) if x * _ROW + y not in expert.seen})
+    known = expert.memory.materials
+    known.update({x * ROW + y: "grass" for x in range(64) for y in range(64) if x * ROW + y not in known})
     for creature in list(game.map.objects):
         if type(creature).__name__ == "Cow":
             game.map.remove(creature)
-    expert.cows.clear()
+    expert.memory.cows.clear()
     game.player.inventory["food"], places = 2, set()
     for _ in range(40):
         game.player.health = 9
@@ -100,7 +107,7 @@ def test_it_labels_states_that_it_would_not_get_into():
         world.reset(seed)
         while not world.done:
             for decision in (watching.act(world), Expert(budget=10_000).act(world)):
-                assert decision.actions[0] in ACTIONS and decision.reason.split("; ")[1] in GOALS
+                assert decision.actions[0] in ACTIONS and decision.reason.split("; ")[1] in GOAL_NAMES
             world.step(chance.randrange(17))
 
 
@@ -112,14 +119,14 @@ def test_it_does_not_see_beyond_the_window():
         world.reset(seed)
         for _ in range(30):
             world.step(expert.act(world).actions[0])
-        said, other = expert.act(world), World(18)
+        decision, other = expert.act(world), World(18)
         other.restore(world.snapshot())
-        seen, size = set(expert.seen), world._game.map.area
-        hidden = [(x, y) for x in range(size[0]) for y in range(size[1]) if x * _ROW + y not in seen]
+        known, size = set(expert.memory.materials), world._game.map.area
+        hidden = [(x, y) for x in range(size[0]) for y in range(size[1]) if x * ROW + y not in known]
         assert len(hidden) > 2000
         for x, y in hidden:
             other._game.map[x, y] = chance.choice(["water", "diamond", "tree", "lava", "table"])
-        assert expert.act(other) == said
+        assert expert.act(other) == decision
 
 
 def test_it_never_walks_into_lava():
@@ -141,7 +148,7 @@ def test_it_never_walks_into_lava():
 
 
 def test_noise_makes_teachers_differ_and_a_seed_repeats_them():
-    def told(seed, noise=0.7):
+    def reasons(seed, noise=0.7):
         world, expert, chance = World(18, 40), Expert(budget=40, noise=noise, seed=seed), random.Random(0)
         world.reset(3)
         out = []
@@ -150,5 +157,34 @@ def test_noise_makes_teachers_differ_and_a_seed_repeats_them():
             world.step(chance.choice(ACTIONS[1:6]))
         return out
 
-    assert told(1) == told(1) != told(2)
-    assert told(1, noise=0) == told(2, noise=0)
+    assert reasons(1) == reasons(1) != reasons(2)
+    assert reasons(1, noise=0) == reasons(2, noise=0)
+
+
+def test_a_goal_of_ones_own_is_taken_when_it_is_the_cheapest():
+    world = World(18, 60)
+    world.reset(3)
+
+    def idle(price):
+        return lambda memory, field: Offer(price, "noop", "here", lambda: Move("noop"))
+
+    usual = Expert(60).act(world)
+    assert usual.actions != ["noop"]
+    assert Expert(60, goals=(*GOALS, idle(1000.0))).act(world) == usual
+    assert Expert(60, goals=(*GOALS, idle(0.1))).act(world).actions == ["noop"]
+
+
+def test_goals_and_moves_change_nothing():
+    "Whatever is offered, and whichever offer is worked out, memory and field stay as they were."
+    for budget in (200, 10_000):
+        world, expert = World(18, 400), Expert(budget)
+        world.reset(16)
+        while not world.done:
+            world.step(expert.act(world).actions[0])
+            if world._game.clock % 20 == 0 and not world.done:
+                memory = Memory(world.view(), budget)
+                field = search(memory)
+                before = pickle.dumps((vars(memory), field))
+                for offer in [*offers(memory, field), explore(memory, field)]:
+                    assert offer.goal in GOAL_NAMES and offer.move().action in ACTIONS
+                assert pickle.dumps((vars(memory), field)) == before

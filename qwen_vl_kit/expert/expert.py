@@ -6,23 +6,24 @@
 __all__ = ['Reflex', 'REFLEXES', 'stay_asleep', 'fight_back', 'dodge', 'make_tool', 'Errand', 'resume', 'next_leg', 'set_out',
            'Priorities', 'decide', 'Expert']
 
-# %% ../../nbs/expert/08_expert.ipynb #a075eab7
+# %% ../../nbs/expert/08_expert.ipynb #9b8daccc
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from itertools import product
 from typing import NamedTuple
 
 from ..core import InputError
 from .explore import explore
 from .field import Field, search, survey
 from .goals import GOALS, Goal, Offer, offers, tools_to_make
-from .memory import MOVES, ROW, WAYS, Memory, can_make, nearby
+from .memory import MOVES, ROW, WAYS, Memory, can_make, materials_nearby, remember
 from .moves import Move, enter, fits
 from .reasons import heading, where
 from .survival import NEEDS, hit, is_lost
-from ..game.world import View, World
+from ..game.world import World
 from ..protocol.episodes import Decision
 
 # %% ../../nbs/expert/08_expert.ipynb #f46c3a04
@@ -38,13 +39,14 @@ def fight_back(memory: Memory) -> Offer | None:
             return hit(memory, tile)
     return None
 
-# %% ../../nbs/expert/08_expert.ipynb #11ff1e6f
+# %% ../../nbs/expert/08_expert.ipynb #5390100b
 def _evade(memory: Memory, tile: int, flight: int) -> str | None:
-    "The action against an arrow on a tile with a way of flight; None if it does not hit within three steps, or nothing helps."
+    "The action against an arrow that flies a way from a tile; None if it misses for three steps, or nothing helps."
     for n in (1, 2, 3):
         tile += flight
         if tile == memory.position:
-            can_block = memory.facing == -flight and n > 1 and memory.inventory["stone"] and fits(memory, "stone", tile - flight)
+            faced = memory.facing == -flight and n > 1
+            can_block = faced and memory.inventory["stone"] and fits(memory, "stone", tile - flight)
             aside = [way for way in MOVES if abs(way) != abs(flight) and memory.is_free(memory.position + way)]
             return "place_stone" if can_block else MOVES[aside[0]] if aside else None
         if memory.is_solid(tile) or tile in memory.creatures:
@@ -59,18 +61,22 @@ def dodge(memory: Memory) -> Offer | None:
             return Offer(0, "fight", where("arrow", dx, dy), lambda: Move(action))
     return None
 
-# %% ../../nbs/expert/08_expert.ipynb #02107db7
+# %% ../../nbs/expert/08_expert.ipynb #10a252bc
+def _tool_here(memory: Memory) -> str | None:
+    "The first tool for which table, furnace and materials are there."
+    near = materials_nearby(memory)
+    tools = tools_to_make(memory) if "table" in near else []
+    return next((t for t in tools if can_make(memory, t) and (not t.startswith("iron") or "furnace" in near)), None)
+
+
 def make_tool(memory: Memory) -> Offer | None:
-    "The offer to make a tool at the table within a tile, if its materials, and a furnace for iron, are there."
-    beside, here = nearby(memory), memory.position
-    if "table" not in beside:
+    "The offer to make a tool on the spot."
+    if not (tool := _tool_here(memory)):
         return None
-    for tool in tools_to_make(memory):
-        if can_make(memory, tool) and (not tool.startswith("iron") or "furnace" in beside):
-            around = [(dx, dy) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-            table = next((dx, dy) for dx, dy in around if memory.materials.get(here + dx * ROW + dy) == "table")
-            return Offer(0, f"make {tool.replace('_', ' ')}", where("table", *table), lambda: Move(f"make_{tool}"))
-    return None
+    for dy, dx in product((-1, 0, 1), repeat=2):
+        if memory.materials.get(memory.position + dx * ROW + dy) == "table":
+            break
+    return Offer(0, f"make {tool.replace('_', ' ')}", where("table", dx, dy), lambda: Move(f"make_{tool}"))
 
 # %% ../../nbs/expert/08_expert.ipynb #ed994c55
 Reflex = Callable[[Memory], Offer | None]
@@ -93,22 +99,22 @@ def resume(memory: Memory, field: Field, errand: Errand) -> Errand | None:
         return None
     return errand._replace(path=path)
 
-# %% ../../nbs/expert/08_expert.ipynb #f231fc52
+# %% ../../nbs/expert/08_expert.ipynb #8b54cc4c
 def next_leg(memory: Memory, errand: Errand) -> Offer:
     "The offer to take the next step of an errand."
     offset = memory.offset(errand.target)
-    place = heading(*offset) if errand.goal == "explore" else where(errand.kind, *offset)
-    return Offer(0, errand.goal, place, lambda: Move(enter(memory, errand.path[0])))
+    label = heading(*offset) if errand.goal == "explore" else where(errand.kind, *offset)
+    return Offer(0, errand.goal, label, lambda: Move(enter(memory, errand.path[0])))
 
-# %% ../../nbs/expert/08_expert.ipynb #381450b4
-def set_out(taken: Offer, move: Move, before: Errand | None) -> Errand | None:
+# %% ../../nbs/expert/08_expert.ipynb #58e6eef9
+def set_out(choice: Offer, move: Move, before: Errand | None) -> Errand | None:
     "The errand that an offer from a far search begins, if it leads to a target."
     path = list(move.path) or (before.path if before else [])
     if move.target is None or not path:
         return None
-    return Errand(taken.goal, taken.place.split()[0], move.target, path)
+    return Errand(choice.goal, choice.place.split()[0], move.target, path)
 
-# %% ../../nbs/expert/08_expert.ipynb #9775dcec
+# %% ../../nbs/expert/08_expert.ipynb #6f76e47a
 @dataclass
 class Priorities:
     "What an expert does first, and what it prefers."
@@ -133,29 +139,29 @@ class Priorities:
 
     def cheapest(self, memory: Memory, field: Field) -> Offer | None:
         "The cheapest of the offers that the goals make."
-        made = offers(memory, field, self.goals)
+        options = offers(memory, field, self.goals)
         if self.noise:
-            made = [offer._replace(price=offer.price * math.exp(self.chance.gauss(0, self.noise))) for offer in made]
-        return min(made, key=lambda offer: offer.price, default=None)
+            options = [o._replace(price=o.price * math.exp(self.chance.gauss(0, self.noise))) for o in options]
+        return min(options, key=lambda offer: offer.price, default=None)
 
-# %% ../../nbs/expert/08_expert.ipynb #bfa3f152
+# %% ../../nbs/expert/08_expert.ipynb #3bc36126
 def decide(memory: Memory, errand: Errand | None, priorities: Priorities) -> tuple[Offer, Move, Errand | None]:
     "The offer that is taken, its move, and the errand that it begins or continues."
-    if taken := priorities.reflex(memory):
-        return taken, taken.move(), None
+    if choice := priorities.reflex(memory):
+        return choice, choice.move(), None
     ground = survey(memory)
     near = search(memory, ground, limit=30)
-    if taken := priorities.plan(memory, near):
-        return taken, taken.move(), None
-    if errand and memory.patient and not ground.inside and (going_on := resume(memory, near, errand)):
-        taken = next_leg(memory, going_on)
-        return taken, taken.move(), going_on
+    if choice := priorities.plan(memory, near):
+        return choice, choice.move(), None
+    if errand and memory.patient and not ground.inside and (leg := resume(memory, near, errand)):
+        choice = next_leg(memory, leg)
+        return choice, choice.move(), leg
     far = search(memory, ground)
-    taken = priorities.plan(memory, far) or explore(memory, far)
-    move = taken.move()
-    return taken, move, set_out(taken, move, errand)
+    choice = priorities.plan(memory, far) or explore(memory, far)
+    move = choice.move()
+    return choice, move, set_out(choice, move, errand)
 
-# %% ../../nbs/expert/08_expert.ipynb #afb693ec
+# %% ../../nbs/expert/08_expert.ipynb #3683c74f
 class Expert:
     """The scripted teacher: `act(world)` says what it would do in any state, whoever brought the world there.
 
@@ -188,15 +194,9 @@ class Expert:
 
     def act(self, world: World) -> Decision:
         "One action and the reason for it."
-        memory = self._look(world.view())
-        taken, move, self.errand = decide(memory, self.errand, self.priorities)
+        memory = remember(self.memory, world.view(), self.budget)
+        errand = self.errand if memory is self.memory else None
+        choice, move, self.errand = decide(memory, errand, self.priorities)
+        self.memory = memory
         into_lava = move.action in WAYS and memory.materials.get(memory.position + WAYS[move.action]) == "lava"
-        return Decision(actions=["noop" if into_lava else move.action], reason=f"{taken.place}; {taken.goal}")
-
-    def _look(self, view: View) -> Memory:
-        "Take in a view; a new memory for a new episode."
-        if self.memory and self.memory.continues(view):
-            self.memory.look(view)
-        else:
-            self.memory, self.errand = Memory(view, self.budget), None
-        return self.memory
+        return Decision(actions=["noop" if into_lava else move.action], reason=f"{choice.place}; {choice.goal}")

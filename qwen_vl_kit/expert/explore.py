@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['frontier', 'explore']
 
-# %% ../../nbs/expert/07_explore.ipynb #eef5b5e4
+# %% ../../nbs/expert/07_explore.ipynb #500ebcba
+from itertools import product
+
 from .field import Field
 from .goals import Offer
 from .memory import ROW, Memory, block
@@ -23,12 +25,12 @@ def _revisit(memory: Memory, field: Field) -> int:
     "The reachable tile that was left longest ago for the way; the player's own when there is none."
     return max(field.steps, key=lambda tile: (_age(memory, tile) / (field.steps[tile] + 20), -field.steps[tile]))
 
-# %% ../../nbs/expert/07_explore.ipynb #d69ac054
-_SAMPLE = [dx * ROW + dy for dx in (-4, -2, 0, 2, 4) for dy in (-3, -1, 1, 3)]
+# %% ../../nbs/expert/07_explore.ipynb #c68e85c9
+_SAMPLE = [dx * ROW + dy for dx, dy in product((-4, -2, 0, 2, 4), (-3, -1, 1, 3))]
 
 
 def _promise(memory: Memory, tile: int, like: frozenset, lost: bool) -> float:
-    "How much a tile would show: unknown tiles of 20, more of them where `like` is around, and old places for who is lost."
+    "How many unknown tiles of 20 a tile would show; more where `like` is around, and at old places for who is lost."
     materials = memory.materials
     new = sum([tile + step not in materials for step in _SAMPLE])
     if lost:

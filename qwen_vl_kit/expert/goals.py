@@ -8,15 +8,15 @@ __all__ = ['Goal', 'GOALS', 'Offer', 'offer', 'where_nearest', 'fetch', 'put', '
            'place_table', 'walk_to_table', 'collect_first_stone', 'collect_stone', 'collect_coal', 'collect_iron',
            'collect_diamond', 'place_stone', 'place_furnace', 'farm', 'offers']
 
-# %% ../../nbs/expert/05_goals.ipynb #ef468c25
+# %% ../../nbs/expert/05_goals.ipynb #cc1a5aeb
 from collections.abc import Callable
 from typing import NamedTuple
 
 from crafter import constants
 
 from .field import Field
-from .memory import MOVES, WALKABLE, Memory, can_make, missing, nearby, strength
-from .moves import Move, fits, place, place_at, spot, turn_to, use
+from .memory import MOVES, WALKABLE, Memory, can_make, count_missing, materials_nearby, strength
+from .moves import Move, fits, place_nearby, place_at, spot, turn_to, use
 from .reasons import TOOLS, where
 
 # %% ../../nbs/expert/05_goals.ipynb #bb2dbd10
@@ -48,26 +48,26 @@ def fetch(memory: Memory, field: Field, goal: str, kind: str, gain: float, steps
         return None
     return offer(memory, goal, gain, steps, where_nearest(memory, field, kind), lambda: use(memory, field, kind))
 
-# %% ../../nbs/expert/05_goals.ipynb #7fc57d26
+# %% ../../nbs/expert/05_goals.ipynb #504d82f0
 def put(memory: Memory, field: Field, thing: str, gain: float, steps: float) -> Offer | None:
     "The offer to place a thing here."
-    return offer(memory, f"place {thing}", gain, steps, "here", lambda: place(memory, field, thing))
+    return offer(memory, f"place {thing}", gain, steps, "here", lambda: place_nearby(memory, field, thing))
 
-# %% ../../nbs/expert/05_goals.ipynb #5fc28735
+# %% ../../nbs/expert/05_goals.ipynb #813cd1be
 def drink(memory: Memory, field: Field) -> Offer | None:
     "The first drink."
-    return fetch(memory, field, "drink", "water", missing(memory, "collect_drink"), field.distance("water"))
+    return fetch(memory, field, "drink", "water", count_missing(memory, "collect_drink"), field.distance("water"))
 
-# %% ../../nbs/expert/05_goals.ipynb #d1e03c0c
+# %% ../../nbs/expert/05_goals.ipynb #a170dec2
 def eat_cow(memory: Memory, field: Field) -> Offer | None:
     "The first cow; it takes a few blows."
     steps = 1.2 * field.distance("cow") + 4.5 / min(3, strength(memory))
-    return fetch(memory, field, "eat", "cow", missing(memory, "eat_cow"), steps)
+    return fetch(memory, field, "eat", "cow", count_missing(memory, "eat_cow"), steps)
 
-# %% ../../nbs/expert/05_goals.ipynb #c47aacc7
+# %% ../../nbs/expert/05_goals.ipynb #bea3a06d
 def eat_plant(memory: Memory, field: Field) -> Offer | None:
     "The first ripe plant."
-    return fetch(memory, field, "eat", "ripe", missing(memory, "eat_plant"), 0.4 * field.distance("ripe"))
+    return fetch(memory, field, "eat", "ripe", count_missing(memory, "eat_plant"), 0.4 * field.distance("ripe"))
 
 # %% ../../nbs/expert/05_goals.ipynb #e94c247a
 def drink_at_once(memory: Memory, field: Field) -> Offer | None:
@@ -81,63 +81,65 @@ def eat_at_once(memory: Memory, field: Field) -> Offer | None:
     urgent = memory.left > 15 and memory.inventory["food"] <= 1
     return fetch(memory, field, "eat", "cow", 9, field.distance("cow")) if urgent else None
 
-# %% ../../nbs/expert/05_goals.ipynb #0c3d4184
+# %% ../../nbs/expert/05_goals.ipynb #53dd7d33
 def sleep(memory: Memory, field: Field) -> Offer | None:
     "Sleep, for waking up; a patient player sleeps behind walls instead, see `survival`."
     held = memory.inventory
     hurt, rested = held["health"] < 6, held["energy"] == 9
     if memory.patient or hurt or rested or "zombie" in memory.creatures.values():
         return None
-    gain = missing(memory, "wake_up") / (0.4 if memory.left > 60 else 1)  # each step of waiting makes the sleep longer
+    soon = 0.4 if memory.left > 60 else 1  # each step of waiting makes the sleep longer
+    gain = count_missing(memory, "wake_up") / soon
     return offer(memory, "sleep", gain, 12 * (9 - held["energy"]) + 1, "here", lambda: Move("sleep"))
 
-# %% ../../nbs/expert/05_goals.ipynb #d7b931a0
+# %% ../../nbs/expert/05_goals.ipynb #f4e4c25f
 def plant(memory: Memory, field: Field) -> Offer | None:
     "A sapling out of the grass, then into the grass."
     if memory.inventory["sapling"]:
-        return put(memory, field, "plant", missing(memory, "place_plant"), 2)
-    gain = missing(memory, "collect_sapling", "place_plant")
+        return put(memory, field, "plant", count_missing(memory, "place_plant"), 2)
+    gain = count_missing(memory, "collect_sapling", "place_plant")
     return fetch(memory, field, "collect sapling", "grass", gain, 10 + field.distance("grass"))
 
-# %% ../../nbs/expert/05_goals.ipynb #74520288
+# %% ../../nbs/expert/05_goals.ipynb #83ad9247
 def fight_zombie(memory: Memory, field: Field) -> Offer | None:
     "The first zombie."
-    gain = missing(memory, "defeat_zombie") * (memory.inventory["health"] >= 5)
+    gain = count_missing(memory, "defeat_zombie") * (memory.inventory["health"] >= 5)
     return fetch(memory, field, "fight", "zombie", gain, field.distance("zombie") + 2 + 7.5 / strength(memory))
 
-# %% ../../nbs/expert/05_goals.ipynb #13d072e5
+# %% ../../nbs/expert/05_goals.ipynb #dd13fe10
 def fight_skeleton(memory: Memory, field: Field) -> Offer | None:
     "The first skeleton."
-    gain = missing(memory, "defeat_skeleton") * (memory.inventory["health"] >= 5)
+    gain = count_missing(memory, "defeat_skeleton") * (memory.inventory["health"] >= 5)
     steps = 1.5 * field.distance("skeleton") + 2 + 4.5 / min(3, strength(memory))
     return fetch(memory, field, "fight", "skeleton", gain, steps)
 
-# %% ../../nbs/expert/05_goals.ipynb #330e1415
-_TABLE, _FURNACE = (sum(constants.place[thing]["uses"].values()) for thing in ("table", "furnace"))  # pieces of wood, stones
+# %% ../../nbs/expert/05_goals.ipynb #9245f70b
+_TABLE = sum(constants.place["table"]["uses"].values())      # pieces of wood
+_FURNACE = sum(constants.place["furnace"]["uses"].values())  # stones
 
 
 def _needs_table(field: Field) -> bool:
     "Whether no table is close enough to be worth the walk."
     return field.distance("table") > 12
 
-# %% ../../nbs/expert/05_goals.ipynb #3d44269f
+# %% ../../nbs/expert/05_goals.ipynb #7d15d5cf
 def tools_to_make(memory: Memory) -> list[str]:
     "The tools that are still to be made, in crafter's order."
-    return [tool for tool in TOOLS if missing(memory, f"make_{tool}")]
+    return [tool for tool in TOOLS if count_missing(memory, f"make_{tool}")]
 
-# %% ../../nbs/expert/05_goals.ipynb #cb55ba03
+# %% ../../nbs/expert/05_goals.ipynb #e013abdc
 def _wood_to_begin(memory: Memory, field: Field) -> int:
     "Pieces of wood that are missing for a table and its first two tools; below 0 when there is more."
-    needed = _TABLE * _needs_table(field) + missing(memory, "make_wood_pickaxe", "make_wood_sword")
+    needed = _TABLE * _needs_table(field) + count_missing(memory, "make_wood_pickaxe", "make_wood_sword")
     return needed - memory.inventory["wood"]
 
-# %% ../../nbs/expert/05_goals.ipynb #21ccbee5
+# %% ../../nbs/expert/05_goals.ipynb #991eddf1
 def collect_wood(memory: Memory, field: Field) -> Offer | None:
     "Wood for the table and its first tools together, then for the tools that are left."
     held, tree, tools = memory.inventory["wood"], field.distance("tree"), tools_to_make(memory)
-    first, short = missing(memory, "collect_wood"), _wood_to_begin(memory, field)
+    first, short = count_missing(memory, "collect_wood"), _wood_to_begin(memory, field)
     all_wood = len(tools) + _TABLE * _needs_table(field)
-    start = first + missing(memory, "place_table", "make_wood_pickaxe", "make_wood_sword")
+    start = first + count_missing(memory, "place_table", "make_wood_pickaxe", "make_wood_sword")
     if start and short > 0:
         steps = tree + 2.5 * (short - 1) + start - first
         gain, steps = (start, steps) if steps <= memory.left else (first, tree)
@@ -147,11 +149,11 @@ def collect_wood(memory: Memory, field: Field) -> Offer | None:
         return fetch(memory, field, "collect wood", "tree", 0.5 + (held == 0), steps)
     return None
 
-# %% ../../nbs/expert/05_goals.ipynb #685c2f1c
+# %% ../../nbs/expert/05_goals.ipynb #16033d0a
 def place_table(memory: Memory, field: Field) -> Offer | None:
     "A table here, for the tools that can be made at once."
     ready = [tool for tool in tools_to_make(memory) if can_make(memory, tool)]
-    wood, first = memory.inventory["wood"], missing(memory, "place_table")
+    wood, first = memory.inventory["wood"], count_missing(memory, "place_table")
     if not (_needs_table(field) and ready and wood >= _TABLE + (not first)):
         return None
     if first and _wood_to_begin(memory, field) > 0 and field.distance("tree") <= 4 and memory.left >= 8:
@@ -166,78 +168,79 @@ def walk_to_table(memory: Memory, field: Field) -> Offer | None:
         return None
     return fetch(memory, field, f"make {early[0].replace('_', ' ')}", "table", 1, field.distance("table") + 1)
 
-# %% ../../nbs/expert/05_goals.ipynb #44a0d868
+# %% ../../nbs/expert/05_goals.ipynb #4e201f2c
 def collect_first_stone(memory: Memory, field: Field) -> Offer | None:
     "A stone, when there is none in hand: to have, to place, and for tools."
     held = memory.inventory
     if not held["wood_pickaxe"] or held["stone"]:
         return None
-    tools = min(held["wood"], missing(memory, "make_stone_pickaxe", "make_stone_sword"))
+    tools = min(held["wood"], count_missing(memory, "make_stone_pickaxe", "make_stone_sword"))
     back = min(field.distance("table"), 10) if tools else 0
-    gain = missing(memory, "collect_stone", "place_stone") + tools
+    gain = count_missing(memory, "collect_stone", "place_stone") + tools
     return fetch(memory, field, "collect stone", "stone", gain, field.distance("stone") + 1 + back)
 
-# %% ../../nbs/expert/05_goals.ipynb #62ffb42c
+# %% ../../nbs/expert/05_goals.ipynb #52d2bead
 def collect_stone(memory: Memory, field: Field) -> Offer | None:
     "The stones that are wanted besides the first."
     held, stone = memory.inventory, field.distance("stone")
     if not held["wood_pickaxe"]:
         return None
-    furnace = missing(memory, "place_furnace")
-    want = missing(memory, "make_stone_pickaxe", "make_stone_sword", "place_stone") + _FURNACE * furnace
+    furnace = count_missing(memory, "place_furnace")
+    want = count_missing(memory, "make_stone_pickaxe", "make_stone_sword", "place_stone") + _FURNACE * furnace
     if held["stone"] < want:
         return fetch(memory, field, "collect stone", "stone", 0.5 + 0.5 * furnace, stone + 2 * (want - held["stone"]))
     if memory.patient and held["stone"] < 9:
         return fetch(memory, field, "collect stone", "stone", 0.5, stone + 2 * (9 - held["stone"]))
     return None
 
-# %% ../../nbs/expert/05_goals.ipynb #5e34687c
+# %% ../../nbs/expert/05_goals.ipynb #8aaaaf9a
 def collect_coal(memory: Memory, field: Field) -> Offer | None:
     "Coal for the tools of iron."
-    held, first = memory.inventory, missing(memory, "collect_coal")
-    want = max(first, missing(memory, "make_iron_pickaxe", "make_iron_sword"))
+    held, first = memory.inventory, count_missing(memory, "collect_coal")
+    want = max(first, count_missing(memory, "make_iron_pickaxe", "make_iron_sword"))
     gain = (0.5 + 0.5 * first) * bool(held["wood_pickaxe"] and held["coal"] < want)
     return fetch(memory, field, "collect coal", "coal", gain, field.distance("coal"))
 
-# %% ../../nbs/expert/05_goals.ipynb #ec696de8
+# %% ../../nbs/expert/05_goals.ipynb #b8dd712a
 def collect_iron(memory: Memory, field: Field) -> Offer | None:
     "Iron for the tools of iron."
-    held, first = memory.inventory, missing(memory, "collect_iron")
-    want = max(first, missing(memory, "make_iron_pickaxe", "make_iron_sword"))
+    held, first = memory.inventory, count_missing(memory, "collect_iron")
+    want = max(first, count_missing(memory, "make_iron_pickaxe", "make_iron_sword"))
     gain = (0.7 + 0.3 * first) * bool(held["wood_pickaxe"] and held["stone_pickaxe"] and held["iron"] < want)
     return fetch(memory, field, "collect iron", "iron", gain, field.distance("iron"))
 
-# %% ../../nbs/expert/05_goals.ipynb #90d5bee9
+# %% ../../nbs/expert/05_goals.ipynb #b247401b
 def collect_diamond(memory: Memory, field: Field) -> Offer | None:
     "The first diamond."
-    gain = missing(memory, "collect_diamond") * bool(memory.inventory["wood_pickaxe"] and memory.inventory["iron_pickaxe"])
+    held = memory.inventory
+    gain = count_missing(memory, "collect_diamond") * bool(held["wood_pickaxe"] and held["iron_pickaxe"])
     return fetch(memory, field, "collect diamond", "diamond", gain, field.distance("diamond"))
 
-# %% ../../nbs/expert/05_goals.ipynb #4c8b5522
+# %% ../../nbs/expert/05_goals.ipynb #d1b69dc0
 def place_stone(memory: Memory, field: Field) -> Offer | None:
     "The first stone that is placed."
-    return put(memory, field, "stone", missing(memory, "place_stone") * (memory.inventory["stone"] > 0), 1.5)
+    return put(memory, field, "stone", count_missing(memory, "place_stone") * (memory.inventory["stone"] > 0), 1.5)
 
-# %% ../../nbs/expert/05_goals.ipynb #a88b0282
+# %% ../../nbs/expert/05_goals.ipynb #2961f17d
 def place_furnace(memory: Memory, field: Field) -> Offer | None:
     "The first furnace; later one beside a table, where tools of iron can be made."
     held = memory.inventory
     if held["stone"] < _FURNACE:
         return None
-    if missing(memory, "place_furnace"):
+    if count_missing(memory, "place_furnace"):
         return put(memory, field, "furnace", 1, 1.5)
     if not any(tool.startswith("iron") and can_make(memory, tool) for tool in tools_to_make(memory)):
         return None
-    if "table" in nearby(memory):
+    if "table" in materials_nearby(memory):
         return put(memory, field, "furnace", 1, 2)
     if field.distance("table") <= 25:
         return fetch(memory, field, "place furnace", "table", 1, field.distance("table") + 4)
     return put(memory, field, "table", 1, 6) if held["wood"] > _TABLE else None
 
-# %% ../../nbs/expert/05_goals.ipynb #2536e8e7
+# %% ../../nbs/expert/05_goals.ipynb #6ed9259c
 def farm(memory: Memory, field: Field) -> Offer | None:
     "One sapling, walled in until it is ripe."
-    if not memory.patient or memory.night or memory.left < 350 or not missing(memory, "eat_plant"):
+    if not memory.patient or memory.night or memory.left < 350 or not count_missing(memory, "eat_plant"):
         return None
     if memory.plants:
         return _wall_in(memory, field)
@@ -245,8 +248,9 @@ def farm(memory: Memory, field: Field) -> Offer | None:
         return None
     if not memory.inventory["sapling"]:
         return fetch(memory, field, "collect sapling", "grass", 0.4, 10 + field.distance("grass"))
-    sites = _sites(memory, field)
-    return offer(memory, "place plant", 0.5, 6, "here", lambda: place_at(memory, field, "plant", sites)) if sites else None
+    if not (sites := _sites(memory, field)):
+        return None
+    return offer(memory, "place plant", 0.5, 6, "here", lambda: place_at(memory, field, "plant", sites))
 
 # %% ../../nbs/expert/05_goals.ipynb #a3fa836a
 def _open_sides(memory: Memory, tile: int) -> list[int]:
@@ -260,20 +264,20 @@ def _sites(memory: Memory, field: Field) -> list[int]:
     sites = [tile for tile in near if memory.materials[tile] == "grass" and fits(memory, "plant", tile)]
     return sorted(sites, key=lambda tile: (len(_open_sides(memory, tile)), field.steps[tile]))[:12]
 
-# %% ../../nbs/expert/05_goals.ipynb #269fc902
+# %% ../../nbs/expert/05_goals.ipynb #0b0313cd
 def _wall_in(memory: Memory, field: Field) -> Offer | None:
     "The offer to close the open sides of the sapling that has grown most."
-    plant = max(memory.plants, key=lambda tile: (memory.plants[tile], tile))
-    sides = [tile for tile in _open_sides(memory, plant) if memory.materials.get(tile) in WALKABLE]
+    sapling = max(memory.plants, key=lambda tile: (memory.plants[tile], tile))
+    sides = [tile for tile in _open_sides(memory, sapling) if memory.materials.get(tile) in WALKABLE]
     if not sides or not memory.inventory["stone"]:
         return None
     targets = [tile for tile in sides if fits(memory, "stone", tile)]
-    cost, place = spot(memory, field, targets).cost, where("plant", *memory.offset(plant))
+    cost, label = spot(memory, field, targets).cost, where("plant", *memory.offset(sapling))
     if cost < 25:
         steps = cost + 2 * len(sides)
-        return offer(memory, "place stone", 0.8, steps, place, lambda: place_at(memory, field, "stone", targets))
+        return offer(memory, "place stone", 0.8, steps, label, lambda: place_at(memory, field, "stone", targets))
     if not targets and memory.position in sides:
-        return offer(memory, "place stone", 0.8, 3, place, lambda: Move(turn_to(memory, "")))
+        return offer(memory, "place stone", 0.8, 3, label, lambda: Move(turn_to(memory, "")))
     return None
 
 # %% ../../nbs/expert/05_goals.ipynb #043c5c09
@@ -285,7 +289,7 @@ GOALS: tuple[Goal, ...] = (
     place_stone, place_furnace, farm,
 )
 
-# %% ../../nbs/expert/05_goals.ipynb #a9dc7946
+# %% ../../nbs/expert/05_goals.ipynb #1eb63c69
 def offers(memory: Memory, field: Field, goals: tuple[Goal, ...] = GOALS) -> list[Offer]:
     "What the goals offer now, in their order."
-    return [made for goal in goals if (made := goal(memory, field))]
+    return [option for goal in goals if (option := goal(memory, field))]

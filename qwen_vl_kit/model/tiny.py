@@ -4,7 +4,7 @@
 __all__ = ['SPECIAL', 'KINDS', 'WORDS', 'tiny_tokenizer', 'tiny_config', 'make_tiny']
 
 # %% ../../nbs/model/04_tiny.ipynb #6bcaf964
-from ..expert import GOALS
+from ..expert.reasons import GOAL_NAMES
 from ..game.rules import ACHIEVEMENTS, ACTIONS
 from .processor import make_processor
 
@@ -26,7 +26,7 @@ def tiny_tokenizer():
         pre_tokenizers.Split(Regex(r" ?[A-Za-z_]+| ?\d| ?[^\sA-Za-z_\d]+|\s"), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    goals = " ".join(GOALS).replace("_", " ").split()
+    goals = " ".join(GOAL_NAMES).replace("_", " ").split()
     words = list(dict.fromkeys([*ACTIONS, *KINDS, *WORDS, *goals, *"0123456789", "->", ";", ",", ":"]))
     inventory = sorted({word for name in ACHIEVEMENTS for word in (name.split("_", 1)[1],)})
     corpus = [form for word in (*words, *inventory) for form in (word, " " + word)] * 8
