@@ -20,7 +20,7 @@ from ..core import InputError, OverBudget, Result, digest, nearest, one_line, re
 from ..engine.base import Request, Sampling
 from ..engine.refusals import CallFailed
 from ..engine.server import ServerEngine
-from ..expert import named
+from ..expert.reasons import reason_target
 from ..game.rules import ACHIEVEMENTS
 from ..play.policies import concerns_all
 from ..protocol.episodes import Episode, Turn, replayed
@@ -71,7 +71,7 @@ def rubric(episode: Episode, weights: dict[str, float] | None = None) -> dict[st
 # %% ../../nbs/learn/05_judge.ipynb #b171ae3f
 def ungrounded_claims(episode: Episode) -> list[bool]:
     "For each turn, whether its reason names a tile with an offset where the picture shows another one, or none at all."
-    told = [named(turn.decision.reason) for turn in episode.turns]
+    told = [reason_target(turn.decision.reason) for turn in episode.turns]
     if not any(told):  # then there is nothing to look up
         return [False] * len(told)
     return [_untrue(tile, world) for tile, world in zip(told, replayed(episode))]

@@ -20,7 +20,7 @@ from ..config import Protocol, horizon
 from ..core import InputError, OverBudget, notify
 from ..engine.base import EngineDied, Request, Sampling, card_of
 from ..engine.refusals import CallFailed, QuotaExceeded
-from ..expert import Expert
+from ..expert.expert import Expert
 from ..game.images import Png
 from ..game.rules import ACTIONS
 from ..game.world import Observation, World
