@@ -13,7 +13,7 @@ import numpy as np
 from ..config import horizon
 from ..game.rules import ACHIEVEMENTS, ITEMS, needs
 from ..game.world import World
-from ..protocol.episodes import Episode, replayed, returns_to_go
+from ..protocol.episodes import Episode, replay, returns_to_go
 
 # %% ../../nbs/learn/03_values.ipynb #da05e3ec
 KINDS = ("void", "player", "grass", "sand", "path", "tree", "water", "lava", "stone", "coal", "iron", "diamond", "table", "furnace", "plant", "cow",
@@ -57,7 +57,7 @@ def state_features(world: World, left: float) -> np.ndarray:
 def episode_features(episode: Episode) -> np.ndarray:
     "The facts (turns, features) of every situation of a played episode: its world and its actions give the same game once more."
     turns = horizon(episode.horizon).turns
-    return np.array([state_features(world, 1 - number / turns) for number, world in enumerate(replayed(episode))])
+    return np.array([state_features(world, 1 - number / turns) for number, world in enumerate(replay(episode))])
 
 # %% ../../nbs/learn/03_values.ipynb #d173150c
 class Critic:
