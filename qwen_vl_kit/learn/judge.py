@@ -23,7 +23,7 @@ from ..engine.server import ServerEngine
 from ..expert.reasons import reason_target
 from ..game.rules import ACHIEVEMENTS
 from ..play.policies import concerns_all
-from ..protocol.episodes import Episode, Turn, replayed
+from ..protocol.episodes import Episode, Turn, replay
 from ..store.meter import Journal, Meter, reporting_bad_rows
 from ..store.traces import Store, read_sessions
 
@@ -74,7 +74,7 @@ def ungrounded_claims(episode: Episode) -> list[bool]:
     told = [reason_target(turn.decision.reason) for turn in episode.turns]
     if not any(told):  # then there is nothing to look up
         return [False] * len(told)
-    return [_untrue(tile, world) for tile, world in zip(told, replayed(episode))]
+    return [_untrue(tile, world) for tile, world in zip(told, replay(episode))]
 
 
 def _untrue(told, world):

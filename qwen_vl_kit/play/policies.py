@@ -25,9 +25,9 @@ from ..game.images import Png
 from ..game.rules import ACTIONS
 from ..game.world import Observation, World
 from ..model.adapters import read_card
-from ..protocol import turns
+from ..protocol.turns import answer, parse, prompt, tools
 from ..protocol.episodes import Decision, Episode
-from ..protocol.turns import check_prompt, checked_images, differences, prompt_hash
+from ..protocol.turns import check_images, check_prompt, differences, prompt_hash
 
 # %% ../../nbs/play/01_policies.ipynb #ecab8432
 @dataclass
@@ -125,7 +125,7 @@ class RandomPolicy:
         random = np.random.default_rng([self.seed, *situation.key])
         count = horizon(self.protocol.horizon).actions
         actions = [ACTIONS[i] for i in random.integers(0, len(ACTIONS), count)]
-        return Decision(actions, text=turns.answer(self.protocol.model_copy(update={"form": "plain"}), actions))
+        return Decision(actions, text=answer(self.protocol.model_copy(update={"form": "plain"}), actions))
 
 # %% ../../nbs/play/01_policies.ipynb #c0a6bb52
 class ExpertPolicy:
@@ -145,7 +145,7 @@ class ExpertPolicy:
         if turn == 0:
             self.experts[seed, member] = Expert(budget=horizon(self.protocol.horizon).turns)
         decision = self.experts[seed, member].act(situation.world)
-        decision.text = turns.answer(self.protocol, decision.actions, decision.reason)
+        decision.text = answer(self.protocol, decision.actions, decision.reason)
         return decision
 
 # %% ../../nbs/play/01_policies.ipynb #7eba3691
@@ -153,8 +153,8 @@ def request(protocol: Protocol, situation: Situation) -> Request:
     "What an engine is asked in a situation, its images counted."
     played, observation = situation.episode.turns, situation.observation
     frame = None if protocol.observe == "text" else situation.png or observation.frame
-    messages = turns.prompt(protocol, played, frame, observation.text, urls=False)
-    return Request(checked_images(protocol, len(played), messages), situation.key, turns.tools(protocol))
+    messages = prompt(protocol, played, frame, observation.text, urls=False)
+    return Request(check_images(protocol, len(played), messages), situation.key, tools(protocol))
 
 # %% ../../nbs/play/01_policies.ipynb #8655622b
 class EnginePolicy:
@@ -180,7 +180,7 @@ class EnginePolicy:
         return [self._read(output) for output in self.engine.generate(requests, self.sampling, self.adapter)]
 
     def _read(self, output) -> Decision:
-        reply = turns.parse(self.protocol, output.text)
+        reply = parse(self.protocol, output.text)
         return Decision(reply.actions, reply.reason, output.text, reply.valid, output.prompt_ids, output.token_ids, output.logprobs,
                         output.usage, output.finish_reason == "length")
 
@@ -338,7 +338,7 @@ class ServerPolicy:
         for again in range(self.max_reprompts + 1):
             output = await self.engine.ask(asked, self.sampling, again, self.adapter)
             usages.append(output.usage)
-            reply = turns.parse(self.protocol, output.text)
+            reply = parse(self.protocol, output.text)
             if reply.valid:
                 break
         self.decided, self.unusable = self.decided + 1, self.unusable + (not reply.valid)

@@ -36,8 +36,8 @@ def system(protocol: Protocol) -> str:
         return "play crafter"
     sees = {"image": "You see the game's screen", "text": "You are told your state in words",
             "both": "You see the game's screen and are told your state in words"}[protocol.observe]
-    goal = (f"You play Crafter, a survival game on a grid. {sees}. You stand in the middle; the lower rows show your vitals "
-            "and inventory. Unlock as many of the 22 achievements as you can, each counts once.")
+    goal = (f"You play Crafter, a survival game on a grid. {sees}. You stand in the middle; the lower rows show your "
+            "vitals and inventory. Unlock as many of the 22 achievements as you can, each counts once.")
     return "\n\n".join([goal, rules(), "Actions: " + ", ".join(ACTIONS), _form(protocol)])
 
 # %% ../../nbs/protocol/01_turns.ipynb #9eaa26ad
@@ -151,8 +151,9 @@ def prompt_hash(protocol: Protocol) -> str:
 # %% ../../nbs/protocol/01_turns.ipynb #de84405d
 def differences(settings: dict, others: dict) -> str:
     "Where one protocol's `fields` differ from another's, in words; settings that the first does not name are skipped."
-    changed = {name: (settings[name], value) for name, value in others.items() if settings.get(name, value) != value}
-    return ", ".join(f"{name} = {json.dumps(one)} and not {json.dumps(other)}" for name, (one, other) in changed.items())
+    sides = {name: (json.dumps(settings[name]), json.dumps(value)) for name, value in others.items()
+             if settings.get(name, value) != value}
+    return ", ".join(f"{name} = {one} and not {other}" for name, (one, other) in sides.items())
 
 # %% ../../nbs/protocol/01_turns.ipynb #b75ebb84
 def check_prompt(card: dict, protocol: Protocol, where: object = None) -> None:
@@ -162,8 +163,8 @@ def check_prompt(card: dict, protocol: Protocol, where: object = None) -> None:
         return
     other = differences(card["protocol"], protocol.fields()) if isinstance(card.get("protocol"), dict) else ""
     what = f"the adapter was trained with prompt {str(known)[:12]}, this protocol makes {expected[:12]}"
-    fix = ("take Protocol.from_adapter(…), or give this stage the same prompt, form, observe, history, frames, progress "
-           "(with it, horizon) and render_size as collect")
+    fix = ("take Protocol.from_adapter(…), or give this stage the same prompt, form, observe, history, frames, "
+           "progress (with it, horizon) and render_size as collect")
     raise InputError(what + f" ({other})" * bool(other), where, fix)
 
 # %% ../../nbs/protocol/01_turns.ipynb #2370635c
