@@ -57,7 +57,8 @@ def one_line(error: BaseException) -> str:
 
 
 def as_input_error(error: OSError, where: object = None) -> InputError | None:
-    "The `InputError` for an error of the operating system that another place, other rights or more space would fix; None for any other."
+    """The `InputError` for an error of the operating system that another place, other rights or more space would
+    fix; None for any other."""
     if error.errno not in _PLACES:
         return None
     return InputError(os.strerror(error.errno).lower(), error.filename2 or error.filename or where, _PLACES[error.errno])
@@ -99,7 +100,8 @@ def _expanded(path: str | Path) -> Path:
 
 # %% ../nbs/00_core.ipynb #120bbcb1
 def adapter_folder(path: str | Path) -> Path:
-    "Where an adapter lies: in the folder `path`, or, when that is the folder of the stage that trained it, in `adapter` below."
+    """Where an adapter lies: in the folder `path`, or, when that is the folder of the stage that trained it, in
+    `adapter` below."""
     path = resolve(path)
     here, below = (any((folder / name).is_file() for name in ("qvk.json", "adapter_config.json")) for folder in (path, path / "adapter"))
     return path / "adapter" if below and not here else path
@@ -128,7 +130,8 @@ def read_text(path: str | Path) -> str:
 
 
 def site(key: str) -> str:
-    "One setting of the site file `settings.ini` (section `[qvk]`), or its default. Raises `InputError` when the file cannot be read."
+    """One setting of the site file `settings.ini` (section `[qvk]`), or its default. Raises `InputError` when the
+    file cannot be read."""
     path, file = root() / "settings.ini", configparser.ConfigParser(interpolation=None)  # a % is a %
     try:
         file.read_string(read_text(path) if path.is_file() else "", path.name)
@@ -182,7 +185,8 @@ def read_json(path: str | Path):
 
 # %% ../nbs/00_core.ipynb #a56a2258
 def clean_text(text: str, controls: bool = False) -> str:
-    "`text` with U+FFFD in place of lone surrogates and NULs, and of every control character but tabs and line ends if `controls`."
+    """`text` with U+FFFD in place of lone surrogates and NULs, and of every control character but tabs and line ends
+    if `controls`."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]" if controls else r"[\x00\ud800-\udfff]", "\ufffd", text)
 
 # %% ../nbs/00_core.ipynb #8baeecb4
@@ -199,8 +203,8 @@ def append_jsonl(path: str | Path, row: dict) -> None:
 
 # %% ../nbs/00_core.ipynb #8c1253e2
 def numbered_jsonl(path: str | Path, **options):
-    """Iterate over (line number, row) of a JSON lines file, in UTF-8 with or without a byte order mark; blank lines count. `options` are those of
-    `json.loads`. Raises `InputError` with the line number of a damaged row."""
+    """Iterate over (line number, row) of a JSON lines file, in UTF-8 with or without a byte order mark; blank lines
+    count. `options` are those of `json.loads`. Raises `InputError` with the line number of a damaged row."""
     path, fix = resolve(path), "remove the line, or write the file again: one JSON object a line, in UTF-8"
     if not path.is_file():
         raise InputError("no such file", path, "check the path, or run the stage that writes it")
@@ -277,7 +281,8 @@ def seed_spec(seeds) -> str:
 
 # %% ../nbs/00_core.ipynb #378b60e1
 def progress(iterable=None, total: int | None = None, what: str = "", done: int = 0):
-    "A tqdm bar on standard error (or in the file that `QVK_PROGRESS` names) that appears after two seconds; `done` of it was done before."
+    """A tqdm bar on standard error (or in the file that `QVK_PROGRESS` names) that appears after two seconds; `done`
+    of it was done before."""
     from tqdm import tqdm
     target = os.environ.get("QVK_PROGRESS")
     file = open(target, "a", buffering=1, encoding="utf-8") if target else sys.stderr
@@ -287,7 +292,8 @@ def progress(iterable=None, total: int | None = None, what: str = "", done: int 
 
 # %% ../nbs/00_core.ipynb #ed0fadf9
 def notify(line: str) -> None:
-    "Print `note: line` on standard error, and, where a stage runs in a kernel, on the terminal of the `qvk` command that started it."
+    """Print `note: line` on standard error, and, where a stage runs in a kernel, on the terminal of the `qvk`
+    command that started it."""
     print(f"note: {line}", file=sys.stderr, flush=True)
     if target := os.environ.get("QVK_PROGRESS"):
         with open(target, "a", encoding="utf-8") as file:

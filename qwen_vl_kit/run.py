@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from . import config
+from .config import to_toml
 from .config import Stage, horizon, validate
 from .runner.configs import config_file, load_config, parse_set, read_toml, stage_of
 from .core import (InputError, Result, adapter_folder, as_input_error, atomic, missing_parents, notify,
@@ -429,14 +430,14 @@ def _lock(held: int, out: Path, option: str) -> None:
 # %% ../nbs/21_run.ipynb #31ff353c
 def finish(result: Result, settings: Stage) -> Result:
     "Write the manifest of a stage that has just run, before anything is drawn that could fail; returns the result."
+    from qwen_vl_kit.store.manifest import write
     from qwen_vl_kit.store import manifest
-    from qwen_vl_kit.store.manifest import machine
     from qwen_vl_kit.store.estimate import rent
 
-    gpus = machine()["gpus"]
+    gpus = manifest.machine()["gpus"]
     if gpus and not any(row["unit"] == "GPU-hour" for row in result.usage):  # a stage that does not say how many it took has held one
         result.usage += rent(gpus[0], result.seconds)
-    manifest.write(result.out, result, settings)
+    write(result.out, result, settings)
     return result
 
 # %% ../nbs/21_run.ipynb #bb5c0808
@@ -634,14 +635,14 @@ def planned(path: str, overrides=()) -> str:
     import pandas as pd
 
     from qwen_vl_kit.show.tables import text_table
-    from qwen_vl_kit.store import estimate
+    from qwen_vl_kit.store.estimate import estimate
     loaded = load_all(path, STAGES, overrides)
     notices(*loaded.values())
     rates = [loaded["report"].gpu_usd_per_hour]
     collect = loaded["collect"]
     turns = len(parse_seeds(collect.seeds)) * horizon(collect.horizon).turns
     rows = max(1, round(turns * (1 - loaded["export"].val_fraction)))
-    plans = [estimate.estimate(stage, loaded[stage], protocol=collect if stage == "sft" else None, rows=rows, usd_per_hour=rates[0])
+    plans = [estimate(stage, loaded[stage], protocol=collect if stage == "sft" else None, rows=rows, usd_per_hour=rates[0])
              for stage in STAGES]
     table = pd.DataFrame([{"stage": plan["stage"], "turns": plan["turns"], "tokens": plan["tokens"], "PFLOP": plan["flops"] / 1e15,
                            "GPU minutes": plan["gpu_seconds"] / 60, "usd": plan["usd"]} for plan in plans])
@@ -856,14 +857,14 @@ def _check(args) -> int:
         stage = stage_of(args.path)
         loaded = {stage: load_config(args.path, stage, args.set)}
     notices(*loaded.values())
-    print("\n\n".join(f"# {stage}: {config_file(args.path, stage)}\n{config.resolved(settings)}"
+    print("\n\n".join(f"# {stage}: {config_file(args.path, stage)}\n{to_toml(settings)}"
                       for stage, settings in loaded.items()))
     return 0
 
 
 def _verify(args) -> int:
-    from qwen_vl_kit.store import manifest
-    problems = manifest.verify(resolve(args.path))
+    from qwen_vl_kit.store.manifest import verify
+    problems = verify(resolve(args.path))
     for problem in problems:
         print(problem)
     print(f"{args.path}: " + (f"{len(problems)} differences" if problems else "all outputs are what their manifests say"))

@@ -26,7 +26,8 @@ def read_toml(path: str | Path) -> dict:
 
 # %% ../../nbs/runner/00_configs.ipynb #7e2408ad
 def stage_of(path: str | Path, document: dict | None = None) -> str:
-    "The stage that a TOML file is for: told by its tables if it is nested, else by its name (`sft.toml`, `sft_long.toml`)."
+    """The stage that a TOML file is for: told by its tables if it is nested, else by its name (`sft.toml`,
+    `sft_long.toml`)."""
     document = read_toml(path) if document is None else document
     if not any(isinstance(value, dict) for value in document.values()):
         if (name := Path(path).stem.partition("_")[0]) in STAGES:
@@ -61,7 +62,8 @@ def parse_set(pair: str) -> tuple[str, object]:
 def _own(stage: str, values: dict, where: object, shared: bool) -> dict:
     """Of `values`, what concerns `stage`: `stage.key`, and plain keys.
 
-    With `shared`, a plain key that `stage` lacks is passed over if another stage has it; else every plain key is kept, to be checked.
+    With `shared`, a plain key that `stage` lacks is passed over if another stage has it; else every plain key is kept,
+    to be checked.
     """
     own = {}
     every = {field for model in STAGES.values() for field in model.model_fields}
@@ -79,7 +81,8 @@ def _own(stage: str, values: dict, where: object, shared: bool) -> dict:
 
 # %% ../../nbs/runner/00_configs.ipynb #5699ab20
 def config_file(path: str | Path, stage: str) -> Path:
-    "The TOML of `stage`: `path` itself if it is a file, else `stage.toml` in that folder, or the nested TOML that is for this stage."
+    """The TOML of `stage`: `path` itself if it is a file, else `stage.toml` in that folder, or the nested TOML that
+    is for this stage."""
     path = Path(path)
     if not resolve(path).is_dir():
         return path
