@@ -114,9 +114,29 @@ def too_large(path: Path) -> list[str]:
     return found
 
 
+def export_benchmarks(folder: Path = ROOT / "benchmarks") -> None:
+    """Export nbs/perf/NAME.ipynb to `folder`/NAME.py.
+
+    nbdev exports to one package only, the one that is installed. So the cells of the benchmarks have a directive of
+    their own, `#| benchmark` in place of `#| export`, which `nbdev-export` passes over.
+    """
+    from nbdev.export import ExportModuleProc
+    from nbdev.maker import ModuleMaker
+    from nbdev.process import NBProcessor
+
+    class BenchmarkCells(ExportModuleProc):
+        _benchmark_ = ExportModuleProc._export_
+
+    for path in sorted((ROOT / "nbs" / "perf").glob("*.ipynb")):
+        cells = BenchmarkCells()
+        NBProcessor(path, cells).process()
+        maker = ModuleMaker(dest=folder, name=path.stem, nb_path=path)
+        maker.make(cells.modules["#"], cells.in_all["#"], lib_path=folder)
+
+
 def state() -> dict[Path, str]:
     "The digest of every notebook and module."
-    files = [*notebooks(), *(ROOT / "qwen_vl_kit").rglob("*.py")]
+    files = [*notebooks(), *(ROOT / "qwen_vl_kit").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -132,6 +152,7 @@ def main() -> int:
     from nbdev.doclinks import nbdev_export
 
     nbdev_export.__wrapped__()
+    export_benchmarks()
     nbdev_clean.__wrapped__()
     for path in notebooks():
         strip(path)

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'LAUNCH', 'TOLD', 'MARKER', 'OUTPUTS', 'STORE', 'RESUMED', 
            'set_aside', 'bring_back', 'state', 'check_sources', 'check_access', 'check_devices', 'check_adapters',
            'finish', 'notebook_of', 'run_stage', 'recover', 'load_all', 'notices', 'run_folder', 'selected', 'run_all',
            'shown', 'planned', 'resolve_new_path', 'resolve_cli_path', 'resolve_model', 'resolve_set', 'environment',
-           'adapter_name', 'seed_out', 'parser', 'main']
+           'adapter_name', 'seed_out', 'parser', 'benchmarks_main', 'main']
 
 # %% ../nbs/21_run.ipynb #786324d8
 import argparse
@@ -896,11 +896,21 @@ def _import_synth(args) -> int:
     return 0
 
 
+def benchmarks_main():
+    "`benchmarks.main` of the clone that this package lies in."
+    import importlib
+    import qwen_vl_kit
+    clone = Path(qwen_vl_kit.__file__).resolve().parents[1]
+    if not (clone / "benchmarks" / "__main__.py").is_file():
+        raise InputError("the benchmarks belong to a clone and are not in the installed package", "perf", "run it in a clone")
+    sys.path.insert(0, str(clone))
+    return importlib.import_module("benchmarks").main
+
+
 def _perf(args) -> int:
-    from qwen_vl_kit import perf
     names = ("json", "model", "seconds", "threads", "seeds", "steps", "engine")
-    told = [word for name in names if (value := getattr(args, name)) for word in (f"--{name}", value)]
-    return perf.main([args.path, *told]) or 0
+    options = [word for name in names if (value := getattr(args, name)) for word in (f"--{name}", value)]
+    return benchmarks_main()([args.path, *options])
 
 # %% ../nbs/21_run.ipynb #52139433
 def _seed(stage: str, args, overrides: dict, trace_db: str = "") -> int:

@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from benchmarks import main
+from benchmarks.equality import Pair, ReproducibleStock, play_both
+from benchmarks.race import NotComparable
 from qwen_vl_kit.core import InputError
 from qwen_vl_kit.game import paint
 from qwen_vl_kit.game import world as game_world
@@ -19,7 +22,6 @@ from qwen_vl_kit.game.paint import _faded, _night_loop, _night_sum, _vignette, c
 from qwen_vl_kit.game.rules import ACTIONS
 from qwen_vl_kit.game.world import _DEATH, World
 from qwen_vl_kit.game.worldgen import _compiled, _noise, _noise3
-from qwen_vl_kit.perf import Differs, Pair, ReproducibleStock, main, play_both
 
 EPISODE = """
 import hashlib, sys
@@ -43,7 +45,7 @@ ALONE = EPISODE + "print(episode(10))"
 LITTERED = """
 junk = [bytearray(n % 977) for n in range(200_000)]
 del junk[::3]
-import random, json, qwen_vl_kit.perf
+import random, json, benchmarks.equality
 junk += [object() for _ in range(50_000)]
 """ + ALONE
 AMONG_OTHERS = EPISODE + """
@@ -147,7 +149,7 @@ EVERYTHING = ("by night", "asleep", "asleep by night", "deaths", "unlocked: eat_
 
 
 def test_long_play_equals_stock_crafter_with_everything_in_it():
-    "Plays on until it has met everything, 600 steps a seed; `qvk perf equality` does the same with more seeds and steps."
+    "Plays on until it has met everything, 600 steps a seed; `python -m benchmarks equality` does the same with more seeds and steps."
     counts, seed = play_both(4, 100, size=27, mortal=True), 3
     while missing := [what for what in EVERYTHING if not counts[what]]:
         assert seed < 60, missing
@@ -156,10 +158,10 @@ def test_long_play_equals_stock_crafter_with_everything_in_it():
     assert counts["steps compared"] >= 700
 
 
-def test_a_difference_is_found_and_told(capsys, monkeypatch):
+def test_a_difference_is_found_and_reported(capsys, monkeypatch):
     pair = Pair(1, 27)
     pair.world._game.map.random.uniform()
-    with pytest.raises(Differs, match="seed 1, step 1: another"):
+    with pytest.raises(NotComparable, match="seed 1, step 1: another"):
         pair.step("noop")
     monkeypatch.setattr(game_world, "_DEATH", {kind: (1.0, 0) for kind in _DEATH})  # creatures vanish sooner than crafter has it
     assert main(["equality", "--seeds", "1", "--steps", "60"]) == 1

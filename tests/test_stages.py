@@ -11,8 +11,7 @@ from qwen_vl_kit.config import STAGES
 from qwen_vl_kit.core import root
 
 NOTEBOOKS = root() / "nbs"
-HANDS_OVER = {("run", "perf")}  # `qvk perf` is perf's own command; nothing of perf is used
-FLOORS = ["core", "config", "process", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner", "run", "cli", "perf"]
+FLOORS = ["core", "config", "process", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner", "run", "cli"]
 
 
 def default_exp(path: Path) -> str:
@@ -78,8 +77,7 @@ def test_a_room_imports_only_from_below(room):
         base = floor[:len(floor) + 1 - node.level] if node.level else []
         module = ".".join([*base, *(node.module or "").removeprefix("qwen_vl_kit").strip(".").split(".")]).strip(".")
         for imported in [module] if module in RANKS else [f"{module}.{alias.name}".strip(".") for alias in node.names]:
-            if (room, imported) not in HANDS_OVER:
-                assert imported in RANKS and RANKS[imported] < RANKS[room], f"{room} imports {imported}"
+            assert imported in RANKS and RANKS[imported] < RANKS[room], f"{room} imports {imported}"
 
 
 def test_importing_the_package_and_the_command_loads_nothing_heavy():

@@ -1,0 +1,4 @@
+"`python -m benchmarks NAME`"
+from benchmarks import main
+
+raise SystemExit(main())
