@@ -27,8 +27,9 @@ from qwen_vl_kit.config import GRPOConfig, horizon
 from qwen_vl_kit.core import InputError, read_jsonl
 from qwen_vl_kit.learn.training import device_name
 from qwen_vl_kit.model import encode
-from qwen_vl_kit.model.adapters import lora_config, write_card
-from qwen_vl_kit.model.encode import patchify
+from qwen_vl_kit.model.cards import write_card
+from qwen_vl_kit.model.lora import lora_config
+from qwen_vl_kit.model.patches import patchify
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.protocol import turns
 from qwen_vl_kit.protocol.turns import prompt_hash

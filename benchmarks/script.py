@@ -14,7 +14,7 @@ import torch
 
 from qwen_vl_kit.engine import decode, hf
 from qwen_vl_kit.engine.vllm import VLLMEngine
-from qwen_vl_kit.model.tiny import KINDS
+from qwen_vl_kit.model.tiny import MAP_WORDS
 from qwen_vl_kit.protocol.turns import call_text
 
 # %% ../nbs/perf/script.ipynb #f213d808
@@ -45,7 +45,7 @@ class Script:
         action, random = self.action(key), np.random.default_rng(key)
         end = [*self._ids(" -> " + ("tree" if action == "noop" else action)), self.tokenizer.eos_token_id]
         length = self.words or len(self.call(key))
-        things = [KINDS[i] for i in random.integers(len(KINDS), size=length)]
+        things = [MAP_WORDS[i] for i in random.integers(len(MAP_WORDS), size=length)]
         return self._ids("".join(f" {thing}" for thing in things))[:length - len(end)] + end
 
 # %% ../nbs/perf/script.ipynb #a534348e

@@ -23,9 +23,10 @@ from qwen_vl_kit.config import ExportConfig, SFTConfig
 from qwen_vl_kit.learn.batches import Packer, Rows
 from qwen_vl_kit.learn.training import ThroughputMeter, device_name, on_one_device
 from qwen_vl_kit.model import encode
-from qwen_vl_kit.model.adapters import lora_config
-from qwen_vl_kit.model.encode import decode_url, patchify
-from qwen_vl_kit.model.fast import VisionFeatureCache, apply_training_fast_paths
+from qwen_vl_kit.model.lora import lora_config
+from qwen_vl_kit.model.patches import decode_url, patchify
+from qwen_vl_kit.model.fast import apply_training_fast_paths
+from qwen_vl_kit.model.vision import VisionFeatureCache
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.stages import export, sft
 from qwen_vl_kit.store import estimate
@@ -92,7 +93,7 @@ class Training:
 
     def __call__(self) -> float:
         image_processor = self.trainer.processing_class.image_processor
-        self.trainer.model.get_base_model().model.sight = VisionFeatureCache(image_processor)  # empty again
+        self.trainer.model.get_base_model().model.vision_cache = VisionFeatureCache(image_processor)  # empty again
         peak_memory()
         self.trainer.train()
         self.memory = peak_memory()

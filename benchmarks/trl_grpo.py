@@ -25,10 +25,10 @@ from .script import Script
 from qwen_vl_kit.config import GRPOConfig, horizon
 from qwen_vl_kit.game.rules import ACTIONS
 from qwen_vl_kit.learn.training import on_one_device
-from qwen_vl_kit.model.adapters import lora_config
+from qwen_vl_kit.model.lora import lora_config
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.model.processor import chat_template
-from qwen_vl_kit.model.tiny import WORDS, tiny_tokenizer
+from qwen_vl_kit.model.tiny import PROMPT_WORDS, tiny_tokenizer
 from qwen_vl_kit.protocol import turns
 
 # %% ../nbs/perf/trl_grpo.ipynb #b0f3c0aa
@@ -86,12 +86,12 @@ def tool_call_text() -> str:
 @contextlib.contextmanager
 def tool_call_words():
     "Within the block, the tokenizer of a random model knows the words of tool calls."
-    before, text = list(WORDS), re.sub(r"<\|.*?\|>", " ", tool_call_text())
-    WORDS.extend(sorted(set(re.findall(r"[A-Za-z_]+|[^\sA-Za-z_\d]+", text))))
+    before, text = list(PROMPT_WORDS), re.sub(r"<\|.*?\|>", " ", tool_call_text())
+    PROMPT_WORDS.extend(sorted(set(re.findall(r"[A-Za-z_]+|[^\sA-Za-z_\d]+", text))))
     try:
         yield
     finally:
-        WORDS[:] = before
+        PROMPT_WORDS[:] = before
 
 # %% ../nbs/perf/trl_grpo.ipynb #54ac3539
 def stock_arguments(config: GRPOConfig, out: Path) -> dict:

@@ -391,9 +391,9 @@ def check_devices(settings: Stage) -> None:
 
 def check_adapters(settings: Stage) -> None:
     "Tell what nobody knows of the adapters that a config names. Raises `InputError` for one that is none, or damaged."
-    from qwen_vl_kit.model.adapters import read_card, unknown
+    from qwen_vl_kit.model.cards import missing_facts, read_card
     for field in ("student", "adapter", "sft_adapter", "grpo_adapter"):
-        if (path := getattr(settings, field, "")) and (parts := unknown(read_card(path))):
+        if (path := getattr(settings, field, "")) and (parts := missing_facts(read_card(path))):
             notify(f"{field} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), so they are not checked")
 
 

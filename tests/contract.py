@@ -8,8 +8,9 @@ import numpy as np
 from qwen_vl_kit.config import Protocol
 from qwen_vl_kit.engine.base import Request, Sampling
 from qwen_vl_kit.model import encode, packing
-from qwen_vl_kit.model.adapters import lora_config, write_card
+from qwen_vl_kit.model.cards import write_card
 from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.model.lora import lora_config
 from qwen_vl_kit.protocol import turns
 from qwen_vl_kit.protocol.turns import prompt_hash
 

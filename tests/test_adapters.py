@@ -17,9 +17,11 @@ from qwen_vl_kit.engine.factory import create_engine
 from qwen_vl_kit.engine.hf import HFEngine
 from qwen_vl_kit.engine.vllm import language_only
 from qwen_vl_kit.model import loading
-from qwen_vl_kit.model.adapters import adapter_parts, attach, base_notices, read_card, trained_on, unknown
+from qwen_vl_kit.model.adapter_files import adapter_parts
+from qwen_vl_kit.model.adapters import attach
+from qwen_vl_kit.model.cards import base_notices, missing_facts, read_card, training_seeds
 from qwen_vl_kit.model.checkpoint import tiny_folder
-from qwen_vl_kit.model.loading import load_model, without_weights
+from qwen_vl_kit.model.loading import load_model, load_without_weights
 from qwen_vl_kit.play.policies import checked_card
 from qwen_vl_kit.stages import benchmark, grpo
 from qwen_vl_kit.stages.grpo import served
@@ -72,7 +74,7 @@ def gap(folder: Path, outputs: list) -> float:
     "The most that the log-probabilities of outputs differ from those of transformers and PEFT, in nats."
     from peft import PeftModel
 
-    processor, model = without_weights("tiny")[0].processor, PeftModel.from_pretrained(stock(), folder).eval()
+    processor, model = load_without_weights("tiny")[0].processor, PeftModel.from_pretrained(stock(), folder).eval()
     return max(contract.Reference.gap(_Stock(model, processor), *pair, SAMPLING.temperature) for pair in zip(ASKED, outputs, strict=True))
 
 
@@ -218,7 +220,7 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     assert result.numbers["adapter_names_base"] == "somebody/else"
     assert "adapter: its adapter_config.json names somebody/else as its base, and it is put on tiny" in result.numbers["notices"]
     card = read_card(result.out)
-    assert card["base"] == "tiny" and unknown(card) == ["seeds"] and trained_on(card) == [50, 51]
+    assert card["base"] == "tiny" and missing_facts(card) == ["seeds"] and training_seeds(card) == [50, 51]
     config = BenchmarkConfig(model="tiny", arms=["sft", "grpo"], sft_adapter=str(foreign), grpo_adapter=str(result.out / "checkpoints/checkpoint-1"),
                              seeds="7-8", bf16=False, engine="hf", threads=1, max_new_tokens=8, **PLAY)
     numbers = benchmark.run(config, tmp_path / "benchmark").numbers
@@ -336,7 +338,7 @@ def test_a_config_that_is_not_json_is_refused_in_a_line(text, tmp_path):
 def test_an_adapter_that_does_not_fit_is_refused_before_the_weights_are_read(tmp_path, monkeypatch):
     foreign = tensors(lora(tmp_path / "adapter"), lambda held: held.pop(next(iter(held))))
     read = []
-    monkeypatch.setattr(loading, "_weights", lambda *_: read.append(1))
+    monkeypatch.setattr(loading, "_load_weights", lambda *_: read.append(1))
     with pytest.raises(InputError, match="1 of its tensors are missing"):
         load_model("tiny", adapter=foreign)
     assert not read

@@ -18,11 +18,13 @@ from qwen_vl_kit.core import InputError
 from qwen_vl_kit.engine.base import Request, Sampling
 from qwen_vl_kit.engine.factory import create_engine
 from qwen_vl_kit.engine.hf import HFEngine
-from qwen_vl_kit.model import checkpoint, encode, packing
-from qwen_vl_kit.model.checkpoint import find_checkpoint_files, tiny_folder
-from qwen_vl_kit.model.encode import image_tokens
-from qwen_vl_kit.model.loading import load_model, without_weights
-from qwen_vl_kit.model.processor import assistant_labels, truncation
+from qwen_vl_kit.model import encode, packing
+from qwen_vl_kit.model import hub as model_hub
+from qwen_vl_kit.model.checkpoint import tiny_folder
+from qwen_vl_kit.model.hub import find_checkpoint
+from qwen_vl_kit.model.loading import load_model, load_without_weights
+from qwen_vl_kit.model.patches import image_tokens
+from qwen_vl_kit.model.processor import assistant_labels, sampling_filters
 
 TINY = tiny_folder()
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -187,7 +189,7 @@ def test_what_cannot_be_played_is_refused_in_a_line(name, tmp_path):
     change, words = REFUSED[name]
     folder = change(Folder(tmp_path))
     with pytest.raises(InputError) as raised:
-        without_weights(str(folder.path))
+        load_without_weights(str(folder.path))
     assert words in str(raised.value) and str(raised.value).isprintable() and len(str(raised.value)) < 600
 
 
@@ -210,14 +212,14 @@ def test_weights_that_compute_no_numbers_are_reported_by_name(tmp_path):
 
 
 def test_frames_that_would_have_to_be_resized_are_refused_where_they_are_not(tmp_path):
-    loaded, _ = without_weights(str(Folder(tmp_path).json("preprocessor_config.json", do_resize=False).path))
+    loaded, _ = load_without_weights(str(Folder(tmp_path).json("preprocessor_config.json", do_resize=False).path))
     with pytest.raises(InputError, match="150x150 pixels is no multiple of 16; set render_size to 144"):
         image_tokens(loaded.processor, np.zeros((150, 150, 3), np.uint8))
 
 
 def test_what_a_template_opens_is_not_learned_even_where_it_grows_into_what_follows(tmp_path):
     "A prompt ends `<think>` and a line break; in rows of a thinking model two breaks, which are one token, and `</think>` follow."
-    processor = without_weights(str(Folder(tmp_path).text("chat_template.jinja", THINKING).path))[0].processor
+    processor = load_without_weights(str(Folder(tmp_path).text("chat_template.jinja", THINKING).path))[0].processor
     tokenizer = processor.tokenizer
     row = tokenizer("<|im_start|>assistant\n<think>\n\n</think>do<|im_end|>", add_special_tokens=False)["input_ids"]
     learned = tokenizer.decode([token for token in assistant_labels(row, processor) if token != -100])
@@ -251,35 +253,35 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("revision, place", [("", 0), ("main", 0), ("refs/pr/1", 0), (COMMITS[1], 1), (COMMITS[1].upper(), 1), ("0123456F", 1)])
 def test_a_revision_is_found_however_it_is_written(hub, revision, place):
-    assert without_weights("own/model", revision)[0].commit == COMMITS[place]
+    assert load_without_weights("own/model", revision)[0].commit == COMMITS[place]
 
 
 def test_a_revision_that_is_not_in_the_cache_is_refused_with_what_is(hub):
     with pytest.raises(InputError, match=" or ".join(COMMITS)):
-        find_checkpoint_files("own/model", "0123456")
+        find_checkpoint("own/model", "0123456")
     with pytest.raises(InputError, match="0123456789ab or 0123456fedcb"):
-        find_checkpoint_files("own/model", "v2")
+        find_checkpoint("own/model", "v2")
     shutil.rmtree(hub / "refs")
     with pytest.raises(InputError, match="set revision to what the cache has of it: 0123456789ab"):
-        find_checkpoint_files("own/model")
+        find_checkpoint("own/model")
 
 
 @pytest.mark.parametrize("name, words", [("", "no model is named"), ("own/" + "x" * 5000, "File name too long"), ("own/mo\ndel", "is not a name"),
                                          ("https://huggingface.co/own/model", "is not a name"), (str(TINY / "config.json"), "a file, and a model")])
 def test_names_that_name_nothing(hub, name, words):
     with pytest.raises(InputError) as raised:
-        find_checkpoint_files(name)
+        find_checkpoint(name)
     assert words in str(raised.value) and str(raised.value).isprintable() and len(str(raised.value)) < 600
 
 
 def test_a_folder_of_the_cache_itself_is_told_from_a_model(hub):
     with pytest.raises(InputError, match="name the model own/model, or one of the folders in snapshots"):
-        without_weights(str(hub))
+        load_without_weights(str(hub))
 
 
 def test_settings_that_are_not_applied_are_all_told(tmp_path):
     folder = Folder(tmp_path).json("generation_config.json", repetition_penalty=1.05, no_repeat_ngram_size=3, stop_strings=["."], num_beams=1).path
-    assert truncation(folder) == {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "stop_strings": ["."]}
+    assert sampling_filters(folder) == {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "stop_strings": ["."]}
 
 
 def test_a_server_of_our_own_ends_replies_where_the_model_does(monkeypatch):
@@ -332,10 +334,10 @@ def test_whatever_the_hub_answers(answering, tmp_path, monkeypatch, status, head
 
     answering.status, answering.headers_out = status, headers
     if headers.get("X-Error-Code") != "RevisionNotFound":
-        assert find_checkpoint_files("own/model").commit == COMMITS[0]
+        assert find_checkpoint("own/model").commit == COMMITS[0]
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(InputError) as raised:
-        find_checkpoint_files("own/model")
+        find_checkpoint("own/model")
     assert words in str(raised.value) and str(raised.value).isprintable()
 
 
@@ -345,11 +347,11 @@ def test_a_hub_that_never_answers_is_not_waited_for(hub, tmp_path, monkeypatch):
 
     from huggingface_hub import constants
 
-    monkeypatch.setattr(checkpoint, "ANSWER", 0.2)
+    monkeypatch.setattr(model_hub, "HUB_TIMEOUT", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert find_checkpoint_files("own/model").commit == COMMITS[0]
+        assert find_checkpoint("own/model").commit == COMMITS[0]
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
         with pytest.raises(InputError, match="cannot be had from the hub .ReadTimeout"):
-            find_checkpoint_files("own/model")
+            find_checkpoint("own/model")

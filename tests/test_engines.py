@@ -74,7 +74,7 @@ def test_a_missing_vllm_is_told(monkeypatch):
 def test_what_a_frozen_tower_has_seen_is_kept_until_an_adapter_changes_the_tower(tmp_path):
     engine, asked = HFEngine(load_model("tiny")), contract.requests()
     engine.model.requires_grad_(False)
-    sight = engine.model.model.sight
+    sight = engine.model.model.vision_cache
     first = engine.generate(asked, contract.SAMPLING)
     seen = sight.computed
     assert contract.close(engine.generate(asked, contract.SAMPLING), first) and sight.computed == seen == 7  # six prompts with frames

@@ -17,7 +17,7 @@ from stores import PROTOCOL, WALK, episode, noise_episode, noise_store, rows, ru
 from qwen_vl_kit.config import ExportConfig, Protocol, validate
 from qwen_vl_kit.core import InputError, digest, read_json
 from qwen_vl_kit.game.images import frame_hash
-from qwen_vl_kit.model.encode import decode_url
+from qwen_vl_kit.model.patches import decode_url
 from qwen_vl_kit.protocol.turns import parse, prompt_hash
 from qwen_vl_kit.runner.configs import load_config
 from qwen_vl_kit.stages import export

@@ -15,7 +15,7 @@ from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
 from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, write_json
 from qwen_vl_kit.engine.base import EngineDied, Sampling
 from qwen_vl_kit.engine.hf import HFEngine
-from qwen_vl_kit.model.adapters import read_card
+from qwen_vl_kit.model.cards import read_card
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.run import run_stage, state
 from qwen_vl_kit.stages import benchmark, grpo

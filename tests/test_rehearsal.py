@@ -75,7 +75,7 @@ def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
     from PIL import Image
 
     from qwen_vl_kit.model import encode, packing
-    from qwen_vl_kit.model.encode import positions
+    from qwen_vl_kit.model.packing import positions
 
     messages = rehearsal.prompt()
     sample = encode.encode(loaded.processor, messages)
@@ -145,18 +145,18 @@ def test_an_adapter_names_its_base_as_the_hub_does(hub, run):
 
 
 def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(hub, run, tmp_path):
-    from qwen_vl_kit.model.adapters import same_base
-    from qwen_vl_kit.model.loading import without_weights
+    from qwen_vl_kit.model.cards import matching_card
+    from qwen_vl_kit.model.loading import load_without_weights
 
     snapshot = hub / f"models--{rehearsal.NAME.replace('/', '--')}" / "snapshots" / rehearsal.COMMIT
     (tmp_path / "link").symlink_to(snapshot)
     copied = shutil.copytree(snapshot, tmp_path / "copied")
     revisions = [(rehearsal.NAME, revision) for revision in ("", "main", rehearsal.COMMIT, rehearsal.COMMIT[:7])]
-    found = [without_weights(*how)[0] for how in (*revisions, (str(snapshot),), (str(tmp_path / "link"),), (str(copied),))]
+    found = [load_without_weights(*how)[0] for how in (*revisions, (str(snapshot),), (str(tmp_path / "link"),), (str(copied),))]
     assert [one.weights for one in found[:-1]] == [rehearsal.COMMIT] * 6
     assert len({one.digest for one in found}) == 1 and found[-1].weights == found[0].digest
     for one in found:  # an adapter that was trained by the name fits each of them
-        assert same_base(one, run / "sft" / "adapter")["base"] == rehearsal.NAME
+        assert matching_card(one, run / "sft" / "adapter")["base"] == rehearsal.NAME
 
 
 @pytest.mark.parametrize("form", ["tool", "plain"])

@@ -17,8 +17,8 @@ from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl
 from qwen_vl_kit.learn import training
 from qwen_vl_kit.learn.batches import Rows
 from qwen_vl_kit.learn.training import TRACKERS, devices, sharding
-from qwen_vl_kit.model.adapters import lora_config
 from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.model.lora import lora_config
 from qwen_vl_kit.protocol.turns import data_url
 from qwen_vl_kit.stages import benchmark, collect, export, sft
 from qwen_vl_kit.stages.sft import arguments, rows_of

@@ -23,7 +23,7 @@ from qwen_vl_kit.engine.base import EngineDied, Request, Sampling
 from qwen_vl_kit.engine.factory import create_engine
 from qwen_vl_kit.engine.refusals import CallFailed
 from qwen_vl_kit.model import encode
-from qwen_vl_kit.model.loading import without_weights
+from qwen_vl_kit.model.loading import load_without_weights
 from qwen_vl_kit.stages import benchmark
 from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.traces import load_episodes
@@ -200,7 +200,7 @@ def test_prompts_are_those_of_autoprocessor(hub):
     "AutoProcessor needs torchvision, which is here."
     from transformers import AutoProcessor
 
-    processor, theirs = without_weights(rehearsal.NAME)[0].processor, AutoProcessor.from_pretrained(rehearsal.NAME)
+    processor, theirs = load_without_weights(rehearsal.NAME)[0].processor, AutoProcessor.from_pretrained(rehearsal.NAME)
     for size in (64, 144, 288, 320):
         stock = theirs.apply_chat_template(rehearsal.prompt(0, size), tokenize=True, return_dict=True, add_generation_prompt=True)
         assert encode.encode(processor, rehearsal.prompt(0, size)).input_ids == list(stock["input_ids"][0])

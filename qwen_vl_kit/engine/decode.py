@@ -7,7 +7,7 @@ __all__ = ['prefill', 'shared_prefix', 'prefill_shared', 'draw', 'distinct', 'de
 import os
 from dataclasses import replace
 
-from ..model.encode import positions
+from ..model.packing import positions
 from ..model.packing import image_inputs
 
 # %% ../../nbs/engine/02_decode.ipynb #4295ce04

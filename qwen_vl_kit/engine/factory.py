@@ -11,7 +11,7 @@ from .base import Engine
 from .hf import HFEngine
 from .server import ServerEngine
 from .vllm import VLLMEngine
-from ..model.loading import load_model, without_weights
+from ..model.loading import load_model, load_without_weights
 
 # %% ../../nbs/engine/11_factory.ipynb #9f6ac455
 def choose_engine(engine: str) -> str:
@@ -55,7 +55,7 @@ def create_engine(engine: str, model: str, revision: str = "", adapter: str | Pa
         raise InputError(f"unknown engine {engine!r}", fix="write auto, hf, vllm or server")
     if adapter is not None:
         raise InputError("a server plays the weights that it was started with, and adapters that it loads", adapter, "give it to set_policy")
-    known = without_weights(model, revision)[0] if tokens else None
+    known = load_without_weights(model, revision)[0] if tokens else None
     return ServerEngine(model, concurrency, **({"processor": known.processor, "end_ids": known.end_ids} if known else {}), **server)
 
 # %% ../../nbs/engine/11_factory.ipynb #5ed3926b

@@ -17,8 +17,10 @@ from .base import Output, Request, Sampling, Versions, uniforms
 from .decode import CudaGraphDecoder, decode, distinct, prefill_shared
 from .weights import Beside, LowRank, changes, checked_adapter, read_adapter
 from ..model import adapters
-from ..model.adapters import PATTERNS, adapter_parts, check_beside, is_4_bit, untie, with_adapter
-from ..model.base import LoadedModel
+from ..model.adapter_files import RANK_PATTERNS, adapter_parts, check_fits_4_bit
+from ..model.adapters import untie_weights, with_adapter
+from ..model.lora import is_4_bit
+from ..model.checkpoint import LoadedModel
 from ..model.encode import encode
 
 # %% ../../nbs/engine/04_hf.ipynb #289a5ea3
@@ -40,7 +42,7 @@ class HFEngine:
         self.config = deepcopy(loaded.model.config)
         if is_4_bit(loaded.model) and isinstance(loaded.model, PeftModel):
             raise InputError("a base in 4 bits cannot take an adapter for good", fix="give it to set_policy")
-        self.model = adapters.merge(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
+        self.model = adapters.merge_adapter(loaded.model) if isinstance(loaded.model, PeftModel) else loaded.model
         self.model.eval()
         self.end_ids = loaded.end_ids
         self.loaded = replace(loaded, model=None)
@@ -69,8 +71,8 @@ class HFEngine:
         "Take over a PEFT adapter from its folder; returns the name of this version."
         folder, card = checked_adapter(folder, self.loaded, self.config)
         if self.beside:
-            check_beside(folder)
-        found = read_adapter(folder) if PATTERNS.issuperset(adapter_parts(folder)) else self._merged(folder)
+            check_fits_4_bit(folder)
+        found = read_adapter(folder) if RANK_PATTERNS.issuperset(adapter_parts(folder)) else self._merged(folder)
         if {HEAD, EMBEDDING} & set(found) and self._tied():
             self._untie()
         name = self.versions.named(version, card=card)
@@ -83,7 +85,7 @@ class HFEngine:
         "The weights that an adapter changes, as PEFT merges them into a copy of the base."
         import torch
 
-        sight = self.model.model.sight
+        sight = self.model.model.vision_cache
         model = deepcopy(self.model, {id(sight): sight})
         own = dict(model.named_parameters())
         with torch.no_grad():
@@ -93,7 +95,7 @@ class HFEngine:
             model.lm_head.weight, model.config = own[EMBEDDING], deepcopy(self.config)
         before = {name: self.base.get(name, weight) for name, weight in self.model.named_parameters()}
         before.setdefault(HEAD, before[EMBEDDING])
-        after = adapters.merge(with_adapter(model, folder)).named_parameters(remove_duplicate=False)
+        after = adapters.merge_adapter(with_adapter(model, folder)).named_parameters(remove_duplicate=False)
         return {name: weight.detach() for name, weight in after if not torch.equal(weight, before[name])}
 
     def _tied(self) -> bool:
@@ -102,7 +104,7 @@ class HFEngine:
 
     def _untie(self) -> None:
         "Give embedding and head a matrix each, for policies that change one of them."
-        untie(self.model)
+        untie_weights(self.model)
         for held in (self.base, self.taken):
             if EMBEDDING in held:
                 held[HEAD] = held[EMBEDDING]
@@ -124,7 +126,7 @@ class HFEngine:
         if any(moved):
             self.decode = self._decoder()
         if any("visual" in weight for weight in self.base):
-            self.model.model.sight.clear()  # what another tower has seen
+            self.model.model.vision_cache.clear()  # what another tower has seen
         self.speaks = name
 
     def generate(self, requests: list[Request], sampling: Sampling, adapter: str | list[str] = "") -> list[Output]:

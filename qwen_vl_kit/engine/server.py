@@ -26,7 +26,7 @@ from .replies import MOST_TEXT, error_in, read_reply, read_tokens, size
 from .refusals import (CallFailed, ParameterRejected, QuotaExceeded, TransientError, backoff,
                                          in_words, read_error, refused_parameter, retry_after)
 from .vllm import language_only, seed_of
-from ..model.adapters import read_card, trained_weights
+from ..model.cards import read_card, weights_digest
 from ..protocol.turns import with_urls
 
 # %% ../../nbs/engine/09_server.ipynb #854d7f75
@@ -134,7 +134,7 @@ class ServerEngine:
         """
         folder = adapter_folder(folder)
         language_only(folder)
-        name = self.versions.named(version, "-" + trained_weights(folder)[:8], read_card(folder))
+        name = self.versions.named(version, "-" + weights_digest(folder)[:8], read_card(folder))
         for old in self.versions.oldest():
             del self.versions[old]
             self.start(self._adapter("unload", lora_name=old)).result()

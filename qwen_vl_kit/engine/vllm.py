@@ -18,10 +18,10 @@ from .base import EngineDied, Output, Request, Sampling, Versions
 from .hf import usage_of
 from .weights import LowRank, checked_adapter, read_adapter
 from ..model import adapters
-from ..model.adapters import PATTERNS, adapter_parts
-from ..model.base import LoadedModel
+from ..model.adapter_files import RANK_PATTERNS, adapter_parts
+from ..model.checkpoint import LoadedModel
 from ..model.encode import encode
-from ..model.loading import load_model, save_model, without_weights
+from ..model.loading import load_model, load_without_weights, save_model
 
 # %% ../../nbs/engine/05_vllm.ipynb #0cc0fe97
 def collapse_image_tokens(ids: list[int], image: int) -> list[int]:
@@ -46,9 +46,9 @@ SHOWN = {"image": {"count": 64, "width": 512, "height": 512}, "video": 0}  # the
 def materialize_model(scratch: Path, model: str, revision: str = "", adapter: str | Path | None = None, bf16: bool = True) -> tuple[LoadedModel, str]:
     "The model without weights, and the folder or hub name that vLLM finds them under; what is stored nowhere yet is written to `scratch`."
     if adapter is None and not model.startswith("random:"):
-        return without_weights(model, revision)
+        return load_without_weights(model, revision)
     loaded = load_model(model, revision, adapter, bf16)
-    merged = adapters.merge(loaded.model) if hasattr(loaded.model, "merge_and_unload") else loaded.model
+    merged = adapters.merge_adapter(loaded.model) if hasattr(loaded.model, "merge_and_unload") else loaded.model
     folder = save_model(merged, loaded.processor, scratch / "model")
     return replace(loaded, model=None), str(folder)
 
@@ -61,7 +61,7 @@ def supported_lora_rank(rank: int) -> int:
 def language_only(folder: str | Path) -> dict[str, LowRank]:
     "As `read_adapter`. Raises `InputError` for what vLLM would play otherwise: an adapter of the vision tower, or with several ranks or scales."
     found = read_adapter(folder)
-    if patterns := PATTERNS & set(adapter_parts(folder)):
+    if patterns := RANK_PATTERNS & set(adapter_parts(folder)):
         raise InputError(f"vLLM gives all layers of an adapter one scale, so it cannot play {', '.join(sorted(patterns))}", folder,
                          'set engine = "hf", or train without them')
     if any("visual" in name for name in found):

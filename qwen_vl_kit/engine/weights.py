@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import InputError, adapter_folder, read_json
-from ..model.adapters import PATTERNS, adapter_parts, check_tensors, same_base
-from ..model.base import LoadedModel
+from ..model.adapter_files import RANK_PATTERNS, adapter_parts, check_tensors
+from ..model.cards import matching_card
+from ..model.checkpoint import LoadedModel
 
 # %% ../../nbs/engine/03_weights.ipynb #df08df06
 @dataclass
@@ -83,7 +84,7 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
     from safetensors.torch import load_file
 
     folder = adapter_folder(folder)
-    if odd := set(adapter_parts(folder)) - PATTERNS:
+    if odd := set(adapter_parts(folder)) - RANK_PATTERNS:
         raise InputError(f"is no plain LoRA ({', '.join(sorted(odd))})", folder, 'set engine = "hf", or train one without that')
     settings, found = read_json(folder / "adapter_config.json"), {}
     ranks, alphas = (settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
@@ -102,7 +103,7 @@ def checked_adapter(folder: str | Path, base: LoadedModel, config) -> tuple[Path
     """Folder and card of an adapter that is a PEFT one and whole, on a base with this `config`. Raises `InputError` when it is not, or when its card,
     if it has one, names another base."""
     folder = adapter_folder(folder)
-    card = same_base(base, folder)
+    card = matching_card(base, folder)
     if not (folder / "adapter_config.json").is_file():
         raise InputError("no adapter here", folder, "name the folder that a trainer saved one in")
     check_tensors(folder, config)

@@ -62,7 +62,7 @@ class Rows:
             if not spans or spans[-1][-1]["metadata"]["turn"] + 1 != told["turn"]:
                 spans.append([])
             spans[-1].append(row)
-        joined = [encode.windows([row["messages"] for row in span], processor, length, most) for spans in episodes.values() for span in spans]
+        joined = [encode.split_into_windows([row["messages"] for row in span], processor, length, most) for spans in episodes.values() for span in spans]
         self.rows = [{"messages": messages, "metadata": self.rows[0]["metadata"]} for windows in joined for messages in windows]
         return self
 

@@ -58,7 +58,7 @@ class ThroughputMeter:
 
     def look(self) -> int:
         "Frames that went through the tower since the last look."
-        before, self.seen = self.seen, self.model.model.sight.computed
+        before, self.seen = self.seen, self.model.model.vision_cache.computed
         return self.seen - before
 
     def read(self, lengths: list[int], labels: int, grids: list, once: bool) -> None:

@@ -24,7 +24,7 @@ from ..expert.expert import Expert
 from ..game.images import Png
 from ..game.rules import ACTIONS
 from ..game.world import Observation, World
-from ..model.adapters import read_card
+from ..model.cards import read_card
 from ..protocol.turns import answer, parse, prompt, tools
 from ..protocol.episodes import Decision, Episode
 from ..protocol.turns import check_images, check_prompt, differences, prompt_hash

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import InputError, digest, read_json, resolve
 from ..game.rules import ACHIEVEMENTS
-from ..model.adapters import read_card
+from ..model.cards import read_card
 from ..protocol.turns import data_url
 from .plots import Plot, _figure, _plot
 from .tables import Html, read_arms, read_table

@@ -22,10 +22,9 @@ from ..engine.vllm import check_engine, language_only
 from ..engine.weights import checked_adapter
 from ..game.rules import ACHIEVEMENTS
 from ..learn.training import threads
-from ..model import adapters as model_adapters
-from ..model.adapters import base_notices, other_base, read_card, same_base, trained_on, trained_weights
+from ..model.cards import base_notices, matching_card, mismatched_base, missing_facts, read_card, training_seeds, weights_digest
 from ..model.checkpoint import tiny_folder
-from ..model.encode import model_notices
+from ..model.loading import model_notices
 from ..play.policies import EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy, checked_card
 from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
@@ -67,8 +66,8 @@ class ArmPolicies:
     def _check(self, engine: Engine, arm: str, folder: Path) -> None:
         "Raise `InputError` for an adapter that the engine could not play when its arm's turn came."
         if engine.name != "server":
-            card = same_base(engine.loaded, folder)
-            if other := other_base(engine.loaded, card):
+            card = matching_card(engine.loaded, folder)
+            if other := mismatched_base(engine.loaded, card):
                 self.named[arm] = other
             if self.ranks[arm]:
                 checked_adapter(folder, engine.loaded, engine.config)
@@ -118,7 +117,7 @@ def check_unseen(seeds: list[int], model: str, adapters: dict[str, Path]) -> lis
         made = read_json(base)
         trained["the base of tiny"] = base, range(made["first_seed"], made["first_seed"] + made["episodes"])
     for arm, folder in adapters.items():
-        trained[f"the adapter of arm {arm}"] = folder, trained_on(read_card(folder))
+        trained[f"the adapter of arm {arm}"] = folder, training_seeds(read_card(folder))
     for who, (where, known) in trained.items():
         if shared := sorted(set(seeds) & set(known)):
             raise InputError(f"seed {shared[0]} was trained on by {who}: it would be tested on what it has seen", where, "benchmark on other seeds")
@@ -171,11 +170,11 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, stage_folder(out).parent))}
     cards = {arm: checked_card(path, config) for arm, path in adapters.items()}  # told before hours are spent on the other arms
     seeds = check_unseen(parse_seeds(config.seeds), config.model, adapters)
-    unknown = {arm: parts for arm, card in cards.items() if (parts := model_adapters.unknown(card))}
+    unknown = {arm: parts for arm, card in cards.items() if (parts := missing_facts(card))}
     untold = [arm for arm, parts in unknown.items() if "seeds" in parts]  # nobody can say whether these have seen them
     in_4_bits = [arm for arm, card in cards.items() if card.get("quantization")]  # and play in 16
     check_engine(config.engine)
-    name = "benchmark " + digest({arm: trained_weights(path) for arm, path in adapters.items()})[:8]
+    name = "benchmark " + digest({arm: weights_digest(path) for arm, path in adapters.items()})[:8]
     arms, episodes, took, found = [], [], 0.0, []
     meter = None
     if choose_engine(config.engine) == "server":

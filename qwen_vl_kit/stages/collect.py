@@ -23,8 +23,8 @@ from ..engine.hf import HFEngine
 from ..engine.server import ServerEngine
 from ..game.rules import ACHIEVEMENTS
 from ..game.world import World
-from ..model.adapters import base_of
-from ..model.encode import model_notices
+from ..model.cards import base_and_revision
+from ..model.loading import model_notices
 from ..model.loading import load_model
 from ..play.policies import (DaggerPolicy, EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy, Situation,
                                        checked_card)
@@ -40,7 +40,7 @@ def student(config: CollectConfig) -> EnginePolicy:
     "The model that plays under a teacher's eyes. Raises `InputError` when its adapter was trained under another prompt."
     card = checked_card(config.student, config)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.seed)
-    base = (config.model, config.revision) if config.model else base_of(card)
+    base = (config.model, config.revision) if config.model else base_and_revision(card)
     engine = HFEngine(load_model(*base, config.student, bf16=True), bf16=True)
     return EnginePolicy(engine, config, sampling, "student")
 

@@ -30,11 +30,13 @@ from ..learn.judge import RemoteJudge, reward_terms, rubric
 from ..learn.training import (StopAtMaxSteps, device_name, gpus, last_checkpoint, observer, on_one_device,
                                         report_oom, silence, threads, tracked, truncate_metrics)
 from ..learn.values import Critic
-from ..model import adapters, packing
-from ..model.adapters import base_notices, is_4_bit, other_base, trained_on, trained_weights, write_card
-from ..model.base import LoadedModel
-from ..model.encode import model_notices
-from ..model.fast import VisionFeatureCache, apply_training_fast_paths
+from ..model import packing
+from ..model.cards import base_notices, mismatched_base, missing_facts, training_seeds, weights_digest, write_card
+from ..model.lora import is_4_bit
+from ..model.checkpoint import LoadedModel
+from ..model.loading import model_notices
+from ..model.fast import apply_training_fast_paths
+from ..model.vision import VisionFeatureCache
 from ..model.loading import load_model
 from ..play.policies import EnginePolicy, checked_card
 from ..play.rollout import Replies, rollout
@@ -198,7 +200,7 @@ class Sync:
         else:
             trained.save_pretrained(folder, selected_adapters=["default"])
         write_card(folder, self.loaded, self.prompt_hash, stage="grpo", version=self.version, protocol=self.protocol)
-        name, weights = self.engine.set_policy(self.version, folder), trained_weights(folder)
+        name, weights = self.engine.set_policy(self.version, folder), weights_digest(folder)
         outputs = self.engine.generate(self.canary, self.sampling, name)
         said = [output.logprobs for output in outputs]
         if weights != self.weights and said == self.said:
@@ -432,9 +434,9 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
         store.begin("grpo", config, {"model": config.model, "adapter": str(adapter), "seeds": config.seeds})
         store.forget("grpo", f"grpo-{step // each:04d}")
         metrics = _fit(config, out, adapter, loaded, store, updates, last, before, meter, serving)
-    prompt_hash, unknown, other = turns.prompt_hash(config), adapters.unknown(card), other_base(loaded, card)
+    prompt_hash, unknown, other = turns.prompt_hash(config), missing_facts(card), mismatched_base(loaded, card)
     write_card(out / "adapter", loaded, prompt_hash, stage="grpo", iterations=config.iterations, protocol=config.fields(),
-                      seeds=seed_spec([*trained_on(card), *seeds]), **({"seeds_incomplete": True} if "seeds" in unknown else {}))
+                      seeds=seed_spec([*training_seeds(card), *seeds]), **({"seeds_incomplete": True} if "seeds" in unknown else {}))
     numbers = {**loaded.identity, "iterations": config.iterations, "prompt_hash": prompt_hash, "return_first": metrics[0]["return_mean"],
                "return_last": metrics[-1]["return_mean"], "turns": sum(row["turns"] for row in metrics),
                **({"unknown_of_adapter": unknown} if unknown else {}), **({"adapter_names_base": other} if other else {})}
@@ -503,8 +505,8 @@ def share_sight(trained: LoadedModel, engine) -> VisionFeatureCache:
     base = trained.model.get_base_model()
     if engine.name == "hf" and not any(weight.requires_grad for weight in base.model.visual.parameters()):
         engine.model.requires_grad_(False)
-        engine.model.model.sight = base.model.sight
-    return base.model.sight
+        engine.model.model.vision_cache = base.model.vision_cache
+    return base.model.vision_cache
 
 # %% ../../nbs/stages/04_grpo.ipynb #25e789ba
 def _playing(config, out, adapter, serving, stack):

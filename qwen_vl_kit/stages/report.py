@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ReportConfig
 from ..core import InputError, Result, display_path, resolve, stage_folder, write_json
-from ..model.adapters import base_of, read_card
+from ..model.cards import base_and_revision, read_card
 from ..model.checkpoint import tiny_folder
 from ..show.tables import Html, _left, cost_table, differences, html_table, manifests, read_arms
 from ..show.viewer import check_prompts
@@ -35,7 +35,7 @@ def trained(run: str | Path) -> dict:
     name = card["base"]
     counted = manifests(run).get("sft", {}).get("numbers", {}).get("parameters", {}).get("total")
     weights = (tiny_folder() if name == "tiny" else resolve(name)) / "model.safetensors"
-    return {"model": name, "commit": base_of(card)[1], "weights": card["base_weights"], "prompt_hash": card["prompt_hash"],
+    return {"model": name, "commit": base_and_revision(card)[1], "weights": card["base_weights"], "prompt_hash": card["prompt_hash"],
             "parameters": counted or (count_weights(weights) if weights.is_file() else None),
             "adapter_parameters": sum(map(count_weights, adapter.glob("*model*.safetensors")))}
 

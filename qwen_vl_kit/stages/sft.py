@@ -20,12 +20,13 @@ from ..learn.training import (SFT_NAMES, StopAtMaxSteps, ThroughputMeter, check_
                                         device_name, devices, find_checkpoint, last_checkpoint, observer,
                                         on_one_device, report_oom, sharding, silence, threads, tracked,
                                         truncate_metrics)
-from ..model.adapters import lora_config, write_card
-from ..model.base import quiet
+from ..model.cards import write_card
+from ..model.lora import lora_config
+from ..model.loading import silence_transformers
 from ..model.counts import parameter_counts
-from ..model.encode import model_notices
+from ..model.loading import model_notices
 from ..model.fast import apply_training_fast_paths
-from ..model.loading import load_model, without_weights
+from ..model.loading import load_model, load_without_weights
 from ..model.processor import make_processor
 from ..model.tiny import make_tiny, tiny_tokenizer
 from ..process import child_process
@@ -142,14 +143,14 @@ def _processor(config: SFTConfig):
     "The processor of a config's model, whose weights are not loaded yet."
     if config.model.startswith("random:"):
         return make_tiny()[1] if config.model == "random:tiny" else make_processor(tiny_tokenizer())
-    return without_weights(config.model, config.revision)[0].processor
+    return load_without_weights(config.model, config.revision)[0].processor
 
 # %% ../../nbs/stages/03_sft.ipynb #94f2dbeb
 def fit(config: SFTConfig, out: Path, before: dict, rows: tuple[Rows, Rows] | None = None, processor=None) -> dict:
     """Train in this process, alone or as one of those that were launched, from the last checkpoint on; leaves the adapter with its card and
     returns the headline figures. `before`: what `rewind` returned; `rows`: what `rows_of` did, where they have been read already;
     `processor`: the model's, when it has these rows' texts in its cache."""
-    quiet()
+    silence_transformers()
     import trl
 
     world, (train, val) = int(os.environ.get("WORLD_SIZE", 1)), rows or rows_of(config, out)

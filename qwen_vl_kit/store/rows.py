@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import Protocol
 from ..core import InputError, numbered_jsonl, read_json, resolve
 from ..game.images import png_size
-from ..model.encode import decode_url
+from ..model.patches import decode_url
 from ..model.processor import chat_template
 from ..protocol import turns
 from ..protocol.turns import call_text
