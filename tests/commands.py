@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from qwen_vl_kit.core import root
 
-QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.cli import main; sys.exit(main())"]
+QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.runner.cli import main; sys.exit(main())"]
+
+SMALL = ["--config", "configs/demo", "--set", "teacher=random", "--set", "seeds=0-2", "--set", "horizon=s5"]  # three short episodes
 
 
 class Outcome(NamedTuple):

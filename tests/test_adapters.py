@@ -230,7 +230,7 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
 
 
 def test_the_command_says_what_no_card_tells(tmp_path, capsys):
-    from qwen_vl_kit.run import check_adapters
+    from qwen_vl_kit.runner.run import check_adapters
 
     foreign = lora(tmp_path / "adapter")
     check_adapters(BenchmarkConfig(sft_adapter=str(foreign)))

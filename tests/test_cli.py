@@ -1,47 +1,21 @@
 "The command, as a real process: exit codes, one-line errors, resume, and what is left behind."
 
-import errno
 import json
 import os
 import signal
 import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+from commands import QVK, SMALL, one_line, qvk
 
-from qwen_vl_kit import run
-from qwen_vl_kit.core import InputError, Result, root, write_json
-from qwen_vl_kit.run import BEFORE, MARKER, OUTPUTS, STAGES, RunFailed, main, run_all, run_stage, set_aside, state
-
-QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.cli import main; sys.exit(main())"]
-SMALL = ["--config", "configs/demo", "--set", "teacher=random", "--set", "seeds=0-2", "--set", "horizon=s5"]
-
-
-def qvk(*args, **more):
-    "Run `qvk` in the project's folder; (exit code, standard output, standard error)."
-    done = subprocess.run([*QVK, *map(str, args)], cwd=root(), capture_output=True, text=True, timeout=300, **more)
-    return done.returncode, done.stdout, done.stderr
-
-
-def one_line(error: str) -> str:
-    "The one line of an error, checked to be one."
-    lines = [line for line in error.splitlines() if not line.startswith("note: ") and not line.endswith("…")]
-    assert len(lines) == 1 and lines[0].startswith("qvk: "), error
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def collected(tmp_path_factory):
-    "A run's folder, its name with a space in it, in which a random teacher has played three short episodes."
-    out = tmp_path_factory.mktemp("a run")
-    code, said, error = qvk("collect", *SMALL, "--out", out)
-    assert code == 0, error
-    assert said == f"outputs: {out / 'collect'}\n"
-    assert [line.split()[0] for line in error.splitlines()] == ["collect", "collect"] and "episodes 3" in error
-    return out
+from qwen_vl_kit.config import STAGES, Stage
+from qwen_vl_kit.core import root
+from qwen_vl_kit.runner import notebook, run
+from qwen_vl_kit.runner.commands import main
+from qwen_vl_kit.runner.notebook import RunFailed
+from qwen_vl_kit.runner.run import run_all
 
 
 def test_a_stage_leaves_its_notebook_page_metrics_and_manifest(collected):
@@ -69,111 +43,6 @@ def test_force_deletes_nothing_while_the_input_is_bad(collected, sets):
     assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
 
 
-def contents(folder: Path) -> dict:
-    "Every file below a folder, hidden ones too."
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(), RuntimeError("a bug"),
-                                   InputError("no rows"), RunFailed("RuntimeError: broken; see run.ipynb")])
-def test_force_deletes_nothing_when_the_run_does_not_end(collected, small, monkeypatch, error):
-    def broken(notebook, values, out, threads):
-        assert {path.name for path in out.iterdir()} == {BEFORE, MARKER}
-        (out / "run.ipynb").write_text("its notebook")
-        (out / "calls.jsonl").write_text('{"call":1,"model":"m","worst":[9,9],"key":[],"again":0}\n{"call":1,"billed":false,"answered":false}\n')
-        raise error
-
-    monkeypatch.setattr(run, "execute", broken)
-    out, before = collected / "collect", contents(collected)
-    with pytest.raises(type(error)) as caught:
-        run_stage("collect", small, out, force=True)
-    if isinstance(error, RunFailed):
-        assert "failed.ipynb" in str(caught.value) and (out / "failed.ipynb").read_text() == "its notebook"
-        assert state("collect", small, out) == "done"
-        (out / "failed.ipynb").unlink()
-    assert contents(collected) == before
-
-
-def test_force_that_was_killed_is_undone_by_the_next_command(collected, small, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def killed(*_):
-        raise Killed
-
-    def moved(path, target, first=Path.rename):
-        return killed() if path.name == "rollouts.db" else first(path, target)
-
-    out, before = collected / "collect", contents(collected)
-    for place, name, stop in ((run, "execute", killed), (run, "write_json", killed), (Path, "rename", moved)):
-        with monkeypatch.context() as patch:
-            patch.setattr(run, "bring_back", killed)  # nothing is tidied up
-            patch.setattr(place, name, stop)
-            with pytest.raises(Killed):
-                run_stage("collect", small, out, force=True)
-        assert contents(collected) != before
-        with pytest.raises(InputError, match="another run, whose config differs"):
-            run_stage("collect", small.model_copy(update={"seed": 5}), out)
-        assert contents(collected) == before
-
-
-def test_a_run_that_was_killed_after_its_end_has_ended(tmp_path, small):
-    from qwen_vl_kit.store import manifest as store_manifest
-
-    for name in ("rollouts.db", "run.ipynb", "run.html"):
-        (tmp_path / name).write_text("old")
-    set_aside(tmp_path, OUTPUTS)
-    write_json(tmp_path / MARKER, {"anew": True, "pid": 2**22 + 1, "config": {}})
-    for name in ("rollouts.db", "run.ipynb", "run.html"):
-        (tmp_path / name).write_text("new")
-    store_manifest.write(tmp_path, Result("collect", tmp_path, 1.0), small)
-    assert run_stage("collect", small, tmp_path) is False
-    assert (tmp_path / "rollouts.db").read_text() == "new" and {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
-
-
-def test_what_stands_in_a_folder_without_a_manifest_comes_back(tmp_path, small, monkeypatch):
-    def refused(*_):
-        raise InputError("no rows")
-
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "weights").write_text("copied here")
-    monkeypatch.setattr(run, "execute", refused)
-    before = contents(tmp_path)
-    with pytest.raises(InputError, match="no rows"):
-        run_stage("collect", small, tmp_path, force=True)
-    assert contents(tmp_path) == before
-
-
-def test_a_finished_run_that_goes_on_and_does_not_end_is_finished_still(tmp_path, monkeypatch):
-    from qwen_vl_kit.config import GRPOConfig
-    from qwen_vl_kit.store import manifest as store_manifest
-
-    (tmp_path / "checkpoints" / "checkpoint-9").mkdir(parents=True)
-    for name in ("adapter/weights", "rollouts.db", "metrics.jsonl", "run.ipynb", "run.html", "checkpoints/checkpoint-9/weights"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    config = GRPOConfig(model="tiny", iterations=1)
-    store_manifest.write(tmp_path, Result("grpo", tmp_path, 1.0), config)
-    before = contents(tmp_path)
-
-    def stopped(error, played):
-        def execute(notebook, values, out, threads):
-            (out / "run.ipynb").write_text("its notebook")
-            if played:
-                (out / "metrics.jsonl").write_text("one more")
-            raise error
-        monkeypatch.setattr(run, "execute", execute)
-        with pytest.raises(type(error)):
-            run_stage("grpo", config.model_copy(update={"iterations": 2}), tmp_path)
-
-    for error in (KeyboardInterrupt(), InputError("the judge refuses"), OSError(errno.ENOSPC, "full")):
-        stopped(error, played=False)
-        assert contents(tmp_path) == before
-    stopped(KeyboardInterrupt(), played=True)
-    assert (tmp_path / "adapter" / "weights").is_file() and not (tmp_path / "manifest.json").exists()
-    assert state("grpo", config, tmp_path) == "torn"
-
-
 def test_the_run_of_all_stages_does_a_stale_one_again(tmp_path, capsys, monkeypatch):
     ran = []
     monkeypatch.setattr(run, "run_stage", lambda stage, *args, **_: bool(ran.append((stage, args[3]))) or stage == "benchmark")
@@ -181,22 +50,6 @@ def test_the_run_of_all_stages_does_a_stale_one_again(tmp_path, capsys, monkeypa
     run_all("configs/demo", str(tmp_path))
     assert ran == [(stage, stage in ("benchmark", "report")) for stage in STAGES]
     assert "note: benchmark was made from other inputs than there are now, and is done again" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("step", ["set_aside", "write_json"])
-def test_force_onto_a_full_disk_deletes_nothing(collected, small, monkeypatch, step):
-    first = getattr(run, step)
-
-    def full(*args):
-        if step == "set_aside":  # part of it is moved
-            first(*args)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(run, step, full)
-    before = {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="no space left on device"):
-        run_stage("collect", small, collected / "collect", force=True)
-    assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
 
 
 def test_a_model_that_cannot_be_loaded_leaves_nothing_in_the_way(tmp_path):
@@ -231,18 +84,18 @@ def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
     command = ["collect", "--config", "configs/demo", "--set", "seeds=0-99", "--set", "concurrency=4", "--out", str(tmp_path)]
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, do not hear Ctrl-C
     started = subprocess.Popen([*QVK, *command], cwd=root(), stderr=subprocess.PIPE, text=True, preexec_fn=heard)
-    metrics = tmp_path / "collect" / "metrics.jsonl"
+    metrics = tmp_path / "collect" / ".work" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n")):
         assert started.poll() is None
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
     assert started.wait(60) == 130
-    assert started.stderr.read().splitlines()[-1] == "qvk: interrupted; the same command goes on where it stopped"
-    assert (tmp_path / "collect" / ".running.json").exists() and not (tmp_path / "collect" / "manifest.json").exists()
+    assert started.stderr.read().splitlines()[-1] == "qvk: interrupted; the same command resumes where it stopped"
+    assert metrics.is_file() and not (tmp_path / "collect" / "manifest.json").exists()
     code, _, error = qvk("export", "--config", "configs/demo", "--out", tmp_path)
     assert code == 2 and "is unfinished, and export reads it" in one_line(error)
     assert qvk(*command)[0] == 0
-    with metrics.open() as rows:
+    with (tmp_path / "collect" / "metrics.jsonl").open() as rows:
         assert len({json.loads(row)["seed"] for row in rows}) == 100
 
 
@@ -288,9 +141,8 @@ def test_bad_input_exits_2_with_one_line(args, says, capsys, monkeypatch):
 
 
 def test_a_teacher_without_its_key_names_the_variable(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     code, _, error = qvk("eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-1",
-                         "--trace-db", tmp_path / "traces" / "rollouts.db", env=environment)
+                         "--trace-db", tmp_path / "traces" / "rollouts.db", without=["OPENAI_"])
     assert code == 2 and "OPENAI_API_KEY" in one_line(error)
     assert not (tmp_path / "traces").exists()
 
@@ -322,12 +174,12 @@ def test_check_prints_every_value_and_tells_notices_apart(capsys, monkeypatch):
 
 def test_notices_are_told_before_a_run_and_only_of_what_may_run(tmp_path, capsys, monkeypatch):
     ran, done = [], {"collect", "export", "grpo"}  # grpo follows on sft, so it may have to run again
-    monkeypatch.setattr(run, "run_stage", lambda stage, *_, told, **__: bool(ran.append((stage, told))))
+    monkeypatch.setattr(run, "run_stage", lambda stage, *_, noted, **__: bool(ran.append((stage, noted))))
     monkeypatch.setattr(run, "state", lambda stage, *_: "done" if stage in done else "new")
-    monkeypatch.setattr(run.configs.Stage, "notices", property(lambda settings: [type(settings).__name__]))
+    monkeypatch.setattr(Stage, "notices", property(lambda settings: [type(settings).__name__]))
     run_all("configs/demo", str(tmp_path), last="benchmark")
     assert capsys.readouterr().err.splitlines() == ["note: SFTConfig", "note: GRPOConfig", "note: BenchmarkConfig"]
-    assert ran == [(stage, True) for stage in STAGES[:5]]
+    assert ran == [(stage, True) for stage in list(STAGES)[:5]]
     done.update(STAGES)
     run_all("configs/demo", str(tmp_path))
     assert not capsys.readouterr().err
@@ -336,80 +188,13 @@ def test_notices_are_told_before_a_run_and_only_of_what_may_run(tmp_path, capsys
 def test_a_crash_exits_1_and_keeps_the_notebook(tmp_path, collected, capsys, monkeypatch):
     monkeypatch.chdir(root())
 
-    def broken(notebook, values, out, threads):
+    def broken(form, values, folder, threads):
         raise RunFailed("OSError: disk full; see run.ipynb")
 
-    monkeypatch.setattr(run, "execute", broken)
+    monkeypatch.setattr(notebook, "execute", broken)
     assert main(["collect", *SMALL, "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "qvk: OSError: disk full; see run.ipynb"
-    assert (tmp_path / "collect" / ".running.json").exists()  # so that nothing takes what is there for good
-
-
-@pytest.fixture
-def small():
-    from qwen_vl_kit.runner.configs import load_config
-    return load_config("configs/demo", "collect", ["teacher=random", "seeds=0-2", "horizon=s5"])
-
-
-def test_only_folders_that_the_command_made_are_taken_away(tmp_path, small, monkeypatch):
-    def refused(*_):
-        raise InputError("no such file", "rollouts.db")
-
-    monkeypatch.setattr(run, "execute", refused)
-    there, link = tmp_path / "there", tmp_path / "link"
-    there.mkdir(mode=0o750)
-    link.symlink_to(there)
-    for out in (there, link, tmp_path / "new" / "x" / "sft"):
-        with pytest.raises(InputError, match="no such file"):
-            run_stage("collect", small, out)
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "link"} and not any(there.iterdir())
-
-
-def test_of_two_that_start_together_one_runs(tmp_path, small, monkeypatch):
-    began, end, ran = threading.Event(), threading.Event(), []
-
-    def slow(notebook, values, out, threads):
-        ran.append(out)
-        began.set()
-        assert end.wait(30)
-        raise RunFailed("ended")
-
-    def first():
-        with pytest.raises(RunFailed):
-            run_stage("collect", small, tmp_path)
-
-    monkeypatch.setattr(run, "execute", slow)
-    monkeypatch.setattr(run, "state", lambda *_: "new")  # both have looked before either began
-    thread = threading.Thread(target=first)
-    thread.start()
-    try:
-        assert began.wait(30)
-        for force in (False, True):
-            with pytest.raises(InputError, match="is being written by another process"):
-                run_stage("collect", small, tmp_path, force)
-    finally:
-        end.set()
-        thread.join()
-    assert len(ran) == 1 and (tmp_path / ".running.json").is_file()
-
-
-def test_a_refused_folder_says_what_force_would_delete(collected, small):
-    with pytest.raises(InputError, match="another run") as error:
-        state("collect", small.model_copy(update={"seed": 9}), collected / "collect", "--trace-db")
-    said = str(error.value)
-    assert "--trace-db" in said and "qvk merge" in said and "deletes metrics.jsonl, rollouts.db" in said and "--out" not in said
-
-
-def test_a_full_disk_is_one_line_and_keeps_what_was_played(tmp_path, small, monkeypatch, capsys):
-    def full(notebook, values, out, threads):
-        (out / "rollouts.db").write_bytes(b"played")
-        raise OSError(errno.ENOSPC, "No space left on device", str(out / "rollouts.db"))
-
-    monkeypatch.setattr(run, "execute", full)
-    monkeypatch.chdir(root())
-    assert main(["collect", *SMALL, "--out", str(tmp_path)]) == 2
-    assert one_line(capsys.readouterr().err).endswith("rollouts.db: no space left on device; free some space, then give the same command again")
-    assert (tmp_path / "collect" / "rollouts.db").is_file() and (tmp_path / "collect" / ".running.json").is_file()
+    assert (tmp_path / "collect" / ".work").is_dir()  # so that no stage reads it
 
 
 @pytest.fixture
@@ -463,7 +248,7 @@ def test_a_store_is_made_where_the_user_stands(collected, tmp_path):
 @pytest.mark.parametrize("out, says", [("a\udcff", "not UTF-8"), ("x" * 300, "file name too long; give it a shorter name"),
                                        ("circle", "symbolic links"), ("file", "is a file; name another folder"), ("nowhere", "a file stands there")])
 def test_names_that_cannot_be_are_one_line(tmp_path, out, says, capsys, monkeypatch):
-    monkeypatch.setattr(run, "execute", None)
+    monkeypatch.setattr(notebook, "execute", None)
     (tmp_path / "file").write_text("")
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "nowhere").symlink_to("not here")

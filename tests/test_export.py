@@ -305,8 +305,8 @@ def test_the_seeds_own_filter_for_vision_does_all_that_it_says(four, tmp_path):
     assert (loaded.min_turns, loaded.max_turns, loaded.drop_loops, loaded.max_repeated_actions, loaded.min_unique_frames) == (5, 50, True, 5, 3)
     assert (loaded.dedupe, loaded.stratify, loaded.val_fraction, loaded.seed) == (True, True, 0.1, 42)
     assert any("max_sequence_length: a row is never cut" in line for line in loaded.notices)
-    from qwen_vl_kit.run import seed_out
-    assert seed_out("export", path, loaded) == tmp_path / "sft"
+    from qwen_vl_kit.runner.synth import synth_out
+    assert synth_out("export", path, loaded) == tmp_path / "sft"
     result = export.run(loaded, tmp_path / "sft")
     assert [session["seed"] for session in read_json(result.out / "kept.json")] == [1, 2]
     assert read_json(result.out / "stats.json")["dropped_by"] == {"drop_loops": 1, "max_repeated_actions": 1}

@@ -17,7 +17,7 @@ from qwen_vl_kit.engine.base import EngineDied, Sampling
 from qwen_vl_kit.engine.hf import HFEngine
 from qwen_vl_kit.model.cards import read_card
 from qwen_vl_kit.model.loading import load_model
-from qwen_vl_kit.run import run_stage, state
+from qwen_vl_kit.runner.run import run_stage, state
 from qwen_vl_kit.stages import benchmark, grpo
 from qwen_vl_kit.stages.grpo import packed_logprobs
 from qwen_vl_kit.store import traces

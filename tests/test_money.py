@@ -14,13 +14,13 @@ import pytest
 from pydantic import ValidationError
 from servers import Endpoint, images, refuses, says
 
-from qwen_vl_kit import run
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
 from qwen_vl_kit.engine.refusals import CallFailed
 from qwen_vl_kit.learn.judge import judge_stores
 from qwen_vl_kit.play.rollout import LostEpisodes
-from qwen_vl_kit.run import RunFailed, _spent, run_all, run_stage, state
+from qwen_vl_kit.runner import run
+from qwen_vl_kit.runner.run import RunFailed, run_all, run_stage, spending, state
 from qwen_vl_kit.show.tables import arms_table, read_arms, text_table
 from qwen_vl_kit.stages import benchmark, collect
 from qwen_vl_kit.store import manifest, traces
@@ -270,7 +270,7 @@ def test_replies_longer_than_asked_stop_the_run_and_a_passed_budget_is_told(at, 
                 collect.run(config, tmp_path)
         assert len(endpoint.bodies) == 5
     numbers = Meter(config.budget_usd, journal=tmp_path / "calls.jsonl").numbers()
-    assert numbers["usd_over_budget"] == pytest.approx(numbers["usd"] - 0.03) and "more than the budget" in _spent(numbers)
+    assert numbers["usd_over_budget"] == pytest.approx(numbers["usd"] - 0.03) and "more than the budget" in spending(numbers)
 
 
 def test_what_was_learnt_of_long_replies_is_known_to_the_next_run(tmp_path):
@@ -321,7 +321,7 @@ def test_dollars_are_unknown_where_an_answer_does_not_count_its_tokens(at, tmp_p
         result = collect.run(settings(seeds="0-2"), tmp_path)
     numbers = result.numbers
     assert (numbers["turns"], numbers["invalid"], numbers["usd"], numbers["answers_without_usage"]) == (12, 0, None, 2)
-    assert "dollars unknown (2 answers did not say" in _spent(numbers)
+    assert "dollars unknown (2 answers did not say" in spending(numbers)
     made = json.loads(manifest.write(tmp_path, result, settings(seeds="0-2")).read_text())
     assert made["usd"] is None and made["unpriced"] == [{"item": "gpt-4o-mini", "quantity": 2, "unit": "answers without usage"}]
     unknown = [row["usd"] for row in read_jsonl(tmp_path / "metrics.jsonl")].count(None)
@@ -450,7 +450,7 @@ def test_a_judge_that_scored_nothing_has_not_done_its_work(at, tmp_path):
         at(endpoint.url)
         with pytest.raises(RunFailed, match="the judge has scored none of 2 episodes .*no score from 0 to 100 in the reply 'A fine game"):
             run_stage("collect", config, out)
-        assert state("collect", config, out) == "torn"
+        assert state("collect", config, out) == "incomplete"
         played, ill = len(endpoint.bodies), False
         assert run_stage("collect", config, out) and state("collect", config, out) == "done"
         assert len(endpoint.bodies) == played + 2

@@ -283,7 +283,7 @@ def test_rows_that_are_not_what_they_say(rows, tmp_path, spoil, expected):
 def test_on_the_command_line_a_killed_run_goes_on(rows, tmp_path):
     values = [f"{name}={json.dumps(value)}" for name, value in {**FAST, **rows}.items()]
     line = ["sft", "--config", "configs/demo", "--out", str(tmp_path), *(word for value in values for word in ("--set", value))]
-    metrics = tmp_path / "sft" / "metrics.jsonl"
+    metrics = tmp_path / "sft" / ".work" / "metrics.jsonl"
     kill_when(lambda: metrics.is_file() and '"step":3' in metrics.read_text(), [*QVK, *line])
     done = qvk(*line)
     assert done.code == 0, done.err

@@ -85,5 +85,5 @@ def test_importing_the_package_and_the_command_loads_nothing_heavy():
     import sys
     heavy = ["torch", "transformers", "trl", "peft", "datasets", "pandas", "matplotlib", "papermill", "nbconvert", "IPython", "numpy", "httpx2",
              "openai", "huggingface_hub", "safetensors", "bitsandbytes"]
-    said = f"import sys, qwen_vl_kit, qwen_vl_kit.cli, qwen_vl_kit.run; qwen_vl_kit.run.parser(); print([m for m in {heavy} if m in sys.modules])"
+    said = f"import sys, qwen_vl_kit, qwen_vl_kit.runner.cli, qwen_vl_kit.runner.commands; qwen_vl_kit.runner.commands.parser(); print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.strip() == "[]"

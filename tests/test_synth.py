@@ -116,7 +116,7 @@ def test_what_fails_leaves_no_target(tmp_path, db, target):
 
 
 def test_the_commands_merge_and_import(tmp_path, capsys):
-    from qwen_vl_kit.run import main
+    from qwen_vl_kit.runner.commands import main
     assert main(["import-synth", str(write_synth(tmp_path / "v3.db")), "--out", str(tmp_path / "a.db")]) == 0
     assert main(["merge", str(tmp_path / "all.db"), str(tmp_path / "a.db")]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -127,7 +127,7 @@ def test_the_commands_merge_and_import(tmp_path, capsys):
 
 def test_paths_are_looked_for_where_the_user_stands(tmp_path, monkeypatch, capsys):
     from qwen_vl_kit.core import root
-    from qwen_vl_kit.run import main
+    from qwen_vl_kit.runner.commands import main
     home, here = root(), tmp_path / "here"
     here.mkdir()
     write_synth(here / "v3.db"), noise_store(here / "a.db", (1,)), noise_store(here / "b.db", (2,))

@@ -15,7 +15,6 @@ import pytest
 from commands import one_line, qvk
 from servers import Endpoint, calls, images, refuses, says
 
-from qwen_vl_kit import run
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
 from qwen_vl_kit.game.images import decode_png
@@ -23,7 +22,8 @@ from qwen_vl_kit.game.world import World
 from qwen_vl_kit.learn.judge import judge_stores
 from qwen_vl_kit.play.rollout import LostEpisodes
 from qwen_vl_kit.protocol.turns import data_url
-from qwen_vl_kit.run import check_access
+from qwen_vl_kit.runner.arguments import set_environment
+from qwen_vl_kit.runner.run import check_access
 from qwen_vl_kit.stages import collect
 from qwen_vl_kit.stages.collect import check_store
 from qwen_vl_kit.store import traces
@@ -447,5 +447,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, words, environment, 
 def test_an_env_file_does_not_override_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("QVK_TEST_A", "kept")
     (tmp_path / "env").write_text("QVK_TEST_A=other\n")
-    run.environment(str(tmp_path / "env"))
+    set_environment(str(tmp_path / "env"))
     assert os.environ["QVK_TEST_A"] == "kept"
