@@ -136,7 +136,7 @@ def test_a_journal_that_is_taken_away_stops_the_run(at, tmp_path):
 
     with Endpoint(answer) as endpoint:
         at(endpoint.url)
-        with pytest.raises(InputError, match="calls.jsonl: was taken away"):
+        with pytest.raises(InputError, match="calls.jsonl: was removed or replaced"):
             collect.run(settings(seeds="0-30"), tmp_path)
     assert len(endpoint.bodies) <= 10 + 1 + 4
 
@@ -154,7 +154,7 @@ def test_a_foreign_line_in_a_journal_is_told_and_nothing_is_sent(at, tmp_path, l
     (tmp_path / "calls.jsonl").write_text(f"{first}\n\n{line}\n")
     with Endpoint() as endpoint:
         at(endpoint.url)
-        with pytest.raises(InputError, match=r"calls.jsonl:3: is not a row that was written here"):
+        with pytest.raises(InputError, match=r"calls.jsonl:3: is not a row that this kit writes"):
             collect.run(settings(seeds="0"), tmp_path)
         assert not endpoint.bodies and not (tmp_path / "rollouts.db").exists()
 

@@ -331,7 +331,7 @@ def test_a_call_that_found_no_server_is_not_in_doubt(at):
     with pytest.raises(CallFailed, match="the connection broke"):
         engine.generate([Request([{"role": "user", "content": "x"}])], Sampling())
     engine.close()
-    assert (meter.failed, meter.unconfirmed_usd) == (1, 0)
+    assert (meter.failures, meter.unconfirmed_usd) == (1, 0)
 
 
 def test_an_address_without_v1_is_told(at, tmp_path):

@@ -24,7 +24,8 @@ from ..expert.reasons import reason_target
 from ..game.rules import ACHIEVEMENTS
 from ..play.policies import concerns_all
 from ..protocol.episodes import Episode, Turn, replay
-from ..store.meter import Journal, Meter, reporting_bad_rows
+from ..store.journal import Journal, reporting_bad_rows
+from ..store.meter import Meter
 from ..store.traces import Store, read_sessions
 
 # %% ../../nbs/learn/05_judge.ipynb #9bf7e529
