@@ -62,13 +62,13 @@ def check_access(settings: Stage) -> None:
     if not (models := asked_models(settings)):
         return
     from qwen_vl_kit.engine.access import access
-    from qwen_vl_kit.store.prices import check_prices, listed, prices
+    from qwen_vl_kit.store.prices import check_prices, book_name, prices
 
     access(models[0])
     check_prices(settings)
     book = prices()
     for model in models:
-        if listed(model, book) is None:
+        if book_name(model, book) is None:
             notify(f"no price for '{model}': its tokens are counted, its dollars are not; "
                    "configs/README.md says how to add one")
 

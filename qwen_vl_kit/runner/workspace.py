@@ -91,7 +91,7 @@ def resumable_work(stage: str, folder: Path) -> dict:
 
     work, calls, db = {}, folder / "calls.jsonl", folder / "rollouts.db"
     try:
-        if Meter(journal=calls).billed:  # calls that were refused have bought nothing
+        if Meter(journal=calls).billed_models:  # calls that were refused have bought nothing
             work["bytes of calls"] = calls.stat().st_size
         if "checkpoints" in RESUMED.get(stage, ()):
             work["checkpoints"] = sorted(path.name for path in (folder / "checkpoints").glob("checkpoint-*"))

@@ -12,7 +12,7 @@ from ..config import CollectConfig, GRPOConfig, Protocol, Stage, horizon
 from ..core import InputError, parse_seeds
 from ..protocol.turns import system
 from .meter import image_bound
-from .prices import IMAGE_TOKENS, gpu_cost, listed, price, prices
+from .prices import IMAGE_TOKENS, gpu_cost, book_name, price, prices
 
 # %% ../../nbs/store/08_estimate.ipynb #bdab1509
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s (NVIDIA's data sheets)
@@ -123,7 +123,7 @@ def _judge(stage: str, config: Stage, completion: int, book: dict) -> tuple[floa
     episodes = config.iterations * config.groups * config.group_size if stage == "grpo" else len(parse_seeds(config.seeds))
     prompt = JUDGE["told"] + min(horizon(config.horizon).turns, JUDGE["shown"]) * (completion + 3)
     words = f"{episodes} calls of {prompt} + {JUDGE['said']} tokens to judge {config.judge_model!r}"
-    if not (name := listed(config.judge_model, book)):
+    if not (name := book_name(config.judge_model, book)):
         return 0.0, words + ", which has no price and is not in the sum"
     return float(book[f"{name}/input"](episodes * prompt) + book[f"{name}/output"](episodes * JUDGE["said"])), words
 
@@ -155,7 +155,7 @@ def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: 
     total = turns * (tokens["prompt"] + completion)
     judge, words = _judge(stage, config, completion, book)
     judged = {"judge": words} if words else {}
-    if stage == "collect" and (name := listed(config.model, book)):  # a teacher behind an API is paid by the token
+    if stage == "collect" and (name := book_name(config.model, book)):  # a teacher behind an API is paid by the token
         image = image_bound(name, config.detail, config.render_size) if name in IMAGE_TOKENS else image_tokens(config.render_size)
         prompt = turns * (tokens["prompt"] - tokens["image"] + image * config.frames * (config.observe != "text"))
         usd = float(book[f"{name}/input"](prompt) + book[f"{name}/output"](turns * completion)) + judge

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from ..core import InputError, OverBudget, read_json, write_json
-from .prices import Price, listed, price, prices
+from .prices import Price, book_name, price, prices
 
 # %% ../../nbs/store/05_ledger.ipynb #02e2005c
 class Budget:
@@ -41,7 +41,7 @@ def price_item(item: str, unit: str, book: dict[str, Price]) -> str:
     "The book's name for a unit of usage. Cached tokens without a price of their own cost what prompt tokens do."
     if unit not in WAYS:
         return item
-    model = listed(item, book) or item
+    model = book_name(item, book) or item
     name = f"{model}/{WAYS[unit]}"
     return f"{model}/input" if unit == "cached_tokens" and name not in book else name
 

@@ -20,12 +20,12 @@ from fastcore.basics import patch
 from ..core import InputError, OverBudget
 from .journal import Journal, reporting_bad_rows
 from .ledger import WAYS, price_item
-from .prices import BOOK, IMAGE_TOKENS, Price, listed, prices, require_prices
+from .prices import BOOK, IMAGE_TOKENS, Price, book_name, prices, require_prices
 
 # %% ../../nbs/store/07_meter.ipynb #025a21a0
 def image_bound(model: str, detail: str, render_size: int) -> int:
     "The most tokens that one square image can be billed as, before the endpoint has reported any."
-    rates = IMAGE_TOKENS.get(listed(model, BOOK), IMAGE_TOKENS["gpt-4o-mini"])  # of those on record, the highest
+    rates = IMAGE_TOKENS.get(book_name(model, BOOK), IMAGE_TOKENS["gpt-4o-mini"])  # of those on record, the highest
     tiles = math.ceil(min(render_size, 768) / 512) ** 2
     return rates["low"] + (0 if detail == "low" else rates["tile"] * tiles)
 
@@ -66,7 +66,7 @@ def tokens_by_unit(prompt: int, completion: int, cached: int = 0) -> dict[str, i
 
 def tokens_usd(model: str, tokens: dict[str, int], book: dict[str, Price]) -> Decimal | None:
     "The exact price of tokens by unit, in US dollars; None when the book does not list the model."
-    if listed(model, book) is None:
+    if book_name(model, book) is None:
         return None
     return sum((book[price_item(model, unit, book)](count) for unit, count in tokens.items()), Decimal(0))
 
@@ -104,7 +104,7 @@ class CallCounts:
         self.unconfirmed_usd = Decimal(0)  # what calls without a known end, or without counts of tokens, may have cost
         self.tokens: dict[str, Counter] = {}  # by model and unit
         self.unmetered: Counter = Counter()  # answers without counts of tokens, by model
-        self.billed: set[str] = set()
+        self.billed_models: set[str] = set()
         self.bounds: dict[str, CallBound] = {}  # by model
         self._in_flight: dict[int, tuple[dict, Decimal]] = {}  # by number: the row and what is reserved
 
@@ -149,7 +149,7 @@ def _count_tokens(self: CallCounts, start: dict, row: dict) -> Decimal | None:
         bound.learn(*start["size"], row)
     tokens = tokens_by_unit(row["prompt_tokens"], row["completion_tokens"], row.get("cached_tokens", 0))
     self.tokens.setdefault(model, Counter()).update(tokens)
-    self.billed.add(model)
+    self.billed_models.add(model)
     usd = tokens_usd(model, tokens, self.book)
     self.usd += usd or 0
     return usd
@@ -168,7 +168,7 @@ def end(self: CallCounts, row: dict) -> Decimal | None:
     else:
         self.failures += 1
     if row["billed"]:
-        self.billed.add(model)
+        self.billed_models.add(model)
         self.unconfirmed_usd += reserved
         if row["answered"]:
             self.unmetered[model] += 1
@@ -178,7 +178,7 @@ def end(self: CallCounts, row: dict) -> Decimal | None:
 @patch(as_prop=True)
 def is_cost_known(self: CallCounts) -> bool:
     "Whether `usd` is all that the calls with a known end have cost."
-    return not self.unmetered and all(listed(model, self.book) for model in self.billed)
+    return not self.unmetered and all(book_name(model, self.book) for model in self.billed_models)
 
 # %% ../../nbs/store/07_meter.ipynb #d456e943
 @patch
