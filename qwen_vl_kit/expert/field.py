@@ -6,17 +6,17 @@
 __all__ = ['FAR', 'costs', 'plant_walls', 'obstacles', 'detours', 'enclosure', 'Ground', 'survey', 'Field', 'search',
            'plot_field']
 
-# %% ../../nbs/expert/03_field.ipynb #9a405b3b
+# %% ../../nbs/expert/03_field.ipynb #42534660
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from crafter import constants
 
 from .memory import MOVES, RIPE, ROW, WALKABLE, Memory, at_edge, border, count_missing
+from ..game.rules import COLLECT
 
-# %% ../../nbs/expert/03_field.ipynb #e6e65c3d
-_DIG = {material: rule["require"] for material, rule in constants.collect.items()
+# %% ../../nbs/expert/03_field.ipynb #3ef033df
+_DIG = {material: rule["require"] for material, rule in COLLECT.items()
         if rule["leaves"] in WALKABLE and material not in WALKABLE}  # what can be taken away -> tools it takes
 
 

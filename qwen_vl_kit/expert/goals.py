@@ -8,16 +8,15 @@ __all__ = ['Goal', 'GOALS', 'Offer', 'offer', 'where_nearest', 'fetch', 'put', '
            'place_table', 'walk_to_table', 'collect_first_stone', 'collect_stone', 'collect_coal', 'collect_iron',
            'collect_diamond', 'place_stone', 'place_furnace', 'farm', 'offers']
 
-# %% ../../nbs/expert/05_goals.ipynb #cc1a5aeb
+# %% ../../nbs/expert/05_goals.ipynb #9043c008
 from collections.abc import Callable
 from typing import NamedTuple
-
-from crafter import constants
 
 from .field import Field
 from .memory import MOVES, WALKABLE, Memory, can_make, count_missing, materials_nearby, strength
 from .moves import Move, fits, place_nearby, place_at, spot, turn_to, use
 from .reasons import TOOLS, where
+from ..game.rules import PLACE
 
 # %% ../../nbs/expert/05_goals.ipynb #bb2dbd10
 class Offer(NamedTuple):
@@ -113,9 +112,9 @@ def fight_skeleton(memory: Memory, field: Field) -> Offer | None:
     steps = 1.5 * field.distance("skeleton") + 2 + 4.5 / min(3, strength(memory))
     return fetch(memory, field, "fight", "skeleton", gain, steps)
 
-# %% ../../nbs/expert/05_goals.ipynb #9245f70b
-_TABLE = sum(constants.place["table"]["uses"].values())      # pieces of wood
-_FURNACE = sum(constants.place["furnace"]["uses"].values())  # stones
+# %% ../../nbs/expert/05_goals.ipynb #adde5fae
+_TABLE = sum(PLACE["table"]["uses"].values())      # pieces of wood
+_FURNACE = sum(PLACE["furnace"]["uses"].values())  # stones
 
 
 def _needs_table(field: Field) -> bool:

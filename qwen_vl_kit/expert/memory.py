@@ -7,13 +7,12 @@ __all__ = ['ROW', 'MOVES', 'WAYS', 'WALKABLE', 'PASSABLE', 'EVENING', 'DUSK', 'D
            'block', 'Memory', 'remember', 'count_missing', 'can_make', 'strength', 'at_edge', 'materials_nearby',
            'memory_map']
 
-# %% ../../nbs/expert/02_memory.ipynb #688d2a30
+# %% ../../nbs/expert/02_memory.ipynb #9a47573a
 from itertools import product
 
 import numpy as np
-from crafter import constants
 
-from ..game.rules import DIRECTIONS
+from ..game.rules import DIRECTIONS, MAKE
 from ..game.world import View
 
 # %% ../../nbs/expert/02_memory.ipynb #62a2bffb
@@ -155,10 +154,10 @@ def count_missing(memory: Memory, *names: str) -> int:
     "How many of these achievements are still to be made."
     return sum(not memory.achievements[name] for name in names)
 
-# %% ../../nbs/expert/02_memory.ipynb #63c06547
+# %% ../../nbs/expert/02_memory.ipynb #336846b2
 def can_make(memory: Memory, tool: str) -> bool:
     "Whether the materials for a tool are in hand."
-    return all(memory.inventory[item] >= amount for item, amount in constants.make[tool]["uses"].items())
+    return all(memory.inventory[item] >= amount for item, amount in MAKE[tool]["uses"].items())
 
 # %% ../../nbs/expert/02_memory.ipynb #0b3977e1
 def strength(memory: Memory) -> int:

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['Move', 'enter', 'walk', 'turn_to', 'use', 'Spot', 'spot', 'face', 'place_at', 'fits', 'place_nearby']
 
-# %% ../../nbs/expert/04_moves.ipynb #44e73fdd
+# %% ../../nbs/expert/04_moves.ipynb #5f1f96fc
 from typing import NamedTuple
-
-from crafter import constants
 
 from .field import FAR, Field
 from .memory import MOVES, WALKABLE, Memory, square
+from ..game.rules import PLACE
 
 # %% ../../nbs/expert/04_moves.ipynb #aef5472f
 class Move(NamedTuple):
@@ -114,10 +113,10 @@ def place_at(memory: Memory, field: Field, thing: str, targets, stands: tuple | 
         return Move("noop")
     return Move(f"place_{thing}" if cost == 0 else face(memory, field, stand, way))
 
-# %% ../../nbs/expert/04_moves.ipynb #8e0f51d1
+# %% ../../nbs/expert/04_moves.ipynb #36c70a2b
 def fits(memory: Memory, thing: str, tile: int) -> bool:
     "Whether a thing can be placed onto a tile."
-    onto = constants.place[thing]["where"]
+    onto = PLACE[thing]["where"]
     in_the_way = tile in memory.creatures or tile in memory.plants or tile == memory.position
     return memory.materials.get(tile) in onto and not in_the_way
 

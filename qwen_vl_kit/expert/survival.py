@@ -53,10 +53,11 @@ def _is_hungry(memory: Memory, field: Field) -> bool:
         return food <= 1
     return food <= 4 or food <= 5 and cow <= 15 or _is_evening(memory) and food <= 6 and cow <= 30
 
-# %% ../../nbs/expert/06_survival.ipynb #66088fd6
+# %% ../../nbs/expert/06_survival.ipynb #d7dd4966
 def _short_of(memory: Memory, field: Field) -> tuple[int, str, str] | None:
     "(how much is left, goal, kind to use) of the more urgent of thirst and hunger; None if neither can be helped."
-    wants, food = [], next((kind for kind in ("ripe", "cow") if kind in field.near), None)
+    wants: list[tuple[int, str, str]] = []
+    food = next((kind for kind in ("ripe", "cow") if kind in field.near), None)
     if "water" in field.near and _is_thirsty(memory, field):
         wants.append((memory.inventory["drink"], "drink", "water"))
     if food and _is_hungry(memory, field):
