@@ -14,14 +14,15 @@ from runs import alike, figures, kill_when, lora
 
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
 from qwen_vl_kit.core import InputError, TrainingStopped, read_jsonl
-from qwen_vl_kit.learn import training
+from qwen_vl_kit.learn import devices, sft_fit, trackers
 from qwen_vl_kit.learn.batches import Rows
-from qwen_vl_kit.learn.training import TRACKERS, devices, sharding
+from qwen_vl_kit.learn.devices import plan_processes, sharding_arguments
+from qwen_vl_kit.learn.sft_fit import sft_rows
+from qwen_vl_kit.learn.trackers import TRACKERS
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.model.lora import lora_config
 from qwen_vl_kit.protocol.turns import data_url
 from qwen_vl_kit.stages import benchmark, collect, export, sft
-from qwen_vl_kit.stages.sft import arguments, rows_of
 from qwen_vl_kit.store import traces
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s12")
@@ -56,12 +57,12 @@ def test_killed_and_resumed_it_learns_the_same(rows, tmp_path):
 
 def test_validation_rows_are_those_beside_the_training_rows(rows, tmp_path):
     for settings in (rows | {"val": ""}, rows):
-        train, val = rows_of(SFTConfig(**settings), tmp_path / "sft")
+        train, val = sft_rows(SFTConfig(**settings), tmp_path / "sft")
         assert (str(train.path), str(val.path)) == (rows["train"], rows["val"])
     (tmp_path / "train.jsonl").write_text("\ufeff" + Path(rows["train"]).read_text(), encoding="utf-8")  # a mark, as some editors leave one
     assert len(Rows(tmp_path / "train.jsonl").rows) == len(Rows(rows["train"]).rows)
     with pytest.raises(InputError, match=f"{tmp_path}/val.jsonl: no such file"):
-        rows_of(SFTConfig(train=str(tmp_path / "train.jsonl")), Path(rows["train"]).parents[1] / "sft")
+        sft_rows(SFTConfig(train=str(tmp_path / "train.jsonl")), Path(rows["train"]).parents[1] / "sft")
 
 
 def test_checkpoints_of_other_rows_are_not_gone_on_with(rows, tmp_path):
@@ -110,8 +111,9 @@ def test_with_deepspeed_two_processes_learn_what_one_does(rows, tmp_path, stage)
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_starts(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
-    monkeypatch.setattr(training, "gpus", lambda: 0)
+    for module in (devices, trackers):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "gpu_count", lambda: 0)
     for values, expected in (({"deepspeed_stage": 3}, "DeepSpeed, which is not installed; make gpu"), ({"fsdp": True}, "this machine has none"),
                              ({"report_to": "wandb"}, "the package wandb, which is not installed; pip install wandb")):
         with pytest.raises(InputError, match=expected) as caught:
@@ -126,10 +128,12 @@ def test_fsdp_divides_the_layers(monkeypatch, tmp_path):
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
     from peft import get_peft_model
 
-    monkeypatch.setattr(training, "gpus", lambda: 2)
+    from qwen_vl_kit.learn.sft_trainer import sft_arguments
+
+    monkeypatch.setattr(devices, "gpu_count", lambda: 2)
     config = SFTConfig(**FAST | {"fsdp": True, "processes": 2})
-    assert devices(config) == (2, [])
-    args = trl.SFTConfig(**arguments(config, tmp_path, 5), **sharding(config, 2))
+    assert plan_processes(config) == (2, [])
+    args = trl.SFTConfig(**sft_arguments(config, tmp_path, 5), **sharding_arguments(config, 2))
     plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.state_dict_type.name == "FULL_STATE_DICT"
     model = get_peft_model(load_model("random:tiny").model, lora_config(4, 8))
@@ -183,7 +187,7 @@ def test_a_row_that_does_not_fit_is_told_before_the_model_is_loaded(rows, tmp_pa
     lines[6] = lines[6].replace("->", "tree " * 100 + "->")
     long = tmp_path / "train.jsonl"
     long.write_text("\n\n".join(lines))
-    monkeypatch.setattr(sft, "load_model", None)
+    monkeypatch.setattr(sft_fit, "load_model", None)
     with pytest.raises(InputError, match=r"train.jsonl:13: a row of \d+ tokens does not fit a sequence of 128; raise sequence_length"):
         sft.run(SFTConfig(**FAST, **rows | {"train": str(long)}), tmp_path / "sft")
     assert not (tmp_path / "sft").exists()

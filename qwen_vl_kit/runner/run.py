@@ -76,12 +76,12 @@ def check_access(settings: Stage) -> None:
 def check_devices(settings: Stage) -> None:
     "Note what this machine cannot do of what a config asks. Raises `InputError` when that must not be passed over."
     if getattr(settings, "report_to", "none") != "none":
-        from qwen_vl_kit.learn.training import check_tracker
+        from qwen_vl_kit.learn.trackers import check_tracker
         check_tracker(settings.report_to)
     least = {"processes": 1, "machines": 1, "deepspeed_stage": 0, "fsdp": False}
     if any(getattr(settings, name, value) > value for name, value in least.items()):
-        from qwen_vl_kit.learn.training import devices
-        for line in devices(settings)[1]:
+        from qwen_vl_kit.learn.devices import plan_processes
+        for line in plan_processes(settings)[1]:
             notify(line)
     if getattr(settings, "gpus_for_vllm", 0):
         from qwen_vl_kit.stages.grpo import served

@@ -21,7 +21,7 @@ from ..engine.factory import choose_engine, create_engine
 from ..engine.vllm import check_engine, language_only
 from ..engine.weights import checked_adapter
 from ..game.rules import ACHIEVEMENTS
-from ..learn.training import threads
+from ..learn.devices import threads
 from ..model.cards import base_notices, matching_card, mismatched_base, missing_facts, read_card, training_seeds, weights_digest
 from ..model.checkpoint import tiny_folder
 from ..model.loading import model_notices

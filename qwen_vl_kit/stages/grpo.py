@@ -27,8 +27,9 @@ from ..game.rules import ACHIEVEMENTS
 from ..game.world import World
 from ..learn.advantages import Group, Sample, advantages, merge_duplicates
 from ..learn.judge import RemoteJudge, reward_terms, rubric
-from ..learn.training import (StopAtMaxSteps, device_name, gpus, last_checkpoint, observer, on_one_device,
-                                        report_oom, silence, threads, tracked, truncate_metrics)
+from ..learn.checkpoints import last_checkpoint, report_oom, truncate_metrics
+from ..learn.devices import device_name, gpu_count as gpus, on_one_device, threads
+from ..learn.trackers import tracked
 from ..learn.values import Critic
 from ..model import packing
 from ..model.cards import base_notices, mismatched_base, missing_facts, training_seeds, weights_digest, write_card
@@ -53,6 +54,8 @@ def trainer_class():
     import torch
     from trl import GRPOTrainer
     from trl.trainer.utils import use_adapter
+
+    from qwen_vl_kit.learn.callbacks import StopAtMaxSteps
 
     class TurnGRPOTrainer(StopAtMaxSteps, GRPOTrainer):
         "GRPO with one sample per turn. `play(trained model, iteration)` returns the samples of one iteration, see `Player`."
@@ -524,6 +527,8 @@ def _fit(config, out, adapter, loaded, store, updates, last, before, meter, serv
     import datasets
     import trl
 
+    from qwen_vl_kit.learn.callbacks import MetricsCallback, remove_printer
+
     placeholder = datasets.Dataset.from_dict({"prompt": ["play"] * 2 * updates * config.gradient_accumulation_steps})
     with contextlib.ExitStack() as stack:
         engine = _playing(config, out, adapter, serving, stack)
@@ -536,12 +541,12 @@ def _fit(config, out, adapter, loaded, store, updates, last, before, meter, serv
         trainer = trainer_class()(
             model=loaded.model, reward_funcs=lambda completions, **_: [0.0] * len(completions),  # rewards come with the turns
             args=on_one_device(trl.GRPOConfig(**arguments(config, out, updates))), train_dataset=placeholder, processing_class=loaded.processor,
-            callbacks=[observer(out, updates * config.epochs * config.iterations, "grpo updates", GRPO_NAMES, before)],
+            callbacks=[MetricsCallback(out, updates * config.epochs * config.iterations, "grpo updates", GRPO_NAMES, before)],
             play=player, length=config.sequence_length)
         for name, values in learned.items():  # TRL has rounded them to bf16, in which an update of this size is lost
             loaded.model.get_parameter(name).data = values
         apply_training_fast_paths(trainer.model)
-        silence(trainer)
+        remove_printer(trainer)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.model.save_pretrained(out / "adapter", selected_adapters=["default"])
     shutil.rmtree(out / "policies", ignore_errors=True)  # none, where the last checkpoint was all that had to be gone on from
