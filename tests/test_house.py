@@ -11,7 +11,7 @@ from qwen_vl_kit.config import STAGES
 from qwen_vl_kit.core import root
 
 NOTEBOOKS = root() / "nbs"
-FLOORS = ["core", "config", "process", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner", "run", "cli"]
+FLOORS = ["core", "config", "process", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner"]
 
 
 def default_exp(path: Path) -> str:
