@@ -25,7 +25,7 @@ from .script import Script, scripted_engines
 from .trl_grpo import LORA, Cost, stock_cost, tool_call_words
 from qwen_vl_kit.config import GRPOConfig, horizon
 from qwen_vl_kit.core import InputError, read_jsonl
-from qwen_vl_kit.learn.training import device_name
+from qwen_vl_kit.learn.devices import device_name
 from qwen_vl_kit.model import encode
 from qwen_vl_kit.model.cards import write_card
 from qwen_vl_kit.model.lora import lora_config

@@ -21,14 +21,16 @@ from .material import (LARGE, SMALL, as_stock, clock_updates, collect_expert, pe
 from .race import race, race_row, row
 from qwen_vl_kit.config import ExportConfig, SFTConfig
 from qwen_vl_kit.learn.batches import Packer, Rows
-from qwen_vl_kit.learn.training import ThroughputMeter, device_name, on_one_device
+from qwen_vl_kit.learn.devices import device_name, on_one_device
+from qwen_vl_kit.learn.sft_trainer import MeteredSFTTrainer, sft_arguments
+from qwen_vl_kit.learn.throughput import ThroughputMeter
 from qwen_vl_kit.model import encode
 from qwen_vl_kit.model.lora import lora_config
 from qwen_vl_kit.model.patches import decode_url, patchify
 from qwen_vl_kit.model.fast import apply_training_fast_paths
 from qwen_vl_kit.model.vision import VisionFeatureCache
 from qwen_vl_kit.model.loading import load_model
-from qwen_vl_kit.stages import export, sft
+from qwen_vl_kit.stages import export
 from qwen_vl_kit.store import estimate
 
 # %% ../nbs/perf/sft.ipynb #5f522c26
@@ -57,7 +59,7 @@ SYNTH_BATCH = 16  # rows of one update in the synth document's TOML, one at a ti
 
 def trainer_arguments(config: SFTConfig, out: Path) -> tuple[dict, dict]:
     "TRL's arguments for ours and for stock."
-    ours = sft.arguments(config, out, config.max_steps)
+    ours = sft_arguments(config, out, config.max_steps)
     ours |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_strategy": "no"}
     stock = ours | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": SYNTH_BATCH, "bf16": use_bf16(),
                     "gradient_checkpointing": use_bf16(), "dataset_kwargs": None}
@@ -67,12 +69,12 @@ def trainer_arguments(config: SFTConfig, out: Path) -> tuple[dict, dict]:
 def our_trainer(config: SFTConfig, arguments: dict):
     "The stage's trainer on the rows of `config.train`."
     rows, loaded = Rows(config.train), load_model(config.model, bf16=config.bf16)
-    trainer = sft.trainer_class()(
+    trainer = MeteredSFTTrainer(
         model=loaded.model, args=on_one_device(trl.SFTConfig(**arguments)), train_dataset=rows.dataset(),
         processing_class=loaded.processor, data_collator=Packer(loaded.processor, config.sequence_length),
         peft_config=lora_config(config.lora_rank, config.lora_alpha))
     apply_training_fast_paths(trainer.model)
-    return trainer.meter(ThroughputMeter(loaded.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
+    return trainer.start_meter(ThroughputMeter(loaded.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
 
 
 def stock_trainer(config: SFTConfig, arguments: dict):

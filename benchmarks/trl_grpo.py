@@ -24,7 +24,7 @@ from .race import NotComparable
 from .script import Script
 from qwen_vl_kit.config import GRPOConfig, horizon
 from qwen_vl_kit.game.rules import ACTIONS
-from qwen_vl_kit.learn.training import on_one_device
+from qwen_vl_kit.learn.devices import on_one_device
 from qwen_vl_kit.model.lora import lora_config
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.model.processor import chat_template
