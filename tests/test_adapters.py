@@ -26,6 +26,8 @@ from qwen_vl_kit.play.policies import checked_card
 from qwen_vl_kit.stages import benchmark, grpo
 from qwen_vl_kit.stages.grpo import served
 
+pytestmark = pytest.mark.slow
+
 ASKED = contract.requests()[:2]
 SAMPLING = Sampling(1.0, 6)
 PLAY = dict(prompt="brief", render_size=144, horizon="s3")

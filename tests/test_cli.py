@@ -17,6 +17,8 @@ from qwen_vl_kit.runner.commands import main
 from qwen_vl_kit.runner.notebook import RunFailed
 from qwen_vl_kit.runner.run import run_all
 
+pytestmark = pytest.mark.process
+
 
 def test_a_stage_leaves_its_notebook_page_metrics_and_manifest(collected):
     folder = collected / "collect"

@@ -22,6 +22,8 @@ from qwen_vl_kit.play.rollout import LostEpisodes
 from qwen_vl_kit.stages import collect
 from qwen_vl_kit.store.traces import load_episodes, sources
 
+pytestmark = pytest.mark.process
+
 FAULTS = {
     (kind, name): answer
     for kind, table in ((READ, hostile.replies()), (AGAIN, hostile.unusable() | hostile.broken()), (LOST, hostile.refusals()), (ENDS, hostile.ends()))

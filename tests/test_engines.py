@@ -14,12 +14,14 @@ from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.play.policies import Batched
 
 
+@pytest.mark.slow
 def test_hf_keeps_the_contract(tmp_path):
     engine = create_engine("auto", "tiny", bf16=False)
     contract.check(engine, tmp_path)
     engine.close()
 
 
+@pytest.mark.slow
 def test_hf_keeps_the_contract_in_buffers_that_stay(tmp_path):
     engine = create_engine("hf", "tiny", bf16=False)
     asked = contract.requests()

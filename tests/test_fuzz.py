@@ -19,6 +19,8 @@ from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.rows import read_rows
 from qwen_vl_kit.store.traces import Store, fingerprint, load_episodes, merge_stores, protocol_of, read_sessions, total_usd
 
+pytestmark = pytest.mark.slow
+
 WEIRD = [None, "", "x", "-1", "1e999", "[", "[]", "[1]", '["do"', '{"a": 1}', '["' + "a" * 999 + '"]', b"\xff\xfe", b"", 0, -1, 2**62, 1e308,
          "\u0000", "[[[["]
 

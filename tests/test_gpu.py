@@ -7,7 +7,7 @@ import torch
 from qwen_vl_kit.engine.factory import create_engine
 from qwen_vl_kit.model.attention import attend
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def test_hf_keeps_the_contract_with_a_recorded_step(tmp_path):

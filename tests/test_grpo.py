@@ -24,6 +24,8 @@ from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.manifest import config_hash
 from qwen_vl_kit.store.traces import read_sessions
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 PLAY = dict(prompt="brief", render_size=144, horizon="s10")
 
 

@@ -20,6 +20,8 @@ from qwen_vl_kit.core import digest, read_jsonl
 from qwen_vl_kit.stages import collect, export, grpo, sft
 from qwen_vl_kit.store.traces import fingerprint
 
+pytestmark = pytest.mark.slow
+
 RECORD = Path(__file__).with_name("invariant.json")
 PROTOCOL = dict(prompt="brief", render_size=144, horizon="s20", progress=True)
 TRAINING = dict(model="tiny", threads=1, sequence_length=192, bf16=False)  # in 16 bits, processors differ in the third digit

@@ -7,11 +7,15 @@ import sqlite3
 import subprocess
 import sys
 
+import pytest
+
 from qwen_vl_kit.config import ExportConfig
 from qwen_vl_kit.core import read_jsonl, root
 from qwen_vl_kit.stages import export
 from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.traces import fingerprint
+
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 # Each life is a process of its own, forked from one that has imported everything; it ends by a real SIGKILL. Half of the lives are ended
 # from outside, some while after a number of episodes has been stored; the other half by the count of SQLite's statements.

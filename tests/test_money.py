@@ -29,6 +29,8 @@ from qwen_vl_kit.store.meter import Meter
 from qwen_vl_kit.store.prices import BOOK
 from qwen_vl_kit.store.traces import read_sessions
 
+pytestmark = pytest.mark.process
+
 PLAY = dict(prompt="brief", render_size=64, horizon="s4", teacher="model", engine="server", model="gpt-4o-mini", noise=0.0, concurrency=4)
 JUDGED = dict(judge="remote", judge_model="judge-1", retries=0)
 SCORE = says('{"score": 40, "why": "wood"}', prompt=500, completion=10)

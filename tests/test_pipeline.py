@@ -17,6 +17,8 @@ from qwen_vl_kit.show.viewer import best_viewer
 from qwen_vl_kit.stages import benchmark, collect, export, report
 from qwen_vl_kit.store.traces import fingerprint
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 SMALL = ["--set", 'collect.seeds="0-23"', "--set", 'collect.horizon="s20"', "--set", 'grpo.horizon="s20"',
          "--set", 'benchmark.horizon="s20"', "--set", "sft.max_steps=40", "--set", "sft.eval_steps=20",
          "--set", "sft.batch_size=32", "--set", "grpo.iterations=1", "--set", "grpo.groups=2", "--set", "grpo.group_size=4",

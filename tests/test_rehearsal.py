@@ -13,6 +13,8 @@ from commands import qvk
 
 from qwen_vl_kit.core import read_json, read_jsonl, root
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 SMALL = {"horizon": "s6", "collect.seeds": "0-5", "sft.max_steps": 2, "sft.eval_steps": 1, "sft.eval_rows": 4, "sft.batch_size": 4,
          "grpo.iterations": 1, "grpo.groups": 2, "grpo.group_size": 2, "grpo.batch_size": 4, "grpo.gradient_accumulation_steps": 1,
          "benchmark.seeds": "1000000-1000001"}

@@ -24,6 +24,8 @@ from qwen_vl_kit.stages import collect
 from qwen_vl_kit.store.ledger import Ledger
 from qwen_vl_kit.store.traces import load_episodes
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 # transformers wants torchvision for the video half of the processor only. Where it is missing, that half is left out; the rest is stock.
 START = "" if find_spec("torchvision") else """
 from transformers import Qwen3VLProcessor, processing_utils

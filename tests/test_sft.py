@@ -25,6 +25,8 @@ from qwen_vl_kit.protocol.turns import data_url
 from qwen_vl_kit.stages import benchmark, collect, export, sft
 from qwen_vl_kit.store import traces
 
+pytestmark = [pytest.mark.slow, pytest.mark.process]
+
 PLAY = dict(prompt="brief", render_size=144, horizon="s12")
 FAST = dict(model="random:tiny", sequence_length=128, bf16=False, threads=1, batch_size=8, max_steps=6, eval_steps=2, eval_rows=8)
 
@@ -97,6 +99,7 @@ def test_two_processes_learn_what_one_does(rows, tmp_path):
     assert two.numbers["processes"] == 2 and two.numbers["samples"] == one.numbers["samples"]
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_deepspeed_two_processes_learn_what_one_does(rows, tmp_path, stage):
     pytest.importorskip("deepspeed")
@@ -151,6 +154,7 @@ def test_checkpoints_of_another_division_are_refused(rows, tmp_path):
     assert sorted(str(path) for path in done.out.rglob("*")) == before
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("name", list(TRACKERS))
 def test_a_tracker_gets_the_figures(rows, tmp_path, name):
     pytest.importorskip(name)

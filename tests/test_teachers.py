@@ -32,6 +32,8 @@ from qwen_vl_kit.store.manifest import config_hash, priced
 from qwen_vl_kit.store.prices import BOOK
 from qwen_vl_kit.store.traces import load_episodes, read_sessions
 
+pytestmark = pytest.mark.process
+
 PLAY = dict(prompt="brief", render_size=64, horizon="s4", teacher="model", engine="server", model="gpt-4o-mini", noise=0.0, concurrency=4)
 EVAL = "configs/seed/eval_gpt4o_vision_proper.toml"
 

@@ -28,7 +28,8 @@ from qwen_vl_kit.stages import benchmark
 from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.traces import load_episodes
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm runs this where it is")
+pytestmark = [pytest.mark.slow, pytest.mark.process,
+              pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm runs this")]
 
 ALONE = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
          "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -22,6 +22,8 @@ from qwen_vl_kit.runner.workspace import CONFIG, prepare, settle, state
 from qwen_vl_kit.store import manifest
 from qwen_vl_kit.store.traces import episodes
 
+pytestmark = pytest.mark.process
+
 CALLS = ('{"call":1,"model":"m","worst":[9,9],"key":[],"again":0}\n'
          '{"call":1,"billed":false,"answered":false}\n')  # one that was refused
 NOTEBOOK = '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
