@@ -22,7 +22,7 @@ from qwen_vl_kit.model.adapters import attach
 from qwen_vl_kit.model.cards import base_notices, missing_facts, read_card, training_seeds
 from qwen_vl_kit.model.checkpoint import tiny_folder
 from qwen_vl_kit.model.loading import load_model, load_without_weights
-from qwen_vl_kit.play.policies import checked_card
+from qwen_vl_kit.play.policies import read_checked_card
 from qwen_vl_kit.stages import benchmark, grpo
 from qwen_vl_kit.stages.grpo import served
 
@@ -228,7 +228,7 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     numbers = benchmark.run(config, tmp_path / "benchmark").numbers
     assert numbers["seeds_not_told"] == ["sft", "grpo"] and numbers["adapters_name_base"] == {"sft": "somebody/else"}
     assert numbers["unknown_of_adapters"]["grpo"] == ["base weights", "prompt", "seeds"]
-    assert checked_card(foreign, config)["prompt_hash"] is None
+    assert read_checked_card(foreign, config)["prompt_hash"] is None
 
 
 def test_the_command_says_what_no_card_tells(tmp_path, capsys):

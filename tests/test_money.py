@@ -374,7 +374,7 @@ def test_a_judges_answers_are_kept_whatever_happens_to_others(at, tmp_path, faul
 def test_a_judges_answers_outlive_the_process(at, tmp_path):
     config, full, gate = settings(seeds="0-5", concurrency=2, **JUDGED), threading.Event(), threading.Event()
     script = f"from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; from qwen_vl_kit.learn import judge; c = config.CollectConfig(**{config.model_dump()}); " \
-             f"judge.judged(collect.run(c, {str(tmp_path)!r}), c)"
+             f"judge.judge_stores(collect.run(c, {str(tmp_path)!r}), c)"
 
     def judged(number):
         if number == 5:  # number 4 is in flight, too, and nothing else

@@ -25,7 +25,7 @@ from ..learn.devices import threads
 from ..model.cards import base_notices, matching_card, mismatched_base, missing_facts, read_card, training_seeds, weights_digest
 from ..model.checkpoint import tiny_folder
 from ..model.loading import model_notices
-from ..play.policies import EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy, checked_card
+from ..play.policies import EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy, read_checked_card
 from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
 from ..protocol.turns import prompt_hash
@@ -168,7 +168,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     """
     began, out = time.perf_counter(), resolve(out)
     adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, stage_folder(out).parent))}
-    cards = {arm: checked_card(path, config) for arm, path in adapters.items()}  # told before hours are spent on the other arms
+    cards = {arm: read_checked_card(path, config) for arm, path in adapters.items()}  # told before hours are spent on the other arms
     seeds = check_unseen(parse_seeds(config.seeds), config.model, adapters)
     unknown = {arm: parts for arm, card in cards.items() if (parts := missing_facts(card))}
     untold = [arm for arm, parts in unknown.items() if "seeds" in parts]  # nobody can say whether these have seen them

@@ -27,7 +27,7 @@ from ..model.cards import base_and_revision
 from ..model.loading import model_notices
 from ..model.loading import load_model
 from ..play.policies import (DaggerPolicy, EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy, Situation,
-                                       checked_card)
+                                       read_checked_card)
 from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
 from ..protocol.turns import prompt_hash
@@ -38,7 +38,7 @@ from ..store.traces import Store, episodes
 # %% ../../nbs/stages/01_collect.ipynb #91022f57
 def student(config: CollectConfig) -> EnginePolicy:
     "The model that plays under a teacher's eyes. Raises `InputError` when its adapter was trained under another prompt."
-    card = checked_card(config.student, config)
+    card = read_checked_card(config.student, config)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.seed)
     base = (config.model, config.revision) if config.model else base_and_revision(card)
     engine = HFEngine(load_model(*base, config.student, bf16=True), bf16=True)

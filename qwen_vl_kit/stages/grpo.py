@@ -39,7 +39,7 @@ from ..model.loading import model_notices
 from ..model.fast import apply_training_fast_paths
 from ..model.vision import VisionFeatureCache
 from ..model.loading import load_model
-from ..play.policies import EnginePolicy, checked_card
+from ..play.policies import EnginePolicy, read_checked_card
 from ..play.rollout import Replies, rollout
 from ..protocol import turns
 from ..protocol.episodes import Episode
@@ -415,7 +415,7 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     """
     began, out = time.perf_counter(), resolve(out)
     adapter = adapter_folder(config.adapter or stage_folder(out).parent / "sft" / "adapter")
-    card, seeds = checked_card(adapter, config), seeds_of(config)  # what is wrong is told before anything is written
+    card, seeds = read_checked_card(adapter, config), seeds_of(config)  # what is wrong is told before anything is written
     check_engine(config.engine)
     check_prices(config)
     if config.judge == "remote":
