@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core import InputError, adapter_folder, one_line
 from .adapter_files import check_attachable
 from .cards import matching_card
-from .checkpoint import LoadedModel, check_whole, read_json_object
+from .checkpoint import LoadedModel, check_tensors_complete, read_json_object
 from .fast import apply_fast_paths
 from .lora import is_4_bit
 
@@ -27,7 +27,7 @@ def attach(loaded: LoadedModel, adapter: str | Path, trainable: bool = False) ->
     elif trainable:
         raise InputError("these are whole weights, and what trains on is an adapter", folder, 'train sft with variety = "lora"')
     else:
-        check_whole(folder, read_json_object(folder / "config.json"))
+        check_tensors_complete(folder, read_json_object(folder / "config.json"))
         kind, dtype, loaded.model = type(loaded.model), loaded.model.dtype, None
         gc.collect()  # a model is full of circles
         loaded.model = kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
