@@ -21,9 +21,9 @@ import re
 import sys
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #981857e6
+# %% ../nbs/00_core.ipynb #71619a67
 class InputError(ValueError):
-    "Bad input, told in one line: what, where, the fix. The command line exits with 2 on it."
+    "Bad input, reported on one line: what is wrong, where, how to fix it. The command line exits with 2 on it."
 
     def __init__(self, what: str, where: object = None, fix: str = "", code: str = ""):
         self.what, self.where, self.fix = what, where, fix
@@ -32,7 +32,7 @@ class InputError(ValueError):
 
 
 class StageError(RuntimeError):
-    "A stage cannot go on, and the message says all that is to be known: it is reported without its class."
+    "A stage cannot continue; the message says all there is to know, so it is reported without its class."
 
 
 class OverBudget(StageError):
@@ -40,15 +40,20 @@ class OverBudget(StageError):
 
 
 class TrainingStopped(StageError):
-    "Training cannot go on as it is set; its checkpoints are kept."
+    "Training cannot continue with these settings; its checkpoints are kept."
 
-# %% ../nbs/00_core.ipynb #811e6ee3
+# %% ../nbs/00_core.ipynb #4579558b
 _PLACES = {
-    errno.EACCES: "check the rights of the folder, or name another one", errno.EPERM: "check the rights of the folder, or name another one",
-    errno.ENOTDIR: "a part of that path is a file; name another folder", errno.EEXIST: "a file stands there; name another folder",
-    errno.EISDIR: "a folder stands there; name a file", errno.EROFS: "nothing can be written on that disk; name another folder",
-    errno.ENAMETOOLONG: "give it a shorter name", errno.ELOOP: "its links lead round in a circle; name another folder",
-    errno.ENOSPC: "free some space, then give the same command again", errno.EDQUOT: "free some space, then give the same command again"}
+    errno.EACCES: "check the rights of the folder, or name another one",
+    errno.EPERM: "check the rights of the folder, or name another one",
+    errno.ENOTDIR: "a part of that path is a file; name another folder",
+    errno.EEXIST: "there is a file of that name; name another folder",
+    errno.EISDIR: "there is a folder of that name; name a file",
+    errno.EROFS: "nothing can be written on that disk; name another folder",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ELOOP: "its links form a circle; name another folder",
+    errno.ENOSPC: "free some space, then give the same command again",
+    errno.EDQUOT: "free some space, then give the same command again"}
 
 
 def one_line(error: BaseException) -> str:
@@ -61,7 +66,8 @@ def as_input_error(error: OSError, where: object = None) -> InputError | None:
     fix; None for any other."""
     if error.errno not in _PLACES:
         return None
-    return InputError(os.strerror(error.errno).lower(), error.filename2 or error.filename or where, _PLACES[error.errno])
+    place = error.filename2 or error.filename or where
+    return InputError(os.strerror(error.errno).lower(), place, _PLACES[error.errno])
 
 # %% ../nbs/00_core.ipynb #fd9a29e1
 @contextlib.contextmanager
@@ -80,31 +86,34 @@ def nearest(name: str, known) -> str:
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)
 
-# %% ../nbs/00_core.ipynb #cdc8b1a4
+# %% ../nbs/00_core.ipynb #c7db84f9
 def root() -> Path:
     "The project's folder: `QVK_ROOT`, or the nearest parent that holds settings.ini, or the current folder."
     if os.environ.get("QVK_ROOT"):
-        return _expanded(os.environ["QVK_ROOT"]).resolve()
+        return _expand_home(os.environ["QVK_ROOT"]).resolve()
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file()), here)
 
 
 def resolve(path: str | Path) -> Path:
     "`path` itself if absolute, else below `root()`; a leading `~` is the home folder."
-    path = _expanded(path)
+    path = _expand_home(path)
     return path if path.is_absolute() else root() / path
 
 
-def _expanded(path: str | Path) -> Path:
+def _expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # unlike Path.expanduser, leaves the `~` of a user that nobody knows as it is
 
-# %% ../nbs/00_core.ipynb #120bbcb1
+# %% ../nbs/00_core.ipynb #6b402f32
+def _holds_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("qvk.json", "adapter_config.json"))
+
+
 def adapter_folder(path: str | Path) -> Path:
     """Where an adapter lies: in the folder `path`, or, when that is the folder of the stage that trained it, in
     `adapter` below."""
     path = resolve(path)
-    here, below = (any((folder / name).is_file() for name in ("qvk.json", "adapter_config.json")) for folder in (path, path / "adapter"))
-    return path / "adapter" if below and not here else path
+    return path / "adapter" if _holds_adapter(path / "adapter") and not _holds_adapter(path) else path
 
 # %% ../nbs/00_core.ipynb #7d8b9c9d
 def display_path(path: Path) -> str:
@@ -183,11 +192,12 @@ def read_json(path: str | Path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error})", path, "run the stage that writes it again") from None
 
-# %% ../nbs/00_core.ipynb #a56a2258
+# %% ../nbs/00_core.ipynb #579ba2ed
 def clean_text(text: str, controls: bool = False) -> str:
     """`text` with U+FFFD in place of lone surrogates and NULs, and of every control character but tabs and line ends
     if `controls`."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]" if controls else r"[\x00\ud800-\udfff]", "\ufffd", text)
+    unwanted = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]" if controls else r"[\x00\ud800-\udfff]"
+    return re.sub(unwanted, "\ufffd", text)
 
 # %% ../nbs/00_core.ipynb #8baeecb4
 def dumps(row) -> str:
@@ -231,18 +241,17 @@ def is_installed(module: str) -> bool:
     from importlib.util import find_spec
     return find_spec(module) is not None
 
-# %% ../nbs/00_core.ipynb #e677e675
+# %% ../nbs/00_core.ipynb #a3982a14
 def digest(value) -> str:
     "sha256 in hex of bytes, of a string, of a file (`Path`), or of anything JSON can say (keys sorted)."
     if isinstance(value, Path):
         with open(value, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if not isinstance(value, bytes):
-        value = value if isinstance(value, str) else json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        value = value.encode()
-    return hashlib.sha256(value).hexdigest()
+    if not isinstance(value, (bytes, str)):
+        value = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()
 
-# %% ../nbs/00_core.ipynb #8a169fe8
+# %% ../nbs/00_core.ipynb #79ed0584
 MOST_SEEDS = 10_000_000
 LARGEST_SEED = 2**63 - 1  # of a world; SQLite has no larger integers
 
@@ -256,7 +265,8 @@ def parse_seeds(spec: str | int | list) -> list[int]:
         out = []
         for part in spec.split(","):
             low, dash, high = part.strip().partition("-")
-            if not low.isdecimal() or (dash and not high.isdecimal()) or max(int(low[:20]), int(high[:20] or 0)) > LARGEST_SEED:
+            numbers = (low, high) if dash else (low,)
+            if not all(number.isdecimal() and int(number[:20]) <= LARGEST_SEED for number in numbers):
                 raise InputError(f"cannot read seeds from {spec[:80]!r}", fix=fix)
             if dash and int(high) < int(low):
                 raise InputError(f"seeds {part.strip()!r} run backwards", fix=fix)
@@ -279,7 +289,7 @@ def seed_spec(seeds) -> str:
             spans.append([seed, seed])
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
 
-# %% ../nbs/00_core.ipynb #378b60e1
+# %% ../nbs/00_core.ipynb #c2cba775
 def progress(iterable=None, total: int | None = None, what: str = "", done: int = 0):
     """A tqdm bar on standard error (or in the file that `QVK_PROGRESS` names) that appears after two seconds; `done`
     of it was done before."""
@@ -287,8 +297,8 @@ def progress(iterable=None, total: int | None = None, what: str = "", done: int 
     target = os.environ.get("QVK_PROGRESS")
     file = open(target, "a", buffering=1, encoding="utf-8") if target else sys.stderr
     quiet = not target and ("IN_TEST" in os.environ or not sys.stderr.isatty() and "ipykernel" not in sys.modules)
-    return tqdm(iterable, total=total, initial=done, desc=what, file=file, delay=2, mininterval=1, dynamic_ncols=not target,
-                ncols=100 if target else None, leave=False, disable=quiet)
+    return tqdm(iterable, total=total, initial=done, desc=what, file=file, delay=2, mininterval=1,
+                dynamic_ncols=not target, ncols=100 if target else None, leave=False, disable=quiet)
 
 # %% ../nbs/00_core.ipynb #ed0fadf9
 def notify(line: str) -> None:

@@ -65,7 +65,8 @@ def guard() -> None:
 # %% ../nbs/02_process.ipynb #f21a591d
 @contextlib.contextmanager
 def child_process(command: list, log: Path, env: dict | None = None, grace: float = 10.0):
-    """Run `command` during the block; its `Popen`. When the block or this process ends, the command and all its descendants are ended.
+    """Run `command` during the block and yield its `Popen`. When the block or this process ends, so do the command and
+    all its descendants.
 
     Parameters
     ----------
@@ -80,8 +81,8 @@ def child_process(command: list, log: Path, env: dict | None = None, grace: floa
     """
     start_guard = [sys.executable, "-c", "from qwen_vl_kit.process import guard; guard()", str(os.getpid()), str(grace)]
     with open(log, "wb") as output:
-        process = subprocess.Popen([*start_guard, *map(str, command)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   start_new_session=True, env=os.environ | (env or {}))
+        process = subprocess.Popen([*start_guard, *map(str, command)], stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, start_new_session=True, env=os.environ | (env or {}))
     try:
         yield process
     finally:
