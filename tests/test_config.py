@@ -8,7 +8,7 @@ import pytest
 
 from qwen_vl_kit.config import STAGES, to_toml, validate
 from qwen_vl_kit.core import InputError, resolve
-from qwen_vl_kit.foreign.tomls import NESTED, _flat, translate
+from qwen_vl_kit.foreign.tomls import NESTED, flat_keys, translate
 from qwen_vl_kit.runner.configs import load_config, read_toml
 
 SEED = {"crafter_qwen3vl_2b_gpt4o.toml": "efd6e19911bf1a81035e54fb0018555a30ae4dffcce3f143fc8c9daacb9ff52e",
@@ -154,7 +154,7 @@ def test_every_key_of_a_nested_toml_acts_or_is_named(name, stage):
         "algorithm.type", "algorithm.method", "algorithm.variety", "training.mode", "hyperparameters.train_kind", "topology.type",
         "hyperparameters.parallelism.deepspeed_stage", "vllm.tensor_parallel_size", "eval.policy_config.model",
         "eval.policy_config.max_llm_calls", "eval.policy_config.use_vision"}
-    for dotted, _ in _flat(document, NESTED[stage]):
+    for dotted, _ in flat_keys(document, NESTED[stage]):
         table, _, key = dotted.rpartition(".")
         notice = re.compile(rf"(\[{re.escape(table)}\]|warning:) [\w, ]*\b{key}\b")
         assert dotted in acting or dotted in confirmed or any(map(notice.match, translated.notices)), dotted

@@ -330,7 +330,7 @@ def test_a_key_of_the_seeds_filter_acts(tmp_path, line, field, value):
     ("min_rewrd = 1", "unknown key 'filter.min_rewrd' for export; did you mean 'filter.min_reward'?"),
     ('min_official_score = "abc"', "key 'filter.min_official_score': input should be a valid number"),
     ("min_official_score = nan", "key 'filter.min_official_score'"),
-    ("filter_errors = false", "key 'filter.filter_errors': false is not to be had"),
+    ("filter_errors = false", "key 'filter.filter_errors': false is not supported"),
     ("min_judge_scores = {a = 0.5, b = 0.5}", "is not one judge and its score"),
     ('min_created_at = "soon"', "key 'filter.min_created_at': write a date")])
 def test_a_bad_key_of_the_seeds_filter_is_told(tmp_path, line, says):
