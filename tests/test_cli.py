@@ -248,7 +248,7 @@ def test_a_store_is_made_where_the_user_stands(collected, tmp_path):
 
 
 @pytest.mark.parametrize("out, says", [("a\udcff", "not UTF-8"), ("x" * 300, "file name too long; give it a shorter name"),
-                                       ("circle", "symbolic links"), ("file", "is a file; name another folder"), ("nowhere", "a file stands there")])
+                                       ("circle", "symbolic links"), ("file", "is a file; name another folder"), ("nowhere", "there is a file of that name")])
 def test_names_that_cannot_be_are_one_line(tmp_path, out, says, capsys, monkeypatch):
     monkeypatch.setattr(notebook, "execute", None)
     (tmp_path / "file").write_text("")
