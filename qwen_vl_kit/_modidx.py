@@ -721,6 +721,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'qwen_vl_kit/game/creatures.py'),
                                             'qwen_vl_kit.game.creatures._PairPositions.toward': ( 'game/creatures.html#_pairpositions.toward',
                                                                                                   'qwen_vl_kit/game/creatures.py')},
+            'qwen_vl_kit.game.description': { 'qwen_vl_kit.game.description.Game': ( 'game/description.html#game',
+                                                                                     'qwen_vl_kit/game/description.py')},
             'qwen_vl_kit.game.gym': { 'qwen_vl_kit.game.gym._Episodes': ('game/gym.html#_episodes', 'qwen_vl_kit/game/gym.py'),
                                       'qwen_vl_kit.game.gym._Episodes.__reduce__': ( 'game/gym.html#_episodes.__reduce__',
                                                                                      'qwen_vl_kit/game/gym.py'),
