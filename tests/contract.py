@@ -108,7 +108,7 @@ def check(engine, tmp_path: Path, limit: float = 1e-4) -> None:
     assert max(map(trained[2].gap, asked, after)) < limit
     assert close(engine.generate(asked, SAMPLING, names[1]), canary) and close(engine.generate(asked, SAMPLING), cold)
     for wrong, says in ((lambda: engine.generate(asked, SAMPLING, names[0]), "no adapter is called"),  # let go
-                        (lambda: engine.set_policy(2, folders[2]), "a higher one")):
+                        (lambda: engine.set_policy(2, folders[2]), "a higher number")):
         try:
             wrong()
         except ValueError as error:

@@ -7,8 +7,8 @@ from qwen_vl_kit.core import InputError, read_json, write_json
 from qwen_vl_kit.engine import factory
 from qwen_vl_kit.engine import vllm as engine_vllm
 from qwen_vl_kit.engine.base import EngineDied
-from qwen_vl_kit.engine.decode import CudaGraphDecoder
 from qwen_vl_kit.engine.factory import choose_engine, create_engine
+from qwen_vl_kit.engine.graph import CudaGraphDecoder
 from qwen_vl_kit.engine.hf import HFEngine
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.play.policies import Batched
