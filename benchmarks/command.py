@@ -13,7 +13,7 @@ import sys
 from .page import hardware, header, page
 from .race import NotComparable
 from qwen_vl_kit.core import InputError, nearest, resolve, write_json
-from qwen_vl_kit.learn import training
+from qwen_vl_kit.learn.devices import threads as torch_threads
 
 # %% ../nbs/perf/command.ipynb #3b1a639f
 NAMES = ("env", "equality", "store", "teachers", "generation", "sft", "grpo")
@@ -50,7 +50,7 @@ def measure(name: str, seconds: float = 10.0, threads: int = 1, **options) -> li
     module = importlib.import_module(f"benchmarks.{name}")
     if name not in _WITH_MODEL:
         return module.measure(seconds, **options)
-    with training.threads(threads):
+    with torch_threads(threads):
         return module.measure(seconds, **options)
 
 # %% ../nbs/perf/command.ipynb #e01ca8ad

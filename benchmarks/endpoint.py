@@ -18,12 +18,12 @@ import urllib.request
 
 from .race import child_environment
 
-# %% ../nbs/perf/endpoint.ipynb #058e29ca
+# %% ../nbs/perf/endpoint.ipynb #4e49ace4
 _MESSAGE = {"role": "assistant", "content": "go on -> move_right"}
 ANSWER = {"choices": [{"index": 0, "finish_reason": "stop", "message": _MESSAGE}],
           "usage": {"prompt_tokens": 900, "completion_tokens": 8, "total_tokens": 908}}
 
-
+# %% ../nbs/perf/endpoint.ipynb #9a34616b
 class Endpoint:
     "Answers POST after `delay` seconds with `ANSWER`, and GET with the times of all POSTs since the last GET."
 
@@ -58,7 +58,7 @@ async def main(delay: float) -> None:
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
-# %% ../nbs/perf/endpoint.ipynb #1adfefaf
+# %% ../nbs/perf/endpoint.ipynb #e61b9dba
 @contextlib.contextmanager
 def temporary_environment(**values):
     "Within the block, environment variables have these values."
@@ -72,7 +72,7 @@ def temporary_environment(**values):
             if value is not None:
                 os.environ[name] = value
 
-
+# %% ../nbs/perf/endpoint.ipynb #67f5732e
 @contextlib.contextmanager
 def endpoint(delay: float):
     "The base URL of an endpoint that answers after `delay` seconds; the environment points to it within the block."

@@ -68,7 +68,7 @@ class StockGame:
     def heal(self) -> None:
         self.env._player.health = 9
 
-# %% ../nbs/perf/env.ipynb #76b1958f
+# %% ../nbs/perf/env.ipynb #b8bb1d2d
 FRESH_SEEDS = itertools.count(5_000_000)
 
 
@@ -76,7 +76,7 @@ def reset_seconds(game) -> float:
     "Seconds that a new world takes, with its first frame."
     return seconds_of(lambda: game.reset(next(FRESH_SEEDS)))
 
-
+# %% ../nbs/perf/env.ipynb #c558f203
 def episode_seconds(game) -> float:
     "Seconds of an episode of 50 steps in a new world, each with its frame."
     seed, actions = next(FRESH_SEEDS), [1, 2, 3, 4, 5] * 10
@@ -88,10 +88,10 @@ def episode_seconds(game) -> float:
                 break
     return seconds_of(play)
 
-# %% ../nbs/perf/env.ipynb #72f5d794
+# %% ../nbs/perf/env.ipynb #c0eee8a3
 DUSK = 149  # steps of a day, after which its 120 darkest begin
 
-
+# %% ../nbs/perf/env.ipynb #90090c9d
 class StepTimer:
     "Random play from one time of the day on: a call takes 24 steps with their frames and returns the seconds per step."
 
@@ -128,14 +128,14 @@ def restore_timers(ours: OurGame, stock: StockGame) -> tuple:
     return (lambda: seconds_of(lambda: ours.world.restore(snapshot).frame),
             lambda: seconds_of(lambda: copy.deepcopy(copied).render()))
 
-# %% ../nbs/perf/env.ipynb #db139823
+# %% ../nbs/perf/env.ipynb #13534ece
 def pillow_png(frame) -> bytes:
     "A frame as PNG, by Pillow."
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "PNG")
     return file.getvalue()
 
-
+# %% ../nbs/perf/env.ipynb #f869c3bb
 def day_frames(size: int) -> list:
     "Twelve frames by day, from random play in three worlds."
     world, random, frames = World(size, length=100), np.random.default_rng(0), []
@@ -186,7 +186,7 @@ def rows_here(seconds: float, sizes: tuple) -> list[dict]:
     rows = [race_row(what + suffix, race(*pair, share), unit) for what, pair, unit in contests(sizes)]
     return rows if compiled() else rows + png_rows(sizes[-1], share)
 
-# %% ../nbs/perf/env.ipynb #23dbde13
+# %% ../nbs/perf/env.ipynb #af07b6af
 def rows_without_numba(seconds: float, sizes: tuple) -> list[dict]:
     "The table, measured by another process that cannot import numba."
     code = ("import sys; sys.modules['numba'] = None; import json; from benchmarks import env; "
@@ -195,7 +195,7 @@ def rows_without_numba(seconds: float, sizes: tuple) -> list[dict]:
                            stdout=subprocess.PIPE, text=True)
     return json.loads(child.stdout)
 
-
+# %% ../nbs/perf/env.ipynb #4faa3775
 def measure(seconds: float, sizes: tuple = (64, 288)) -> list[dict]:
     "Episodes, steps, resets and PNG, ours and stock; without numba, and with it where it is installed."
     if not compiled():
@@ -204,7 +204,7 @@ def measure(seconds: float, sizes: tuple = (64, 288)) -> list[dict]:
     with_numba = {r["what"].removesuffix(_WITH_NUMBA): r for r in rows_here(seconds / 2, sizes)}
     return [r for one in plain for r in (one, with_numba.get(one["what"])) if r]
 
-# %% ../nbs/perf/env.ipynb #fe308b87
+# %% ../nbs/perf/env.ipynb #e3ae746c
 def night_scene(size: int) -> tuple:
     "Ours and stock's at night: our painter, the day's and the night's scene, and a stock environment."
     scene, ours = World(size).reset(0).scene, painter(size, size)
@@ -213,19 +213,17 @@ def night_scene(size: int) -> tuple:
     stock._world.daylight = 0.1
     return ours, scene._replace(daylight=1.0), scene._replace(daylight=0.1), stock
 
-
+# %% ../nbs/perf/env.ipynb #bc2aaa0d
 def night_parts(size: int = 288, rounds: int = 15) -> list[dict]:
     "Median milliseconds of a frame by night, and of its parts: rows of `what` and `ms`."
     ours, day, night, stock = night_scene(size)
     ground = np.ascontiguousarray(ours.draw(day)[:7 * ours.unit[1], :9 * ours.unit[0]])
     noise, out = night_noise(0, 0, *ground.shape[:2]), np.empty_like(ground)
-    parts = {
-        "a frame by day": lambda: ours.draw(day),
-        "a frame by night": lambda: ours.draw(night),
-        "- noise": lambda: night_noise(0, 0, *ground.shape[:2]),
-        "- all sums, numpy": lambda: _night_sum(ground, noise, 0.1),
-        "  - fading alone, Pillow": lambda: np.asarray(ImageEnhance.Color(Image.fromarray(ground)).enhance(0.4)),
-    }
+    parts = {"a frame by day": lambda: ours.draw(day),
+             "a frame by night": lambda: ours.draw(night),
+             "- noise": lambda: night_noise(0, 0, *ground.shape[:2]),
+             "- all sums, numpy": lambda: _night_sum(ground, noise, 0.1),
+             "  - fading alone, Pillow": lambda: np.asarray(ImageEnhance.Color(Image.fromarray(ground)).enhance(0.4))}
     if compiled():
         sums = _compiled(_night_loop)
         parts["- all sums, numba"] = lambda: sums(ground, noise, 0.1, _vignette(*noise.shape), _faded(), out)

@@ -40,16 +40,16 @@ class ReproducibleStock(crafter.Env):
         order = {id(obj): number for number, obj in enumerate(self._world._objects)}
         super()._balance_object(chunk, sorted(objs, key=lambda obj: order[id(obj)]), *args)
 
-# %% ../nbs/perf/equality.ipynb #375cf607
+# %% ../nbs/perf/equality.ipynb #13434bfb
 STOCK_KINDS = [objects.Player, objects.Cow, objects.Zombie, objects.Skeleton, objects.Arrow, objects.Plant]
 OUR_KINDS = [getattr(creatures, kind.__name__) for kind in STOCK_KINDS]
 
-
+# %% ../nbs/perf/equality.ipynb #c47b1193
 def _creature_state(creature, kinds: list) -> tuple:
     age = getattr(creature, "grown", 0), getattr(creature, "cooldown", 0)
     return (kinds.index(type(creature)), *map(int, creature.pos), creature.health, *age)
 
-
+# %% ../nbs/perf/equality.ipynb #5184b6c2
 def game_state(world, kinds: list) -> dict:
     "What decides how a game continues: the map, the creatures in order of birth, the state of the random generator."
     _, key, position, *_ = world.random.get_state()
@@ -83,20 +83,20 @@ class Pair:
         if difference := first_difference(ours, stock):
             raise NotComparable(f"the games differ: seed {self.seed}, step {step}: {difference}")
 
-# %% ../nbs/perf/equality.ipynb #65bf6867
+# %% ../nbs/perf/equality.ipynb #b56a24c1
 @patch
 def step(self: Pair, action: str):
     "One step of both; returns ours."
     frame, reward, done, info = self.stock.step(ACTIONS.index(action))
     info["player_pos"] = tuple(map(int, info["player_pos"]))
-    step = self.world.step(action)
-    ours = dict(step.info, frame=step.observation.frame, reward=step.reward, done=step.done,
+    result = self.world.step(action)
+    ours = dict(result.info, frame=result.observation.frame, reward=result.reward, done=result.done,
                 semantic=engine.SemanticView(self.world._game.map, OUR_KINDS)(),
-                inventory=step.observation.inventory, player_pos=step.info["position"])
-    self._compare(step.observation.step, ours, dict(info, frame=frame, reward=reward, done=done))
-    return step
+                inventory=result.observation.inventory, player_pos=result.info["position"])
+    self._compare(result.observation.step, ours, dict(info, frame=frame, reward=reward, done=done))
+    return result
 
-# %% ../nbs/perf/equality.ipynb #2f6b7c9f
+# %% ../nbs/perf/equality.ipynb #d91ce780
 @patch
 def set(self: Pair, clock: int | None = None, **inventory) -> None:
     "Change the clock or what the player holds, in both games."
@@ -105,7 +105,7 @@ def set(self: Pair, clock: int | None = None, **inventory) -> None:
     if clock is not None:
         self.stock._step = self.world._game.clock = clock
 
-
+# %% ../nbs/perf/equality.ipynb #da562a6b
 @patch
 def ripen(self: Pair) -> None:
     "Let saplings ripen within six steps, in both games."
@@ -113,19 +113,19 @@ def ripen(self: Pair) -> None:
         if isinstance(creature, objects.Plant):
             creature.grown = max(creature.grown, 295)
 
-# %% ../nbs/perf/equality.ipynb #ec4c9d3e
+# %% ../nbs/perf/equality.ipynb #b2147003
 _CREATURES = ("player", "cow", "zombie", "skeleton", "arrow", "plant", "plant-ripe")
 FEATURES = ["steps compared", "by night", "asleep", "asleep by night",
             *(f"in sight: {name}" for name in _CREATURES), *(f"in sight: {name}" for name in constants.materials),
             *(f"held: {name}" for name in constants.items), *(f"unlocked: {name}" for name in ACHIEVEMENTS), "deaths"]
 
-
+# %% ../nbs/perf/equality.ipynb #f86f2232
 def _in_sight(scene) -> set[str]:
     textures = [texture for _, texture in scene.creatures]
     kinds = {texture if texture in _CREATURES else texture.partition("-")[0] for texture in textures}
     return kinds | {constants.materials[number - 1] for number in set(scene.materials) if number}
 
-
+# %% ../nbs/perf/equality.ipynb #6a8bdf1f
 def step_features(step) -> set[str]:
     "Those of `FEATURES` that a step had."
     now, dark = step.observation, step.observation.daylight < 0.5

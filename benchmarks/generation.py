@@ -32,7 +32,7 @@ def expert_prompts(count: int) -> list:
             prompts.append(turns.prompt(config, episode.turns[:index], turn.frame, turn.text, urls=False))
     return prompts[:count]
 
-# %% ../nbs/perf/generation.ipynb #31dab7b4
+# %% ../nbs/perf/generation.ipynb #f8026ddf
 def stock_inputs(processor, prompts: list) -> dict:
     "The inputs of a batch of prompts, made by the processor alone."
     parts = [part for messages in prompts for part in messages[1]["content"]]
@@ -41,7 +41,7 @@ def stock_inputs(processor, prompts: list) -> dict:
     texts = [render(messages, tokenize=False, add_generation_prompt=True) for messages in prompts]
     return processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
 
-
+# %% ../nbs/perf/generation.ipynb #58fc2cba
 def stock_replies(model, processor, prompts: list, new_tokens: int) -> list[str]:
     "Replies of `model.generate` to a batch of prompts: `new_tokens` tokens each, drawn at temperature 1."
     inputs = stock_inputs(processor, prompts).to(model.device)
@@ -52,14 +52,14 @@ def stock_replies(model, processor, prompts: list, new_tokens: int) -> list[str]
     assert all(len(ids) == new_tokens for ids in new)
     return processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
-# %% ../nbs/perf/generation.ipynb #6165c214
+# %% ../nbs/perf/generation.ipynb #ae2a9df3
 def endless_engine(model: str):
     "Our engine on a model, which never stops early."
     engine = HFEngine(load_model(model, bf16=use_bf16()), bf16=use_bf16())
     engine.end_ids = (-1,)
     return engine
 
-
+# %% ../nbs/perf/generation.ipynb #b303832f
 def measure(seconds: float, model: str = "random:tiny", batch: int = 32, new_tokens: int = 24) -> list[dict]:
     "Decisions per second of `HFEngine` and of `model.generate`."
     prompts, engine = expert_prompts(batch), endless_engine(model)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['iteration_config', 'write_adapter', 'check_iterations', 'step_seconds', 'our_step', 'our_cost', 'median_cost',
-           'alternate', 'cost_rows', 'volume_rows', 'measure', 'check_options']
+           'alternate', 'cost_rows', 'volume_rows', 'run_sides', 'comparison_rows', 'check_options', 'measure']
 
 # %% ../nbs/perf/grpo.ipynb #733e3417
 import gc
@@ -56,7 +56,7 @@ def write_adapter(config: GRPOConfig, folder: Path):
     shape, loaded.model = loaded.model.config, None
     return loaded.processor, shape
 
-# %% ../nbs/perf/grpo.ipynb #fd170f63
+# %% ../nbs/perf/grpo.ipynb #29639e6b
 _MEASURED = ("rollout", "update", "sync")
 
 
@@ -66,7 +66,7 @@ def check_iterations(lines: list[dict], steps: int) -> None:
         if line["turns_with_advantage"] < 0.9 * steps:
             raise NotComparable(f"not all of {steps} turns were played and trained on: {line}")
 
-
+# %% ../nbs/perf/grpo.ipynb #61f8410a
 def step_seconds(lines: list[dict]) -> dict:
     "Seconds of an environment step by part, median of all iterations but the first."
     spent = []
@@ -75,7 +75,7 @@ def step_seconds(lines: list[dict]) -> dict:
         spent.append(parts | {"rest": (line["seconds"] - before["seconds"]) / line["turns"] - sum(parts.values())})
     return {part: statistics.median(parts[part] for parts in spent) for part in spent[0]}
 
-# %% ../nbs/perf/grpo.ipynb #fb925149
+# %% ../nbs/perf/grpo.ipynb #110eaede
 def our_step(config: GRPOConfig, processor, shape, reply_tokens: int) -> tuple[int, float]:
     "Tokens that are read for an environment step, and the FLOP of training on it."
     frame = np.zeros((config.render_size, config.render_size, 3), np.uint8)
@@ -83,7 +83,7 @@ def our_step(config: GRPOConfig, processor, shape, reply_tokens: int) -> tuple[i
     grids = patchify(processor, [frame])[1].tolist()
     return prompt_tokens, update_flop(shape, [prompt_tokens + reply_tokens], reply_tokens, grids)
 
-
+# %% ../nbs/perf/grpo.ipynb #0cf88e9a
 def our_cost(config: GRPOConfig, out: Path, words: int = 0) -> Cost:
     "What an environment step costs `grpo.run`, with replies of `words` tokens; 0: as many as a tool call has."
     processor, shape = write_adapter(config, out / "adapter")
@@ -99,12 +99,12 @@ def our_cost(config: GRPOConfig, out: Path, words: int = 0) -> Cost:
     return Cost(**step_seconds(lines), tokens_read=prompt_tokens, tokens_generated=reply_tokens,
                 flop=flop * trained_share, memory=peak_memory())
 
-# %% ../nbs/perf/grpo.ipynb #452a1338
+# %% ../nbs/perf/grpo.ipynb #76216ab6
 def median_cost(all_costs: list[Cost]) -> Cost:
     "The median of each field."
     return Cost(*map(statistics.median, zip(*all_costs)))
 
-
+# %% ../nbs/perf/grpo.ipynb #68668ec6
 def alternate(runs: dict, seconds: float) -> dict:
     """The median cost of each of `runs` (name: function of a folder that returns a `Cost`).
 
@@ -119,7 +119,7 @@ def alternate(runs: dict, seconds: float) -> dict:
                 spent[name].append(run(Path(tmpdir)))
     return {name: median_cost(each) for name, each in spent.items()}
 
-# %% ../nbs/perf/grpo.ipynb #91b8f41f
+# %% ../nbs/perf/grpo.ipynb #cc9088f5
 _PARTS = ("rollout", "update", "sync", "rest")
 
 
@@ -132,7 +132,7 @@ def cost_rows(what: str, total: int, ours: Cost, stock: Cost | None) -> list[dic
             *(both(f"- {part}", lambda cost, part=part: 1e3 * getattr(cost, part), "ms") for part in _PARTS),
             both(f"an iteration of {total} steps", lambda cost: total * cost.seconds, "s")]
 
-
+# %% ../nbs/perf/grpo.ipynb #5c6e3537
 def volume_rows(ours: Cost, stock: Cost | None) -> list[dict]:
     "The rows of steps and tokens per second, and on a GPU of MFU and memory."
     def both(label: str, figure, unit: str, **more) -> dict:
@@ -148,7 +148,38 @@ def volume_rows(ours: Cost, stock: Cost | None) -> list[dict]:
         rows.append(both("GPU memory at most", lambda cost: cost.memory, "GB"))
     return rows
 
-# %% ../nbs/perf/grpo.ipynb #cc881342
+# %% ../nbs/perf/grpo.ipynb #bda6ad92
+def run_sides(config: GRPOConfig, seconds: float, words: int, alone: bool) -> dict:
+    "The median costs of ours, of ours with replies of `words` tokens, and of stock; of ours only if it is `alone`."
+    our_config = config.model_copy(update={"iterations": 4 if "tiny" in config.model else 2})
+    runs = {"ours": partial(our_cost, our_config)}
+    if not alone:
+        runs |= {"short": partial(our_cost, our_config, words=words), "stock": partial(stock_cost, config)}
+    with tool_call_words():
+        return alternate(runs, seconds)
+
+# %% ../nbs/perf/grpo.ipynb #bb657fc5
+def comparison_rows(config: GRPOConfig, steps: int, sides: dict) -> list[dict]:
+    "The whole table of what `run_sides` returned, for episodes of `steps` turns."
+    ours, stock, total = sides["ours"], sides.get("stock"), config.groups * config.group_size * steps
+    size = f"{config.groups} x {config.group_size} episodes of {steps} turns"
+    what = f"GRPO, {config.model}, {config.engine}, {size}, {ours.tokens_generated:g} reply tokens"
+    rows = cost_rows(what, total, ours, stock) + volume_rows(ours, stock)
+    if short := sides.get("short"):
+        replies = f"{short.tokens_generated:g} reply tokens of ours, {ours.tokens_generated:g} of the tool call"
+        rows += cost_rows(f"the same with {replies}", total, short, stock)
+    return rows
+
+# %% ../nbs/perf/grpo.ipynb #52807c4f
+def check_options(engine: str, groups: int, members: int, steps: int) -> None:
+    "Refuse what cannot be measured with an `InputError`."
+    if engine not in ("hf", "vllm"):
+        raise InputError(f"GRPO is not measured with engine {engine!r}", fix="give hf or vllm")
+    if min(groups, members, steps) < 0 or members == 1:
+        raise InputError(f"{groups} groups of {members} episodes of {steps} turns",
+                         fix="give a group or more, of two members or more")
+
+# %% ../nbs/perf/grpo.ipynb #c1c484ba
 def measure(seconds: float, model: str = "random:tiny", groups: int = 0, members: int = 0, steps: int = 20,
             words: int = 9, engine: str = "hf", alone: bool = False) -> list[dict]:
     """What an environment step costs, played and trained on, ours and stock.
@@ -167,29 +198,6 @@ def measure(seconds: float, model: str = "random:tiny", groups: int = 0, members
         leave stock out, which takes minutes where episodes are many and long; replies are as long as a tool call
     """
     check_options(engine, groups, members, steps)
-    tiny = "tiny" in model
-    config = iteration_config(model, groups or (2 if tiny else 8), members or (4 if tiny else 8), steps, engine)
-    our_config = config.model_copy(update={"iterations": 4 if tiny else 2})  # ours are short
-    runs = {"ours": partial(our_cost, our_config)}
-    if not alone:
-        runs |= {"short": partial(our_cost, our_config, words=words), "stock": partial(stock_cost, config)}
-    with tool_call_words():
-        sides = alternate(runs, seconds)
-    total, ours, stock = config.groups * config.group_size * steps, sides["ours"], sides.get("stock")
-    size = f"{config.groups} x {config.group_size} episodes of {steps} turns"
-    rows = cost_rows(f"GRPO, {model}, {engine}, {size}, {ours.tokens_generated:g} reply tokens", total, ours, stock)
-    rows += volume_rows(ours, stock)
-    if alone:
-        return rows
-    short = sides["short"]
-    what = f"the same with {short.tokens_generated:g} reply tokens of ours, {ours.tokens_generated:g} of the tool call"
-    return rows + cost_rows(what, total, short, stock)
-
-
-def check_options(engine: str, groups: int, members: int, steps: int) -> None:
-    "Refuse what cannot be measured with an `InputError`."
-    if engine not in ("hf", "vllm"):
-        raise InputError(f"GRPO is not measured with engine {engine!r}", fix="give hf or vllm")
-    if min(groups, members, steps) < 0 or members == 1:
-        raise InputError(f"{groups} groups of {members} episodes of {steps} turns",
-                         fix="give a group or more, of two members or more")
+    groups, members = groups or (2 if "tiny" in model else 8), members or (4 if "tiny" in model else 8)
+    config = iteration_config(model, groups, members, steps, engine)
+    return comparison_rows(config, steps, run_sides(config, seconds, words, alone))

@@ -17,23 +17,23 @@ from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.model.counts import forward_flops
 from qwen_vl_kit.stages import collect
 
-# %% ../nbs/perf/material.ipynb #5ed402ee
+# %% ../nbs/perf/material.ipynb #95af322f
 SMALL = dict(prompt="brief", render_size=144, horizon="s50")  # the protocol of a tiny model
 LARGE = dict(prompt="rules", render_size=288, horizon="s50")  # and of one of real size
 
-
+# %% ../nbs/perf/material.ipynb #50b254f0
 def collect_expert(folder: Path, seeds: str, **protocol) -> CollectConfig:
     "Let the expert play `seeds` into `folder`/collect/rollouts.db; returns the config it was played under."
     config = CollectConfig(seeds=seeds, noise=0.1, **protocol)
     collect.run(config, folder / "collect")
     return config
 
-# %% ../nbs/perf/material.ipynb #a80a7843
+# %% ../nbs/perf/material.ipynb #4dbfefb1
 def use_bf16() -> bool:
     "Whether to compute in bfloat16: on a GPU."
     return torch.cuda.is_available()
 
-
+# %% ../nbs/perf/material.ipynb #3904ff63
 def as_stock(model):
     "A model from `load_model` as transformers has it: the fast paths undone, in place, and no end tokens."
     for module in model.modules():
@@ -42,7 +42,7 @@ def as_stock(model):
     model.config.get_text_config()._attn_implementation = model.model.visual.config._attn_implementation
     return model
 
-# %% ../nbs/perf/material.ipynb #5b62209d
+# %% ../nbs/perf/material.ipynb #7522f277
 class UpdateClock(TrainerCallback):
     "Notes the time at which each update ended, in `ends`."
 
@@ -56,7 +56,7 @@ class UpdateClock(TrainerCallback):
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
-
+# %% ../nbs/perf/material.ipynb #a2c60823
 def clock_updates(trainer) -> UpdateClock:
     "A clock in `trainer`, which prints nothing any more."
     clock = UpdateClock()

@@ -19,7 +19,7 @@ from qwen_vl_kit.show.tables import text_table
 from qwen_vl_kit.store import manifest
 from qwen_vl_kit.store.provenance import provenance
 
-# %% ../nbs/perf/page.ipynb #717725d6
+# %% ../nbs/perf/page.ipynb #ccd4b8ac
 def processor_name() -> str:
     "The CPU's name, as far as the system says."
     try:
@@ -29,20 +29,20 @@ def processor_name() -> str:
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or "unknown CPU")
 
-
+# %% ../nbs/perf/page.ipynb #b0c9ec3b
 def hardware() -> str:
     "CPUs, and the GPUs that torch sees, if it is loaded."
     machine = manifest.machine()
     return ", ".join([f"{machine['cpus']} CPUs ({processor_name()})", *machine["gpus"]])
 
-# %% ../nbs/perf/page.ipynb #25775bed
+# %% ../nbs/perf/page.ipynb #b07989ee
 def _versions(packages: dict) -> str:
     versions = dict(packages)
     if compiled():
         versions["numba"] = version("numba")
     return ", ".join(f"{package} {number}" for package, number in versions.items())
 
-
+# %% ../nbs/perf/page.ipynb #8ceb792d
 def header(command: str, threads: int = 1) -> dict:
     "What belongs above a table: date, command, commit, hardware, load, threads, system and versions."
     source = provenance()

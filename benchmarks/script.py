@@ -17,10 +17,10 @@ from qwen_vl_kit.engine.vllm import VLLMEngine
 from qwen_vl_kit.model.tiny import MAP_WORDS
 from qwen_vl_kit.protocol.turns import call_text
 
-# %% ../nbs/perf/script.ipynb #f213d808
+# %% ../nbs/perf/script.ipynb #13be16d9
 _WALK = ("move_left", "move_right", "move_up", "move_down", "do")
 
-
+# %% ../nbs/perf/script.ipynb #b995a915
 class Script:
     "The replies of a turn (seed, member, turn) as token ids: a tool call, and words that take the same action."
 
@@ -61,12 +61,12 @@ def replaced_attributes(owner, **new):
         for name, value in before.items():
             setattr(owner, name, value)
 
-# %% ../nbs/perf/script.ipynb #93cf3ef6
+# %% ../nbs/perf/script.ipynb #d3899987
 def is_turn(key: tuple) -> bool:
     "Whether a request's key is (seed, member, turn), not that of a canary."
     return len(key) == 3 and not isinstance(key[0], str)
 
-
+# %% ../nbs/perf/script.ipynb #ab32e991
 def scripted_drawing(script: Script) -> tuple:
     "`uniforms` and `draw` for the engine `hf`: a token is drawn as always, and the script's takes its place."
     uniforms, draw = hf.uniforms, decode.draw
@@ -86,7 +86,7 @@ def scripted_drawing(script: Script) -> tuple:
 
     return scripted_uniforms, scripted_draw
 
-# %% ../nbs/perf/script.ipynb #88467fc4
+# %% ../nbs/perf/script.ipynb #9df4c9ab
 def scripted_vllm(script: Script):
     "`generate` for `VLLMEngine`, with the script's text."
     generate = VLLMEngine.generate
@@ -99,7 +99,7 @@ def scripted_vllm(script: Script):
         return outputs
     return scripted_generate
 
-
+# %% ../nbs/perf/script.ipynb #3f71cdfb
 @contextlib.contextmanager
 def scripted_engines(script: Script):
     "Within the block, the engines `hf` and `vllm` say what the script says."

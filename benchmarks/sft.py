@@ -40,7 +40,7 @@ def expert_rows(folder: Path, seeds: str, protocol: dict) -> str:
     export.run(ExportConfig(), folder / "export")
     return str(folder / "export" / "train.jsonl")
 
-# %% ../nbs/perf/sft.ipynb #1943fc71
+# %% ../nbs/perf/sft.ipynb #57d679f5
 def _stock_row(messages: list[dict]) -> dict:
     system, user, answer = messages
     frames = [decode_url(part["image_url"]["url"]) for part in user["content"] if part["type"] == "image_url"]
@@ -48,15 +48,15 @@ def _stock_row(messages: list[dict]) -> dict:
     prompt = [{"role": "system", "content": system["content"]}, {"role": "user", "content": "\n".join(texts)}]
     return {"prompt": prompt, "completion": [answer], "images": [Image.fromarray(frame) for frame in frames]}
 
-
+# %% ../nbs/perf/sft.ipynb #befb40d4
 def stock_rows(rows: list[dict]) -> datasets.Dataset:
     "Exported rows as TRL's own collator wants them: prompt, completion and images."
     return datasets.Dataset.from_list([_stock_row(one["messages"]) for one in rows])
 
-# %% ../nbs/perf/sft.ipynb #85e9ac53
+# %% ../nbs/perf/sft.ipynb #6f2ac748
 SYNTH_BATCH = 16  # rows of one update in the synth document's TOML, one at a time
 
-
+# %% ../nbs/perf/sft.ipynb #58438003
 def trainer_arguments(config: SFTConfig, out: Path) -> tuple[dict, dict]:
     "TRL's arguments for ours and for stock."
     ours = sft_arguments(config, out, config.max_steps)
@@ -65,7 +65,7 @@ def trainer_arguments(config: SFTConfig, out: Path) -> tuple[dict, dict]:
                     "gradient_checkpointing": use_bf16(), "dataset_kwargs": None}
     return ours, stock
 
-# %% ../nbs/perf/sft.ipynb #a37e225c
+# %% ../nbs/perf/sft.ipynb #1a1eb5bc
 def our_trainer(config: SFTConfig, arguments: dict):
     "The stage's trainer on the rows of `config.train`."
     rows, loaded = Rows(config.train), load_model(config.model, bf16=config.bf16)
@@ -74,9 +74,10 @@ def our_trainer(config: SFTConfig, arguments: dict):
         processing_class=loaded.processor, data_collator=Packer(loaded.processor, config.sequence_length),
         peft_config=lora_config(config.lora_rank, config.lora_alpha))
     apply_training_fast_paths(trainer.model)
-    return trainer.start_meter(ThroughputMeter(loaded.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0}))
+    meter = ThroughputMeter(loaded.model, config, 1, {"samples": 0, "tokens": 0, "seconds": 0.0})
+    return trainer.start_meter(meter)
 
-
+# %% ../nbs/perf/sft.ipynb #612ebe8e
 def stock_trainer(config: SFTConfig, arguments: dict):
     "TRL's trainer on the rows of `config.train`."
     rows, loaded = Rows(config.train), load_model(config.model, bf16=use_bf16())
@@ -85,7 +86,7 @@ def stock_trainer(config: SFTConfig, arguments: dict):
         train_dataset=stock_rows(rows.rows), processing_class=loaded.processor,
         peft_config=lora_config(config.lora_rank, config.lora_alpha))
 
-# %% ../nbs/perf/sft.ipynb #2b742c38
+# %% ../nbs/perf/sft.ipynb #a79e5765
 class Training:
     "A contestant: each call trains `max_steps` updates and returns the seconds per row. `memory`: a GPU's peak in GB."
 
@@ -102,7 +103,7 @@ class Training:
         updates = [end - start for start, end in itertools.pairwise(self.clock.ends)]
         return statistics.median(updates) / self.rows_per_update
 
-
+# %% ../nbs/perf/sft.ipynb #53d9e66d
 def mean_work(trainer, rows: list[dict]) -> tuple[float, float]:
     "Tokens and FLOP of an average row."
     samples = [encode.encode(trainer.processing_class, one["messages"]) for one in rows]

@@ -31,7 +31,7 @@ from qwen_vl_kit.protocol import turns
 from qwen_vl_kit.stages import export
 from qwen_vl_kit.store.traces import Store, load_episodes
 
-# %% ../nbs/perf/store.ipynb #1b581107
+# %% ../nbs/perf/store.ipynb #ddd95a35
 def naive_row(protocol: Protocol, episode, index: int) -> str:
     "The JSON of one turn, with its frame in base64."
     turn = episode.turns[index]
@@ -40,19 +40,19 @@ def naive_row(protocol: Protocol, episode, index: int) -> str:
     outcome = {"rewards": turn.rewards, "unlocked": turn.unlocked, "done": turn.done}
     return json.dumps({"messages": [*prompt, reply], **outcome})
 
-
+# %% ../nbs/perf/store.ipynb #a503cc89
 def naive_write(path: Path, protocol: Protocol, episodes: list) -> None:
     "Write episodes as JSON rows, one commit per episode."
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE turns (seed INTEGER, turn INTEGER, row TEXT)")
         for episode in episodes:
             for index, turn in enumerate(episode.turns):
-                row = naive_row(protocol, episode, index)
-                db.execute("INSERT INTO turns VALUES (?, ?, ?)", (episode.seed, turn.turn, row))
+                text = naive_row(protocol, episode, index)
+                db.execute("INSERT INTO turns VALUES (?, ?, ?)", (episode.seed, turn.turn, text))
             db.commit()
     db.close()
 
-# %% ../nbs/perf/store.ipynb #dbc1302a
+# %% ../nbs/perf/store.ipynb #c0e1c1dd
 def naive_read(path: Path) -> list[tuple]:
     "(messages, pixels) of each turn."
     with sqlite3.connect(path) as db:
@@ -61,12 +61,12 @@ def naive_read(path: Path) -> list[tuple]:
     urls = [messages[1]["content"][0]["image_url"]["url"] for messages in rows]
     return [(messages, decode_png(base64.b64decode(url.partition(",")[2]))) for messages, url in zip(rows, urls)]
 
-
+# %% ../nbs/perf/store.ipynb #ea0c77ef
 def naive_export(path: Path, out: Path) -> None:
     "Write the messages of all turns as JSON lines."
     out.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages, _ in naive_read(path)))
 
-# %% ../nbs/perf/store.ipynb #c03f2c28
+# %% ../nbs/perf/store.ipynb #eee4d1b9
 class Writer:
     "A contestant: each call writes `episodes` into a new file, `path`, and returns the seconds per turn."
 
@@ -82,19 +82,19 @@ class Writer:
     def bytes_per_turn(self) -> float:
         return self.path.stat().st_size / self.turns
 
-
+# %% ../nbs/perf/store.ipynb #f33151ae
 def write_ours(path: Path, config: CollectConfig, episodes: list) -> float:
     "Seconds that `Store` takes for `episodes`."
     store = Store(path)
     store.begin("perf", config)
     return seconds_of(lambda: [*map(store.add, episodes), store.close()])
 
-
+# %% ../nbs/perf/store.ipynb #d590467a
 def write_stock(path: Path, config: CollectConfig, episodes: list) -> float:
     "Seconds that the naive way takes."
     return seconds_of(lambda: naive_write(path, config, episodes))
 
-# %% ../nbs/perf/store.ipynb #d645eb98
+# %% ../nbs/perf/store.ipynb #cf70fcac
 def playing_seconds(policy, config: CollectConfig, seeds: list[int]) -> float:
     "Seconds per turn of playing, without storing anything."
     turns_played = []
@@ -106,7 +106,7 @@ def playing_seconds(policy, config: CollectConfig, seeds: list[int]) -> float:
     rollout(policy, config, seeds, noise=config.noise, keep=False, sink=count)
     return (time.perf_counter() - start) / sum(turns_played)
 
-
+# %% ../nbs/perf/store.ipynb #076a2b79
 def share_rows(config: CollectConfig, write: tuple[float, float]) -> list[dict]:
     "Rows: the share of a collection's time that writing takes, when the expert plays and when a model does."
     seeds, rows = parse_seeds(config.seeds)[:8], []
@@ -120,7 +120,7 @@ def share_rows(config: CollectConfig, write: tuple[float, float]) -> list[dict]:
         rows.append(row(f"writing's share of a collection's time, {who} playing", *shares, "%"))
     return rows
 
-# %% ../nbs/perf/store.ipynb #d7121d10
+# %% ../nbs/perf/store.ipynb #bc9c62e6
 def race_files(ours: Writer, stock: Writer, seconds: float) -> tuple:
     "Costs of a turn: written and read by both, in seconds."
     write = race(ours, stock, seconds * 2 / 3)
@@ -128,7 +128,7 @@ def race_files(ours: Writer, stock: Writer, seconds: float) -> tuple:
                 lambda: seconds_of(lambda: naive_read(stock.path), stock.turns), seconds / 3)
     return write, read
 
-
+# %% ../nbs/perf/store.ipynb #ed09dc5c
 def race_exports(folder: Path, config: CollectConfig, episodes: list) -> tuple[float, float]:
     "Seconds of exporting a turn of all episodes: the stage export, and the naive way."
     count = sum(len(episode.turns) for episode in episodes)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LORA', 'Cost', 'ToolGame', 'tool_call_text', 'tool_call_words', 'stock_arguments', 'force_tokens', 'TimedTrainer',
-           'script_replies', 'stock_trainer', 'generated_tokens', 'batch_flop', 'stock_cost', 'check_episodes']
+           'script_replies', 'stock_trainer', 'generated_tokens', 'batch_flop', 'check_episodes', 'stock_cost']
 
 # %% ../nbs/perf/trl_grpo.ipynb #7c7a6a79
 import contextlib
@@ -73,7 +73,7 @@ class ToolGame:
     def _picture(self, frame) -> list:
         return [{"type": "image", "image": Image.fromarray(frame)}]
 
-# %% ../nbs/perf/trl_grpo.ipynb #807dd990
+# %% ../nbs/perf/trl_grpo.ipynb #e161309d
 def tool_call_text() -> str:
     "A conversation with a tool call, as the chat template renders it."
     call = {"type": "function", "function": {"name": "act", "arguments": {"action": "do"}}}
@@ -82,7 +82,7 @@ def tool_call_text() -> str:
     render = tiny_tokenizer().apply_chat_template
     return render(messages, tools=[ToolGame().act], chat_template=chat_template(), tokenize=False)
 
-
+# %% ../nbs/perf/trl_grpo.ipynb #b2058d05
 @contextlib.contextmanager
 def tool_call_words():
     "Within the block, the tokenizer of a random model knows the words of tool calls."
@@ -161,19 +161,27 @@ def stock_trainer(config: GRPOConfig, out: Path, loaded) -> TimedTrainer:
         reward_funcs=lambda environments, **_: [game.reward + i for i, game in enumerate(environments)],
         train_dataset=datasets.Dataset.from_list(rows))
 
-# %% ../nbs/perf/trl_grpo.ipynb #04c9e813
+# %% ../nbs/perf/trl_grpo.ipynb #037242b7
 def generated_tokens(batch: dict) -> int:
     "Tokens that the model generated in an iteration, without the empty reply of each episode."
     return int((batch["completion_mask"] * batch["tool_mask"]).sum()) - len(batch["completion_mask"])
 
-
+# %% ../nbs/perf/trl_grpo.ipynb #eadca4ea
 def batch_flop(model_config, batch: dict) -> float:
     "FLOP of the update on a batch."
     (episodes, prompt), completion = batch["prompt_ids"].shape, batch["completion_ids"].shape[1]
     grids = batch["image_grid_thw"].tolist()
     return update_flop(model_config, [prompt + completion] * episodes, episodes * completion, grids)
 
-# %% ../nbs/perf/trl_grpo.ipynb #bb66feb7
+# %% ../nbs/perf/trl_grpo.ipynb #e5505623
+def check_episodes(trainer: TimedTrainer, turns_each: int) -> None:
+    "Raise `NotComparable` unless every episode was played to its end with all its frames."
+    games = trainer.environments
+    images = trainer.batch.get("num_images")
+    if {game.steps for game in games} != {turns_each} or images != [turns_each + 1] * len(games):
+        raise NotComparable("TRL has not played all turns, or dropped their frames")
+
+# %% ../nbs/perf/trl_grpo.ipynb #61d35841
 def stock_cost(config: GRPOConfig, out: Path) -> Cost:
     "What an environment step costs TRL in its last iteration."
     loaded = load_model(config.model, bf16=use_bf16())
@@ -187,11 +195,3 @@ def stock_cost(config: GRPOConfig, out: Path) -> Cost:
     return Cost(rollout=rollout / steps, update=(clock.ends[-1] - clock.ends[-2] - rollout) / steps, sync=0.0, rest=0.0,
                 tokens_read=trainer.read / steps, tokens_generated=generated_tokens(trainer.batch) / steps,
                 flop=batch_flop(loaded.model.config, trainer.batch) / steps, memory=peak_memory())
-
-
-def check_episodes(trainer: TimedTrainer, turns_each: int) -> None:
-    "Raise `NotComparable` unless every episode was played to its end with all its frames."
-    games = trainer.environments
-    images = trainer.batch.get("num_images")
-    if {game.steps for game in games} != {turns_each} or images != [turns_each + 1] * len(games):
-        raise NotComparable("TRL has not played all turns, or dropped their frames")

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from qwen_vl_kit.core import root
 
 BENCHMARKS, NOTEBOOKS = root() / "benchmarks", root() / "nbs" / "perf"
@@ -24,12 +26,14 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
         assert cells[0] == cells[1], f"benchmarks/{module}.py: run nbs/tidy.py"
 
 
+@pytest.mark.process
 def test_perf_is_the_benchmarks_command():
     code = "import sys; from qwen_vl_kit.runner.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, "perf", "stor"], capture_output=True, text=True, cwd=root())
     assert (done.returncode, done.stdout) == (2, "") and "did you mean 'store'?" in done.stderr
 
 
+@pytest.mark.process
 def test_without_a_clone_perf_says_where_benchmarks_are(tmp_path):
     shutil.copytree(root() / "qwen_vl_kit", tmp_path / "qwen_vl_kit", ignore=shutil.ignore_patterns("__pycache__"))
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qwen_vl_kit.runner.cli import main; sys.exit(main(['perf', 'store']))"
