@@ -286,8 +286,8 @@ class _GRPOChecks(BaseModel):
     @classmethod
     def _lets_a_ratio_of_one_count(cls, cap: float) -> float:
         if 0 < cap < 1:
-            raise ValueError("below 1 it would cut samples on which trainer and sampler agree; give 1 or more, or 0 for "
-                             "no limit")
+            raise ValueError("below 1 it would cut samples on which trainer and sampler agree; give 1 or more, or 0 "
+                             "for no limit")
         return cap
 
 # %% ../nbs/01_config.ipynb #fa377df2

@@ -20,7 +20,8 @@ DIRECTIONS = {(-1, 0): "left", (1, 0): "right", (0, -1): "up", (0, 1): "down"}  
 _ACTION_NUMBERS = {name: number for number, name in enumerate(ACTIONS)}
 
 # %% ../../nbs/game/01_rules.ipynb #9593148b
-COLLECT = constants.collect  # material -> items to hold (`require`), items gained (`receive`), what it becomes (`leaves`)
+# material -> items to hold (`require`), items gained (`receive`), what it becomes (`leaves`)
+COLLECT = constants.collect
 PLACE = constants.place      # thing -> items it uses (`uses`), materials it goes onto (`where`)
 MAKE = constants.make        # tool -> items it uses (`uses`), materials it needs (`nearby`)
 
