@@ -66,7 +66,7 @@ def small(png: str) -> str:
 
 
 def clean_output(output: dict) -> dict:
-    "An output without counts, metadata and addresses of objects, which differ from run to run; large pictures made smaller."
+    "An output without what differs from run to run (counts, metadata, addresses); large pictures made smaller."
     output = {key: value for key, value in output.items() if key not in ("metadata", "execution_count")}
     if "image/png" in output.get("data", {}):
         output["data"].pop("image/jpeg", None)  # Pillow's pictures show themselves in both forms
