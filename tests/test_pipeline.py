@@ -113,10 +113,10 @@ def test_the_report_does_not_show_an_adapter_under_another_prompt(demo, tmp_path
     out, _ = demo
     for name in ("benchmark", "sft"):
         shutil.copytree(out / name, tmp_path / name)
-    assert report.trained(tmp_path)["prompt_hash"] and best_viewer(tmp_path)
+    assert report.trained_model(tmp_path)["prompt_hash"] and best_viewer(tmp_path)
     card = tmp_path / "sft" / "adapter" / "qvk.json"
     card.write_text(card.read_text().replace(read_json(card)["prompt_hash"], "0" * 64))
-    for draw in (report.trained, best_viewer, viewer.films):
+    for draw in (report.trained_model, best_viewer, viewer.films):
         with pytest.raises(InputError, match="arm sft was played with prompt .*; run the benchmark again"):
             draw(tmp_path)
 
