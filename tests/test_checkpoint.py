@@ -193,6 +193,7 @@ def test_what_cannot_be_played_is_refused_in_a_line(name, tmp_path):
     assert words in str(raised.value) and str(raised.value).isprintable() and len(str(raised.value)) < 600
 
 
+@pytest.mark.process
 def test_the_command_refuses_before_memory_is_spent(tmp_path):
     "Exit status 2, one line, nothing left, in the memory of the libraries."
     folder = Folder(tmp_path).json("config.json", part="text_config", num_hidden_layers=10**7).path

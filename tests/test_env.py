@@ -148,6 +148,7 @@ EVERYTHING = ("by night", "asleep", "asleep by night", "deaths", "unlocked: eat_
               *(f"held: {name}" for name in ("wood_pickaxe", "stone_pickaxe", "iron_pickaxe", "wood_sword", "stone_sword", "iron_sword")))
 
 
+@pytest.mark.slow
 def test_long_play_equals_stock_crafter_with_everything_in_it():
     "Plays on until it has met everything, 600 steps a seed; `python -m benchmarks equality` does the same with more seeds and steps."
     counts, seed = play_both(4, 100, size=27, mortal=True), 3

@@ -37,6 +37,7 @@ def test_it_plays_well_in_short_episodes(budget, least):
     assert sum(made) / len(made) > least, made
 
 
+@pytest.mark.slow
 def test_it_lives_for_days_and_gets_what_takes_long():
     worlds = [play(seed, 10_000, steps=900) for seed in range(700, 710)]
     assert {name for world in worlds for name in world.unlocked} == set(ACHIEVEMENTS)

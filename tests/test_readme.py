@@ -18,6 +18,7 @@ def test_the_readme_is_read_in_five_minutes():
     assert len(README.split()) <= 1000
 
 
+@pytest.mark.process
 def test_the_readmes_code_draws_its_picture(tmp_path):
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "docs").mkdir()
