@@ -22,7 +22,7 @@ def resolve_new_path(path: str) -> str:
     absolute = Path.cwd() / os.path.expanduser(path)
     return str(absolute.resolve() if ".." in absolute.parts else absolute)
 
-
+# %% ../../nbs/runner/04_arguments.ipynb #b3388d16
 def resolve_cli_path(path: str) -> str:
     """A path that a command reads: from the current folder if it exists there, else below the project's; the absolute
     path of one that exists nowhere."""
@@ -47,7 +47,7 @@ def _resolve_value(field: str, value, paths: frozenset):
         return value
     return resolve_model(value) if field == "model" else resolve_cli_path(value) if field in paths else value
 
-
+# %% ../../nbs/runner/04_arguments.ipynb #7cfa4d3c
 def resolve_set(pairs: list[str]) -> dict:
     "The values of `--set KEY=VALUE`, with the paths of a command line. Raises `InputError` for one that is not TOML."
     paths = frozenset().union(*(model.paths for model in STAGES.values()))

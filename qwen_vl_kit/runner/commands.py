@@ -33,7 +33,7 @@ def show_run(run: Path) -> str:
         lines.append(f"report: {display_path(run / 'report' / 'run.html')}")
     return "\n\n".join(lines)
 
-
+# %% ../../nbs/runner/07_commands.ipynb #d1790f0e
 def _run(args) -> int:
     out = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
     print(show_run(out) if (out / "benchmark" / "arms.csv").is_file() else f"outputs: {display_path(out)}")
@@ -44,7 +44,7 @@ def _stage(args) -> int:
     settings = load_config(args.config, args.command, args.set)
     return run_one(args.command, settings, run_folder(args.config, args.out) / args.command, args.force)
 
-
+# %% ../../nbs/runner/07_commands.ipynb #554f7e66
 def _new(args) -> int:
     folder = display_path(new.new_run(args.path, args.like))
     print(f"{folder}: edit its TOMLs, then: qvk run {shlex.quote(folder)}")
@@ -80,7 +80,7 @@ def plan(path: str, overrides=()) -> str:
     lines += [f"{plan['stage']}: {plan['assumed']['judge']}" for plan in plans if "judge" in plan["assumed"]]
     return "\n\n".join([text_table(table), *lines])
 
-
+# %% ../../nbs/runner/07_commands.ipynb #13044112
 def _plan(args) -> int:
     print(plan(args.path, args.set))
     return 0
@@ -108,7 +108,7 @@ def _verify(args) -> int:
     print(f"{args.path}: {result}")
     return 1 if problems else 0
 
-
+# %% ../../nbs/runner/07_commands.ipynb #9c42f03b
 def _show(args) -> int:
     if not resolve(args.path).is_dir():
         raise InputError("no such folder", args.path, "name a run's folder, such as outputs/demo")
@@ -123,7 +123,7 @@ def _merge(args) -> int:
     print(f"{args.path}: {count['episodes']} episodes copied, {count['known']} were there already")
     return 0
 
-
+# %% ../../nbs/runner/07_commands.ipynb #8746c10f
 def _import_synth(args) -> int:
     from qwen_vl_kit.foreign.synth import import_synth
 
@@ -157,7 +157,7 @@ class _Parser(argparse.ArgumentParser):
 ENV_FILE = "NAME=value lines: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_HEADERS (a JSON object)"
 FORCE = "replace what another run of this stage left there, and discard an unfinished one"
 
-
+# %% ../../nbs/runner/07_commands.ipynb #2b0112fd
 def _add_env_file(command) -> None:
     command.add_argument("--env-file", action="append", default=[], metavar="FILE", type=resolve_cli_path,
                          help=ENV_FILE)

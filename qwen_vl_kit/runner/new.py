@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from ..core import InputError, nearest, reporting_os_errors
-from .notebook import shipped
+from .notebook import packaged_file
 
 # %% ../../nbs/runner/06_new.ipynb #b178f032
 EXAMPLES = ("demo", "h200", "seed")
@@ -24,5 +24,5 @@ def new_run(target: str | Path, like: str = "demo") -> Path:
     with reporting_os_errors(target):
         if target.is_file() or target.is_dir() and any(target.iterdir()):
             raise InputError("exists already", target, "name a new folder")
-        shutil.copytree(shipped("configs", like, "configs"), target, dirs_exist_ok=True)
+        shutil.copytree(packaged_file("configs", like, "configs"), target, dirs_exist_ok=True)
     return target

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'HEADLINES', 'source_folders', 'check_sources', 'asked_models', 'check_access', 'check_devices',
            'check_adapters', 'spending', 'headline', 'notices', 'run_stage', 'run_one', 'load_all', 'run_folder',
-           'selected', 'run_all']
+           'stage_range', 'run_all']
 
 # %% ../../nbs/runner/03_run.ipynb #2e3003e8
 import contextlib
@@ -19,7 +19,7 @@ from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, no
 from . import notebook
 from .configs import load_config
 from .notebook import RunFailed
-from .workspace import (RESUMED, State, claimed, conflict_hint, discard, has_succeeded, prepare,
+from .workspace import (RESUMED, State, claim, conflict_hint, discard, has_succeeded, prepare,
                                           publish, settle, state, unfinished_config)
 
 # %% ../../nbs/runner/03_run.ipynb #859ef52d
@@ -56,7 +56,7 @@ def asked_models(settings: Stage) -> list[str]:
         models.append(settings.judge_model)
     return models
 
-
+# %% ../../nbs/runner/03_run.ipynb #f8f93bb9
 def check_access(settings: Stage) -> None:
     "Raise `InputError` when a stage calls an endpoint and the environment does not say how; note what has no price."
     if not (models := asked_models(settings)):
@@ -129,7 +129,7 @@ def headline(stage: str, numbers: dict) -> str:
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
-
+# %% ../../nbs/runner/03_run.ipynb #91852c9e
 def notices(*several: Stage) -> None:
     "Print the notices of configs on standard error."
     for settings in several:
@@ -219,7 +219,7 @@ def run_stage(stage: str, settings: Stage, out: str | Path, force: bool = False,
     if not noted:
         notices(settings)
     _check_inputs(stage, settings, out)
-    with claimed(out, option):
+    with claim(out, option):
         if not force and state(stage, settings, out, option) != found:
             fix = "give the same command again"
             raise InputError("has just been written by another process", display_path(out), fix)
@@ -241,7 +241,7 @@ def load_all(path: str, stages: tuple = tuple(STAGES), overrides=()) -> dict[str
         raise InputError(what, path, "name a folder of configs, such as configs/demo; qvk new makes one")
     return {stage: load_config(path, stage, overrides) for stage in stages}
 
-
+# %% ../../nbs/runner/03_run.ipynb #c1c7fe99
 def run_folder(path: str, out: str = "") -> Path:
     "Where a run of the config folder (or of a file in it) writes: `out`, or a folder of the same name below outputs."
     if out:
@@ -250,7 +250,7 @@ def run_folder(path: str, out: str = "") -> Path:
     return resolve(site("outputs")) / (path if path.is_dir() else path.parent).name
 
 # %% ../../nbs/runner/03_run.ipynb #0050036b
-def selected(first: str, last: str) -> tuple:
+def stage_range(first: str, last: str) -> tuple:
     "The stages from `first` to `last`, both included; empty names mean the ends."
     names = tuple(STAGES)
     begin, end = names.index(first or names[0]), names.index(last or names[-1])
@@ -271,7 +271,7 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     stale ones begin anew, incomplete ones resume."""
     from qwen_vl_kit.store.prices import check_prices
 
-    stages, run = selected(first, last), run_folder(path, out)
+    stages, run = stage_range(first, last), run_folder(path, out)
     loaded = load_all(path, stages, overrides)
     states = _states(loaded, run, force)
     done = next((index for index, stage in enumerate(stages) if states[stage] != State.DONE), len(stages))

@@ -85,12 +85,12 @@ def run_eval(args) -> int:
         given["seeds"] = args.seeds
     return _run("collect", args, given, args.trace_db)
 
-
+# %% ../../nbs/runner/05_synth.ipynb #a95daaa9
 def run_filter(args) -> int:
     "`qvk filter`: traces become rows."
     return _run("export", args, {})
 
-
+# %% ../../nbs/runner/05_synth.ipynb #f3e66061
 def run_train(args) -> int:
     "`qvk train`: SFT or GRPO, as `--type` or the TOML says."
     stage = {"sft": "sft", "rl": "grpo"}.get(args.type) or stage_of(args.config)
