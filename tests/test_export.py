@@ -21,8 +21,9 @@ from qwen_vl_kit.model.patches import decode_url
 from qwen_vl_kit.protocol.turns import parse, prompt_hash
 from qwen_vl_kit.runner.configs import load_config
 from qwen_vl_kit.stages import export
+from qwen_vl_kit.store.merge import merge_stores
 from qwen_vl_kit.store.rows import numbered_rows, read_rows
-from qwen_vl_kit.store.traces import Store, merge_stores
+from qwen_vl_kit.store.traces import Store
 
 # ---- rules about episodes
 

@@ -16,8 +16,9 @@ from qwen_vl_kit.core import InputError, dumps
 from qwen_vl_kit.foreign.synth import import_synth
 from qwen_vl_kit.stages import export
 from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.merge import merge_stores
 from qwen_vl_kit.store.rows import read_rows
-from qwen_vl_kit.store.traces import Store, fingerprint, load_episodes, merge_stores, protocol_of, read_sessions, total_usd
+from qwen_vl_kit.store.traces import Store, fingerprint, load_episodes, protocol_of, read_sessions, total_usd
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ from synth_traces import write_synth
 from qwen_vl_kit.core import InputError
 from qwen_vl_kit.foreign.synth import import_synth, timestamp
 from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.merge import merge_stores
 from qwen_vl_kit.store.rows import read_rows
-from qwen_vl_kit.store.traces import load_episodes, merge_stores, protocol_of, read_sessions
+from qwen_vl_kit.store.traces import load_episodes, protocol_of, read_sessions
 
 
 @pytest.fixture

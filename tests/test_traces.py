@@ -21,8 +21,9 @@ from qwen_vl_kit.core import InputError, read_jsonl
 from qwen_vl_kit.game.images import Png, decode_png, png
 from qwen_vl_kit.protocol.episodes import Decision, Episode, Turn
 from qwen_vl_kit.store import provenance, traces
+from qwen_vl_kit.store.merge import merge_stores
 from qwen_vl_kit.store.schema import _MIGRATIONS, _VIEW, SCHEMA
-from qwen_vl_kit.store.traces import Store, _unpriced, load_episodes, merge_stores, total_usd
+from qwen_vl_kit.store.traces import Store, _sessions_without_price, load_episodes, total_usd
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_changed_pixels_are_noticed(db):
     connection.execute("UPDATE frames SET png = ? WHERE hash = ?", (swap, name))
     connection.commit()
     connection.close()
-    for use in (lambda: list(load_episodes(db)), lambda: traces.frame(db, name), lambda: run_export(db)):
+    for use in (lambda: list(load_episodes(db)), lambda: traces.load_frame(db, name), lambda: run_export(db)):
         with pytest.raises(InputError, match="is not what was stored"):
             use()
     assert not list(db.parent.glob("export/*"))  # the export left nothing half-written
@@ -173,7 +174,7 @@ def test_a_reader_does_not_keep_a_writer_out(db):
 
 
 def test_a_table_is_of_one_moment(db, monkeypatch):
-    unpriced = _unpriced
+    unpriced = _sessions_without_price
     with Store(db) as store:
         store.begin("demo", PROTOCOL)
 
@@ -181,7 +182,7 @@ def test_a_table_is_of_one_moment(db, monkeypatch):
             store.add(noise_episode(9))
             return unpriced(connection)
 
-        monkeypatch.setattr(traces, "_unpriced", meanwhile)
+        monkeypatch.setattr(traces, "_sessions_without_price", meanwhile)
         assert list(traces.episodes(db)["seed"]) == [1, 2, 3]
     monkeypatch.undo()
     assert list(traces.episodes(db)["seed"]) == [1, 2, 3, 9]
@@ -228,7 +229,7 @@ def test_a_cost_is_kept_to_the_last_digit(tmp_path):
     for usd in (float("nan"), -1, "much"):
         episode = noise_episode(9, turns=1)
         episode.turns[0].decision.usage["usd"] = usd
-        with Store(tmp_path / "costs.db") as store, pytest.raises(InputError, match="is no amount of dollars"):
+        with Store(tmp_path / "costs.db") as store, pytest.raises(InputError, match="is not an amount of dollars"):
             store.begin("demo", PROTOCOL)
             store.add(episode)
 
@@ -505,7 +506,7 @@ def test_files_without_rights_are_told(tmp_path):
         os.chmod(place, 0o755)
         os.chmod(path, 0o444)
         assert as_nobody(lambda: len(list(load_episodes(path)))) == "3"
-        assert as_nobody(lambda: Store(path)).startswith(f"InputError: {path}: not writable; check the rights")
+        assert as_nobody(lambda: Store(path)).startswith(f"InputError: {path}: not writable; check the permissions")
         assert "its folder cannot be made (Permission denied)" in as_nobody(lambda: Store(Path(place) / "new" / "rollouts.db"))
         os.chmod(path, 0o000)
         assert as_nobody(lambda: traces.episodes(path)).startswith(f"InputError: {path}: cannot be opened")

@@ -19,8 +19,9 @@ from ..game.images import png_size
 from ..game.rules import ACHIEVEMENTS, ACTIONS
 from ..protocol.episodes import Decision, Episode, Turn
 from ..protocol.turns import prompt_hash
-from ..store.schema import _open, _sqlite_errors_to_input_errors, _whole
-from ..store.traces import Store, _whole_or_absent
+from ..store.schema import open_for_reading, reporting_sqlite_errors, check_pages
+from ..store.merge import whole_or_absent
+from ..store.traces import Store
 
 # %% ../../nbs/foreign/03_synth.ipynb #62a3dd7c
 _SYNTH = ("session_traces", "session_timesteps", "events", "messages", "outcome_rewards", "event_rewards")
@@ -187,13 +188,13 @@ def import_synth(file: str | Path, db: str | Path) -> dict:
     path, count, members = resolve(file), {"episodes": 0, "turns": 0, "known": 0}, Counter()
     skipped: Counter = Counter()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_sqlite_errors_to_input_errors(path))
-        connection = stack.enter_context(contextlib.closing(_open(path)))
+        stack.enter_context(reporting_sqlite_errors(path))
+        connection = stack.enter_context(contextlib.closing(open_for_reading(path)))
         connection.row_factory = sqlite3.Row
         if missing := set(_SYNTH) - {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}:
             raise InputError(f"not a trace database of synth-ai v3 (no table {min(missing)})", path, "give the file after --trace-db")
-        _whole(connection, path)
-        stack.enter_context(_whole_or_absent(db))
+        check_pages(connection, path)
+        stack.enter_context(whole_or_absent(db))
         store = stack.enter_context(Store(db))
         for row in connection.execute("SELECT * FROM session_traces ORDER BY created_at, session_id").fetchall():
             try:

@@ -117,7 +117,7 @@ def _show(args) -> int:
 
 # %% ../../nbs/runner/07_commands.ipynb #6179385a
 def _merge(args) -> int:
-    from qwen_vl_kit.store.traces import merge_stores
+    from qwen_vl_kit.store.merge import merge_stores
 
     count = merge_stores(args.path, *args.sources)
     print(f"{args.path}: {count['episodes']} episodes copied, {count['known']} were there already")

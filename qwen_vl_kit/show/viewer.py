@@ -168,7 +168,7 @@ def episode_of(db: str | Path, arm: str, seed: int):
     for episode in load_episodes(db, arm=arm, frames="hash"):
         if episode.seed == seed:
             for turn in episode.turns:
-                turn.frame = turn.frame and traces.frame(db, turn.frame)
+                turn.frame = turn.frame and traces.load_frame(db, turn.frame)
             return episode
     raise InputError(f"no episode of arm '{arm}' with seed {seed}", resolve(db), "run the benchmark again")
 

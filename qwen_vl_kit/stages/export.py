@@ -263,7 +263,7 @@ def _write(out: Path, kept: list, sides: dict, protocol: Protocol, also: list[st
     out.mkdir(parents=True, exist_ok=True)
     check, total = template_checker(protocol), sum(map(len, sides.values()))
     with contextlib.ExitStack() as stack, progress(total=total, what="export") as bar:
-        pictures = {db: stack.enter_context(traces.frames(db)) for db in {session["db"] for session, _ in kept}}
+        pictures = {db: stack.enter_context(traces.frame_reader(db)) for db in {session["db"] for session, _ in kept}}
         folder = stack.enter_context(sharegpt_folder(out / "sharegpt")) if "sharegpt" in also else None
         if folder:
             write_json(folder / "dataset_info.json", _dataset_info(sides))
