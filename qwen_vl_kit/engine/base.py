@@ -7,6 +7,7 @@ __all__ = ['Request', 'Sampling', 'Output', 'uniforms', 'seed_of', 'local_usage'
 
 # %% ../../nbs/engine/01_base.ipynb #79a0922d
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -77,7 +78,7 @@ class Versions(dict):
         self.latest = -1
         self.cards: dict[str, dict] = {}  # the card of each version's adapter
 
-    def register(self, version: int, suffix: str = "", card: dict = MappingProxyType({})) -> str:
+    def register(self, version: int, suffix: str = "", card: Mapping = MappingProxyType({})) -> str:
         "The name of a new version, whose adapter has this card. Raises `ValueError` unless versions go up."
         if version <= self.latest:
             raise ValueError(f"version {version} of the policy comes after {self.latest}; each has a higher number")

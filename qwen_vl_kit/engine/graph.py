@@ -6,13 +6,15 @@
 __all__ = ['UNITS', 'grown', 'DecodeBuffers', 'fill', 'emit', 'step', 'record', 'CudaGraphDecoder']
 
 # %% ../../nbs/engine/03_graph.ipynb #c2afff00
+from typing import Any
+
 from .decode import draw
 
 # %% ../../nbs/engine/03_graph.ipynb #f467c18b
 UNITS = (16, 64, 16)  # rows, tokens of prompt and reply, tokens of reply
 
 
-def grown(size: tuple[int, int, int], needed: tuple[int, int, int]) -> tuple[int, ...]:
+def grown(size: tuple[int, ...], needed: tuple[int, ...]) -> tuple[int, ...]:
     "The sizes of buffers that hold what is `needed`, rounded up to `UNITS`, and are not smaller than `size`."
     rounded = [-(-count // unit) * unit for count, unit in zip(needed, UNITS)]
     return tuple(map(max, size, rounded))
@@ -108,7 +110,8 @@ class CudaGraphDecoder:
         self.model = model
         self.size: tuple[int, ...] = (0, 0, 0)
         self.constants: tuple = ()  # temperature and end tokens
-        self.buffers = self.graph = None
+        self.buffers: Any = None
+        self.graph: Any = None
 
     def __call__(self, inputs: dict, which: list[int], u_BT, temperature: float, ends: tuple[int, ...]):
         "As `decode`."

@@ -59,7 +59,7 @@ def generate_batch(model, processor, decoder, requests: list[Request], sampling:
 # %% ../../nbs/engine/05_hf.ipynb #cb02a095
 def check_numbers(outputs: list[Output], model: str) -> None:
     "Raise `InputError` if a log-probability is NaN."
-    if any(math.isnan(logprob) for output in outputs for logprob in output.logprobs):
+    if any(math.isnan(logprob) for output in outputs for logprob in output.logprobs or ()):
         fix = "its weights, or values in its config.json, are damaged"
         raise InputError("the model computes no numbers (NaN)", model, fix)
 

@@ -10,6 +10,7 @@ __all__ = ['HEAD', 'EMBEDDING', 'LowRank', 'OutputDelta', 'trained_changes', 're
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core import InputError, adapter_folder, read_json
 from ..model.adapter_files import RANK_PATTERNS, adapter_parts, check_fits_4_bit, check_tensors
@@ -23,8 +24,8 @@ from ..model.lora import is_4_bit
 class LowRank:
     "What a LoRA adds to a weight (n, m): `scale * b @ a`, with a (r, m) and b (n, r)."
 
-    a: object
-    b: object
+    a: Any
+    b: Any
     scale: float
 
     def added_to(self, weight):

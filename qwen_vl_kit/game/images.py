@@ -43,7 +43,7 @@ def frame_hash(frame: np.ndarray) -> str:
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise InputError(f"a frame is uint8 (H, W, 3), not {frame.dtype} {frame.shape}")
     sha = hashlib.sha256(f"{frame.shape[0]}x{frame.shape[1]} ".encode())
-    sha.update(np.ascontiguousarray(frame))
+    sha.update(np.ascontiguousarray(frame).data)
     return sha.hexdigest()
 
 # %% ../../nbs/game/02_images.ipynb #d06a90fd

@@ -77,7 +77,7 @@ class _Kinds:
             if texture:
                 engine._draw_alpha(canvas, (0, 0), _textures().get(texture, self.unit))
             tile = np.ascontiguousarray(canvas.transpose(1, 0, 2))
-            self.tiles, self.dusk = np.append(self.tiles, [tile], 0), np.append(self.dusk, [_dusk(tile)], 0)
+            self.tiles, self.dusk = np.append(self.tiles, tile[None], 0), np.append(self.dusk, _dusk(tile)[None], 0)
             self.kinds[material, texture] = len(self.kinds)
         return self.kinds[material, texture]
 

@@ -103,7 +103,8 @@ class Game:
     "One game of Crafter without its picture: map, player, clock."
 
     def __init__(self):
-        self.seed = self.map = None
+        self.seed: int | None = None
+        self.map: Map | None = None
 
     def __reduce__(self):
         return _game_from, (b"" if self.seed is None else _pack(self),)

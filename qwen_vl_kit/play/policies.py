@@ -121,7 +121,7 @@ class RandomPolicy:
     def __init__(self, protocol: Protocol, seed: int = 0):
         self.protocol, self.seed = protocol, seed
 
-    def act(self, situations: list[Situation]) -> list[Decision]:
+    def act(self, situations: list[Situation]) -> list[Decision | Exception]:
         "One decision per situation."
         return each(self._one, situations)
 
@@ -140,7 +140,7 @@ class ExpertPolicy:
     def __init__(self, protocol: Protocol):
         self.protocol, self.experts = protocol, {}
 
-    def act(self, situations: list[Situation]) -> list[Decision]:
+    def act(self, situations: list[Situation]) -> list[Decision | Exception]:
         "One decision per situation."
         return each(self._one, situations)
 

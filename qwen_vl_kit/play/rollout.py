@@ -7,7 +7,7 @@ __all__ = ['NOISE', 'play', 'LostEpisodes', 'Losses', 'Replies', 'Opening', 'rol
 
 # %% ../../nbs/play/02_rollout.ipynb #15b48d18
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -183,7 +183,7 @@ def _turns(source, noise: float, seed: int, losses: Losses):
 # %% ../../nbs/play/02_rollout.ipynb #4192f665
 def rollout(policy, protocol: Protocol, seeds: list[int], members: int | range = 1, noise: float = 0.0, seed: int = 0,
             concurrency: int = 64, sink: Callable[[Episode], None] | None = None, done=frozenset(), keep: bool = True,
-            what: str = "", openings: dict[tuple, Opening] = MappingProxyType({})) -> list[Episode]:
+            what: str = "", openings: Mapping[tuple, Opening] = MappingProxyType({})) -> list[Episode]:
     """Play `members` episodes of every seed and return them in that order (an empty list unless `keep`).
 
     Parameters

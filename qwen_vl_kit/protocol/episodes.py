@@ -8,6 +8,7 @@ __all__ = ['Decision', 'Turn', 'Episode', 'replay', 'returns_to_go']
 # %% ../../nbs/protocol/02_episodes.ipynb #42ecc714
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Turn:
 
     turn: int  # counts replies, from 0
     step: int  # environment steps before this turn
-    frame: np.ndarray | None  # uint8 (H, W, 3), what the decision was made on
+    frame: Any  # uint8 (H, W, 3), what the decision was made on, or its PNG bytes or hash; None without a picture
     text: str  # the observation in words
     decision: Decision
     executed: list[str] = field(default_factory=list)  # actions that were really taken

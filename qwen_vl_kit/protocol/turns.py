@@ -10,6 +10,7 @@ __all__ = ['TOOL', 'ALIASES', 'system', 'user_text', 'data_url', 'messages', 'wi
 import base64
 import json
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..config import Protocol, horizon
@@ -41,7 +42,7 @@ def system(protocol: Protocol) -> str:
     return "\n\n".join([goal, rules(), "Actions: " + ", ".join(ACTIONS), _form(protocol)])
 
 # %% ../../nbs/protocol/01_turns.ipynb #9eaa26ad
-def user_text(protocol: Protocol, past: list[str], text: str = "", unlocked: list[str] = (), turn: int = 0) -> str:
+def user_text(protocol: Protocol, past: list[str], text: str = "", unlocked: Sequence[str] = (), turn: int = 0) -> str:
     """The words beside the picture: the state where it is observed in words, the last `history` actions taken (oldest
     first), and with `progress` which `turn` it is (from 0) and the achievements `unlocked` so far."""
     lines = [text] if protocol.observe != "image" and text else []
@@ -66,7 +67,7 @@ def _image_part(frame, urls: bool) -> dict:
 
 
 def messages(protocol: Protocol, frames: list, past: list[str], text: str = "", urls: bool = True,
-             unlocked: list[str] = (), turn: int = 0) -> list[dict]:
+             unlocked: Sequence[str] = (), turn: int = 0) -> list[dict]:
     """Chat messages of one turn, in OpenAI form.
 
     Parameters

@@ -193,9 +193,9 @@ def curves(path: str | Path, panels: tuple[Panel, ...] | list[str] = SFT_PANELS,
     """
     import pandas as pd
 
-    panels = [Panel(panel, "", {panel: (panel,)}) if isinstance(panel, str) else panel for panel in panels]
+    wanted = [Panel(panel, "", {panel: (panel,)}) if isinstance(panel, str) else panel for panel in panels]
     series = read_metrics(path)
-    drawable, missing = _split_panels(panels, series)
+    drawable, missing = _split_panels(wanted, series)
     if not drawable:
         raise InputError("none of the curves is in the file", resolve(path), "it holds: " + ", ".join(series))
     if x in series:

@@ -201,4 +201,4 @@ def crafter_score_interval(unlocked, level: float = 0.95) -> Interval:
                 for distance in (value - low, high - value))
     bias = np.minimum((100 / (1 + 100 * rates)) ** 2 * rates * (1 - rates) / (2 * n), high - value).mean()
     low, high = np.expm1([value.mean() - down, value.mean() + bias + up])
-    return Interval(score, max(0.0, float(low)), min(100.0, float(high)))
+    return Interval(float(score), max(0.0, float(low)), min(100.0, float(high)))

@@ -9,6 +9,7 @@ __all__ = ['PEAKS', 'LANGUAGE', 'HEAD', 'VISION', 'PEAK_H200', 'DECODE_STEP', 'F
 # %% ../../nbs/store/08_estimate.ipynb #586db89c
 import math
 import re
+from typing import Any
 
 from ..config import CollectConfig, GRPOConfig, Protocol, Stage, horizon
 from ..core import InputError, parse_seeds
@@ -119,7 +120,7 @@ def _grpo_turn_flops(config: GRPOConfig, tokens: dict) -> float:
     return flops
 
 # %% ../../nbs/store/08_estimate.ipynb #313e8356
-def _work(stage: str, config: Stage, protocol: Protocol, rows: int, tokens: dict,
+def _work(stage: str, config: Any, protocol: Protocol, rows: int, tokens: dict,
           mfu: float) -> tuple[int, float, float]:
     "(turns, FLOP, GPU seconds) of a stage for the 2B."
     if stage == "sft":
@@ -173,12 +174,14 @@ def _teacher_cost(name: str, config: CollectConfig, turns: int, tokens: dict,
     return prompt, float(book[f"{name}/input"](prompt) + book[f"{name}/output"](turns * tokens["completion"]))
 
 # %% ../../nbs/store/08_estimate.ipynb #9617fbc7
-def estimate(stage: str, config: Stage, protocol: Protocol | None = None, rows: int = 18_000, completion: int = 24,
+def estimate(stage: str, config: Any, protocol: Protocol | None = None, rows: int = 18_000, completion: int = 24,
              mfu: float = 0.3, usd_per_hour: float | None = None) -> dict:
     """What a stage will take on H200s: turns, tokens (without a judge's), FLOP, GPU seconds, US dollars, assumptions.
 
     Parameters
     ----------
+    config
+        the stage's
     protocol
         for sft, which has none of its own: that of the traces (default: collect's defaults)
     rows

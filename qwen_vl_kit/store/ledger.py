@@ -21,14 +21,14 @@ class Budget:
         self.cap = None if cap is None else Decimal(str(cap))
         self.spent = Decimal(str(spent))
 
-    def check(self, usd: float) -> None:
+    def check(self, usd: float | Decimal) -> None:
         "Raise `OverBudget` when `usd` more would pass the cap."
-        usd = Decimal(str(usd))
-        if self.cap is not None and self.spent + usd > self.cap:
-            raise OverBudget(f"budget of ${self.cap:f} would be passed: ${self.spent:.6f} spent, ${usd:.6f} next; "
+        more = Decimal(str(usd))
+        if self.cap is not None and self.spent + more > self.cap:
+            raise OverBudget(f"budget of ${self.cap:f} would be passed: ${self.spent:.6f} spent, ${more:.6f} next; "
                              "raise the cap, or continue with what there is")
 
-    def spend(self, usd: float) -> None:
+    def spend(self, usd: float | Decimal) -> None:
         "Count an expense, unless it passes the cap: then raise `OverBudget` and count nothing."
         self.check(usd)
         self.spent += Decimal(str(usd))

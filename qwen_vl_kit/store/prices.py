@@ -122,7 +122,7 @@ def _without_date(model: str) -> str:
         datetime.date.fromisoformat(match[2] if match else "")
     except ValueError:
         return model
-    return match[1]
+    return match[1] if match else model
 
 # %% ../../nbs/store/04_prices.ipynb #a0522fa9
 def book_name(model: str, book: dict[str, Price]) -> str | None:
@@ -154,7 +154,7 @@ def check_prices(config: Stage) -> None:
         require_prices(config.judge_model, book)
 
 # %% ../../nbs/store/04_prices.ipynb #a43f4df7
-def gpu_cost(seconds: float, gpus: int = 1, usd_per_hour: float | None = None) -> Decimal:
+def gpu_cost(seconds: float, gpus: int = 1, usd_per_hour: float | Decimal | None = None) -> Decimal:
     "Rent in US dollars of `gpus` GPUs for `seconds`, at `usd_per_hour` each or at the book's price of an H200."
     rate = price("h200").usd if usd_per_hour is None else Decimal(str(usd_per_hour))
     return Decimal(str(seconds)) * gpus * rate / 3600
