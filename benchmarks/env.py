@@ -24,10 +24,10 @@ from PIL import Image, ImageEnhance
 
 from .race import child_environment, race, race_row, row, seconds_of
 from qwen_vl_kit.game.images import png
-from qwen_vl_kit.game.paint import _faded, _night_loop, _night_sum, _vignette, compiled, night_noise, painter
+from qwen_vl_kit.game.paint import _fade_table, _night_loop, _night_sum, _vignette, night_noise, painter, uses_numba
 from qwen_vl_kit.game.rules import ACTIONS
 from qwen_vl_kit.game.world import World
-from qwen_vl_kit.game.worldgen import _compiled
+from qwen_vl_kit.game.worldgen import _compile_loop
 
 # %% ../nbs/perf/env.ipynb #ba492639
 class OurGame:
@@ -182,9 +182,9 @@ _WITH_NUMBA = ", both with numba"
 
 def rows_here(seconds: float, sizes: tuple) -> list[dict]:
     "The table as this process measures it, with numba or without."
-    share, suffix = seconds / (3 * len(sizes) + 3), _WITH_NUMBA if compiled() else ""
+    share, suffix = seconds / (3 * len(sizes) + 3), _WITH_NUMBA if uses_numba() else ""
     rows = [race_row(what + suffix, race(*pair, share), unit) for what, pair, unit in contests(sizes)]
-    return rows if compiled() else rows + png_rows(sizes[-1], share)
+    return rows if uses_numba() else rows + png_rows(sizes[-1], share)
 
 # %% ../nbs/perf/env.ipynb #af07b6af
 def rows_without_numba(seconds: float, sizes: tuple) -> list[dict]:
@@ -198,7 +198,7 @@ def rows_without_numba(seconds: float, sizes: tuple) -> list[dict]:
 # %% ../nbs/perf/env.ipynb #4faa3775
 def measure(seconds: float, sizes: tuple = (64, 288)) -> list[dict]:
     "Episodes, steps, resets and PNG, ours and stock; without numba, and with it where it is installed."
-    if not compiled():
+    if not uses_numba():
         return rows_here(seconds, sizes)
     plain = rows_without_numba(seconds / 2, sizes)
     with_numba = {r["what"].removesuffix(_WITH_NUMBA): r for r in rows_here(seconds / 2, sizes)}
@@ -224,9 +224,9 @@ def night_parts(size: int = 288, rounds: int = 15) -> list[dict]:
              "- noise": lambda: night_noise(0, 0, *ground.shape[:2]),
              "- all sums, numpy": lambda: _night_sum(ground, noise, 0.1),
              "  - fading alone, Pillow": lambda: np.asarray(ImageEnhance.Color(Image.fromarray(ground)).enhance(0.4))}
-    if compiled():
-        sums = _compiled(_night_loop)
-        parts["- all sums, numba"] = lambda: sums(ground, noise, 0.1, _vignette(*noise.shape), _faded(), out)
+    if uses_numba():
+        sums = _compile_loop(_night_loop)
+        parts["- all sums, numba"] = lambda: sums(ground, noise, 0.1, _vignette(*noise.shape), _fade_table(), out)
     parts["stock's frame by night"] = stock.render
 
     def milliseconds(part) -> float:

@@ -18,7 +18,7 @@ from .race import NotComparable
 from qwen_vl_kit.core import parse_seeds, progress
 from qwen_vl_kit.expert.expert import Expert
 from qwen_vl_kit.game import creatures
-from qwen_vl_kit.game.paint import GRAIN, compiled, night_noise
+from qwen_vl_kit.game.paint import GRAIN, night_noise, uses_numba
 from qwen_vl_kit.game.rules import ACHIEVEMENTS, ACTIONS, DIRECTIONS
 from qwen_vl_kit.game.world import View, World
 
@@ -172,6 +172,6 @@ def measure(seconds: float = 0, seeds: str = "0-3", steps: int = 500, size: int 
     counts = Counter()
     for number, seed in enumerate(progress(parse_seeds(seeds), what="worlds compared")):
         counts += play_both(seed, steps, size, mortal=number % 5 == 4)
-    how = "with numba" if compiled() else "without numba"
+    how = "with numba" if uses_numba() else "without numba"
     rows = {f"differences, {size} px, {how}": 0} | {what: counts[what] for what in FEATURES}
     return [{"what": what, "steps": number} for what, number in rows.items()]

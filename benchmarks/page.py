@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qwen_vl_kit.game.paint import compiled
+from qwen_vl_kit.game.paint import uses_numba
 from qwen_vl_kit.show.tables import text_table
 from qwen_vl_kit.store import manifest
 from qwen_vl_kit.store.provenance import provenance
@@ -38,7 +38,7 @@ def hardware() -> str:
 # %% ../nbs/perf/page.ipynb #b07989ee
 def _versions(packages: dict) -> str:
     versions = dict(packages)
-    if compiled():
+    if uses_numba():
         versions["numba"] = version("numba")
     return ", ".join(f"{package} {number}" for package, number in versions.items())
 

@@ -18,10 +18,10 @@ from qwen_vl_kit.game import paint
 from qwen_vl_kit.game import world as game_world
 from qwen_vl_kit.game.gym import gym_world
 from qwen_vl_kit.game.images import decode_png, png
-from qwen_vl_kit.game.paint import _faded, _night_loop, _night_sum, _vignette, compiled, painter
+from qwen_vl_kit.game.paint import _fade_table, _night_loop, _night_sum, _vignette, painter, uses_numba
 from qwen_vl_kit.game.rules import ACTIONS
-from qwen_vl_kit.game.world import _DEATH, World
-from qwen_vl_kit.game.worldgen import _compiled, _noise, _noise3
+from qwen_vl_kit.game.world import World, _DEATH
+from qwen_vl_kit.game.worldgen import _compile_loop, _noise, _noise3
 
 EPISODE = """
 import hashlib, sys
@@ -238,7 +238,7 @@ def test_lit_tiles_are_forgotten_before_they_fill_the_memory(monkeypatch):
 # --- numba
 
 
-@pytest.mark.skipif(not compiled(), reason="numba is not installed, or switched off")
+@pytest.mark.skipif(not uses_numba(), reason="numba is not installed, or switched off")
 def test_compiled_loops_give_the_same_bytes():
     from opensimplex import OpenSimplex
     random = np.random.default_rng(0)
@@ -246,7 +246,7 @@ def test_compiled_loops_give_the_same_bytes():
         for light in (0.0, 0.1, 0.33, 0.4999):
             ground, grain = random.integers(0, 256, (height, width, 3), np.uint8), random.integers(0, 256, (height, width), np.uint8)
             out = np.empty_like(ground)
-            _compiled(_night_loop)(ground, grain, light, _vignette(height, width), _faded(), out)
+            _compile_loop(_night_loop)(ground, grain, light, _vignette(height, width), _fade_table(), out)
             assert np.array_equal(out, _night_sum(ground, grain, light))
     for seed in range(5):
         simplex, (x, y) = OpenSimplex(seed), random.uniform(0, 64, (2, 5000))
@@ -257,7 +257,7 @@ def test_compiled_loops_give_the_same_bytes():
 
 @pytest.mark.parametrize("blocked", ["import os; os.environ['QVK_NUMBA'] = '0'", "import sys; sys.modules['numba'] = None"])
 def test_it_works_without_numba(blocked):
-    code = f"{blocked}; from qwen_vl_kit.game import paint, world; print(paint.compiled(), world.World(18).reset(1).step)"
+    code = f"{blocked}; from qwen_vl_kit.game import paint, world; print(paint.uses_numba(), world.World(18).reset(1).step)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split() == ["False", "0"]
 
 
