@@ -20,7 +20,7 @@ from qwen_vl_kit.game.gym import gym_world
 from qwen_vl_kit.game.images import decode_png, png
 from qwen_vl_kit.game.paint import _fade_table, _night_loop, _night_sum, _vignette, painter, uses_numba
 from qwen_vl_kit.game.rules import ACTIONS
-from qwen_vl_kit.game.world import World, _DEATH
+from qwen_vl_kit.game.world import _DEATH, World
 from qwen_vl_kit.game.worldgen import _compile_loop, _noise, _noise3
 
 EPISODE = """

@@ -20,7 +20,7 @@ from .creatures import Cow, Skeleton, Zombie
 
 # %% ../../nbs/game/04_worldgen.ipynb #e11c1c58
 @functools.cache
-def _compiled(loop):
+def _compile_loop(loop):
     "The function compiled by numba; or None: without numba, or with QVK_NUMBA=0 in the environment."
     if os.environ.get("QVK_NUMBA") == "0":
         return None
@@ -104,7 +104,7 @@ def _simplex_loop(x_N, y_N, z, perm, gradient, out_N):
 
 def _noise(simplex, x_N: np.ndarray, y_N: np.ndarray, z: float) -> np.ndarray:
     "`simplex.noise3` at N points of one height z, by the quicker way there is."
-    if not (loop := _compiled(_simplex_loop)):
+    if not (loop := _compile_loop(_simplex_loop)):
         # blocks whose sums stay in the cache; larger arrays would be returned to the system and fetched again each time
         blocks = [slice(start, start + 1024) for start in range(0, len(x_N), 1024)]
         return np.concatenate([_noise3(simplex, x_N[block], y_N[block], z) for block in blocks] or [np.zeros(0)])
