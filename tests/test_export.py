@@ -477,7 +477,7 @@ def test_files_of_other_makers_are_read_line_by_line(foreign):
     first, second, third = path.read_bytes().splitlines()
     path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n \n" + second + b"\r\n" + third)  # BOM, CRLF, blank lines, no newline at the end
     assert [number for number, _ in numbered_rows(path)] == [1, 4, 5]
-    for line, says in ((b"[]", "the row is a list, no object"), (b'"x"', "the row is text"), (b"null", "the row is null"),
+    for line, says in ((b"[]", "the row is a list, not an object"), (b'"x"', "the row is text"), (b"null", "the row is null"),
                        (b"7", "the row is a number"),
                        (b"[" + first + b"]", "the row is a list"), (b"1" * 5000, "row is not JSON"), (b"[" * 100_000, "row is nested too deeply"),
                        (b'{"messages": [], "messages": []}', "row is not JSON (two keys 'messages'"), (b"\xff" + second, "row is not JSON ('utf-8'"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..config import ExportConfig, Protocol
 from ..core import (InputError, Result, append_jsonl, atomic, digest, dumps, nearest, parse_seeds, progress,
                               resolve, stage_folder, write_json)
-from ..foreign.formats import _dataset_info, parquet_writer, sharegpt, sharegpt_folder
+from ..foreign.formats import dataset_info, parquet_writer, sharegpt, sharegpt_folder
 from ..foreign.synth import timestamp
 from ..game.images import png_size
 from ..game.rules import ACHIEVEMENTS
@@ -266,7 +266,7 @@ def _write(out: Path, kept: list, sides: dict, protocol: Protocol, also: list[st
         pictures = {db: stack.enter_context(traces.frame_reader(db)) for db in {session["db"] for session, _ in kept}}
         folder = stack.enter_context(sharegpt_folder(out / "sharegpt")) if "sharegpt" in also else None
         if folder:
-            write_json(folder / "dataset_info.json", _dataset_info(sides))
+            write_json(folder / "dataset_info.json", dataset_info(sides))
         for side, places in sides.items():
             write = _writer(stack, out, side, also, folder)
             for e, t in places:
