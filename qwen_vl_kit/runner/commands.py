@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import qwen_vl_kit
 from ..config import STAGES, Stage, horizon, to_toml
@@ -51,7 +52,7 @@ def _new(args) -> int:
     return 0
 
 # %% ../../nbs/runner/07_commands.ipynb #9294136c
-def _estimates(loaded: dict[str, Stage]) -> list[dict]:
+def _estimates(loaded: dict[str, Any]) -> list[dict]:
     "What each stage of a run will take on H200s."
     from qwen_vl_kit.store.estimate import estimate
 
@@ -199,7 +200,7 @@ def _add_runs(add) -> None:
     all_stages.add_argument("--to", dest="last", default="", choices=STAGES, help="last stage")
     _add_env_file(all_stages)
     for stage, model in STAGES.items():
-        does = re.split(r"[.:;]", model.__doc__)[0]
+        does = re.split(r"[.:;]", model.__doc__ or "")[0]
         command = add(stage, f"one stage: {does[0].lower()}{does[1:]}", _stage, config=True, sets=True, out=True)
         if stage in ("collect", "grpo", "benchmark"):  # those that may call an endpoint
             _add_env_file(command)

@@ -155,7 +155,7 @@ class RunFailed(RuntimeError):
 # %% ../../nbs/runner/01_notebook.ipynb #2d06fe10
 def describe_error(error: BaseException) -> dict:
     "What has to be known of an error outside its process, as plain values."
-    facts = {"kind": type(error).__name__, "message": str(error), "expected": isinstance(error, StageError)}
+    facts: dict = {"kind": type(error).__name__, "message": str(error), "expected": isinstance(error, StageError)}
     if isinstance(error, InputError):
         where = None if error.where is None else str(error.where)
         facts["input"] = {"what": error.what, "where": where, "fix": error.fix, "code": error.code}

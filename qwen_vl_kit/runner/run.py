@@ -12,6 +12,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ..config import STAGES, Stage
 from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, read_json,
@@ -73,7 +74,7 @@ def check_access(settings: Stage) -> None:
                    "configs/README.md says how to add one")
 
 # %% ../../nbs/runner/03_run.ipynb #df2f2663
-def check_devices(settings: Stage) -> None:
+def check_devices(settings: Any) -> None:
     "Note what this machine cannot do of what a config asks. Raises `InputError` when that must not be passed over."
     if getattr(settings, "report_to", "none") != "none":
         from qwen_vl_kit.learn.trackers import check_tracker
@@ -246,8 +247,8 @@ def run_folder(path: str, out: str = "") -> Path:
     "Where a run of the config folder (or of a file in it) writes: `out`, or a folder of the same name below outputs."
     if out:
         return resolve(out)
-    path = resolve(path)
-    return resolve(site("outputs")) / (path if path.is_dir() else path.parent).name
+    configs = resolve(path)
+    return resolve(site("outputs")) / (configs if configs.is_dir() else configs.parent).name
 
 # %% ../../nbs/runner/03_run.ipynb #0050036b
 def stage_range(first: str, last: str) -> tuple:
