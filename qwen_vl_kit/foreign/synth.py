@@ -141,7 +141,8 @@ def _synth_protocol(turns: list[Turn]) -> Protocol:
     if sizes or size and size[0] != size[1]:
         raise ValueError("its pictures are not all of one square size")
     observe = "text" if not size else "both" if any(turn.text for turn in turns) else "image"
-    return Protocol(form="tool", observe=observe, horizon="t50", **({"render_size": size[0]} if size else {}))
+    settings: dict = {"render_size": size[0]} if size else {}
+    return Protocol(form="tool", observe=observe, horizon="t50", **settings)
 
 # %% ../../nbs/foreign/03_synth.ipynb #620579cb
 def timestamp(moment: str) -> float:

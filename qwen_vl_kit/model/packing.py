@@ -13,10 +13,10 @@ from .encode import EncodedTurn
 from .patches import needs_no_resizing, patch_grid, patchify
 
 # %% ../../nbs/model/07_packing.ipynb #f88d4c3d
-def positions(ids: list[int], grids, processor):
+def positions(ids, grids, processor):
     """Position ids of one sample, int64 (4, L): row 0 counts tokens, rows 1-3 are M-RoPE's time, row and column.
 
-    `grids` (images, 3): time, rows and columns of each image, in patches.
+    `ids` (L,): token ids. `grids` (images, 3): time, rows and columns of each image, in patches.
     """
     import numpy as np
 

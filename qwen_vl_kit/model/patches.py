@@ -96,6 +96,6 @@ def decode_url(url: str):
         raise InputError(f"the image is not base64 ({error})", fix="export the rows again") from None
 
 # %% ../../nbs/model/05_patches.ipynb #4eed032f
-def frame_key(data: bytes) -> int:
-    "63 bits that tell one frame from another: a digest of its URL or its pixels."
+def frame_key(data) -> int:
+    "63 bits that tell one frame from another: a digest of its URL or its pixels (bytes, or an array)."
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1

@@ -256,7 +256,7 @@ class ServerPolicy:
     def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str, max_reprompts: int = 1,
                  episode_seconds: float = 3600.0, adapter: str = ""):
         self.engine, self.protocol, self.sampling, self.name, self.adapter = engine, protocol, sampling, name, adapter
-        self.check(first=True)
+        self.check(first=True)  # pyrefly: ignore[bad-argument-type]
         self.max_reprompts, self.episode_seconds = max_reprompts, episode_seconds
         self.results, self.in_flight = queue.SimpleQueue(), 0  # calls that have returned; calls under way
         self.waiting: list[Situation] = []  # beginnings that cannot be paid yet

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import qwen_vl_kit
-from ..config import STAGES, Stage, horizon, to_toml
+from ..config import STAGES, horizon, to_toml
 from ..core import InputError, as_input_error, display_path, notify, parse_seeds, resolve, site
 from . import new, synth
 from .arguments import resolve_cli_path, resolve_model, resolve_new_path, resolve_set, set_environment

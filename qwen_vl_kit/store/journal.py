@@ -93,7 +93,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.tail = b""  # what there was of an incomplete last line
+        self.tail: bytes = b""  # what there was of an incomplete last line
         self._bytes_read = 0  # in complete lines, by `rows`
         self._file = None  # while it is open for writing
         self._error: InputError | None = None  # why nothing more is written

@@ -50,12 +50,12 @@ def read_session(connection: sqlite3.Connection, path: Path, session: sqlite3.Ro
 
     turns = rows("SELECT * FROM turns WHERE session = ? ORDER BY turn", session["id"])
     with reporting_bad_values(path):
-        session = check_session(session)
+        checked = check_session(session)
         frames = []
         for name in _check_turns(connection, path, turns):
             frames += rows("SELECT * FROM frames WHERE hash = ?", name)
         source = rows("SELECT provenance FROM sources WHERE id = ?", session["source"])
-        return SessionRows(session, turns, rows("SELECT * FROM scores WHERE session = ?", session["id"]),
+        return SessionRows(checked, turns, rows("SELECT * FROM scores WHERE session = ?", session["id"]),
                            rows("SELECT * FROM prompts WHERE hash = ?", session["prompt"]), frames,
                            source[0]["provenance"] if source else None)
 

@@ -233,7 +233,7 @@ class Meter(CallCounts):
         self.clear()
         self._lost_row = None  # stands for an incomplete row of a call that was sent
         largest = self._replay() if self.journal else None
-        if largest and self.journal.tail and _number_in(self.journal.tail) not in self._in_flight:
+        if largest and self.journal.tail and _number_in(self.journal.tail) not in self._in_flight:  # pyrefly: ignore
             self._lost_row = largest | {"call": self.calls + 1, "again": 0, "key": []}
             self.begin(self._lost_row)
         for number in list(self._in_flight):
@@ -294,7 +294,7 @@ def numbers(self: Meter) -> dict:
     with self._lock:
         figures = call_figures(self)
         if self.usd_over_budget:
-            figures["usd_over_budget"] = float(self.usd_over_budget)
+            figures["usd_over_budget"] = float(self.usd_over_budget)  # pyrefly: ignore[bad-argument-type]
         return figures
 
 # %% ../../nbs/store/07_meter.ipynb #66b4e454

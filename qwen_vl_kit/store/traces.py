@@ -69,7 +69,10 @@ def _frame_name(frame: np.ndarray | bytes) -> str:
     "The hash of a frame's pixels; a `Png` knows it, other bytes are decoded for it."
     if isinstance(frame, Png):
         return frame.name
-    return frame_hash(decode_png(frame) if isinstance(frame, bytes) and png_size(frame) else frame)
+    if isinstance(frame, bytes):
+        png_size(frame)  # refuses what is not a PNG, or is too large, before it is decoded
+        return frame_hash(decode_png(frame))
+    return frame_hash(frame)
 
 # %% ../../nbs/store/03_traces.ipynb #1e20930c
 def _insert_frame(execute, frame: np.ndarray | bytes | None) -> str | None:
@@ -194,13 +197,13 @@ def begin(self: Store, run: str, protocol: Protocol, facts: dict | None = None) 
     """
     protocol = Protocol(**{name: getattr(protocol, name) for name in Protocol.model_fields})  # a config has more fields
     name, settings = protocol_turns.prompt_hash(protocol), json.dumps(protocol.model_dump(), sort_keys=True)
-    facts = store_provenance.provenance(render_size=protocol.render_size, **(facts or {}))
-    facts = json.dumps(facts, sort_keys=True)
+    origin = store_provenance.provenance(render_size=protocol.render_size, **(facts or {}))
+    row = (json.dumps(origin, sort_keys=True),)
     with self.transaction() as execute:
         _check_prompt(execute, run, name, self.path)
-        execute("INSERT OR IGNORE INTO sources (provenance) VALUES (?)", (facts,))
+        execute("INSERT OR IGNORE INTO sources (provenance) VALUES (?)", row)
         execute("INSERT OR IGNORE INTO prompts VALUES (?, ?, ?)", (name, settings, system(protocol)))
-        self.source = execute("SELECT id FROM sources WHERE provenance = ?", (facts,)).fetchone()[0]
+        self.source = execute("SELECT id FROM sources WHERE provenance = ?", row).fetchone()[0]
     self.run, self.prompt = run, name
     self._last_time = time.monotonic()  # of a stored episode, or of the beginning
 
