@@ -54,7 +54,7 @@ def live(out, statements=0):
     collect.run(config, out)
     os._exit(0)
 
-collect.rollout(collect.teacher(config), config, [1000])  # whatever is loaded or compiled at first use is there for every life
+collect.rollout(collect.teacher_policy(config), config, [1000])  # whatever is loaded or compiled at first use is there for every life
 deaths = []
 while len(deaths) < 20:
     if len(deaths) % 2:
