@@ -16,6 +16,7 @@ from qwen_vl_kit.engine.base import Sampling
 from qwen_vl_kit.engine.factory import create_engine
 from qwen_vl_kit.engine.hf import HFEngine
 from qwen_vl_kit.engine.vllm import language_only
+from qwen_vl_kit.learn.devices import plan_serving
 from qwen_vl_kit.model import loading
 from qwen_vl_kit.model.adapter_files import adapter_parts
 from qwen_vl_kit.model.adapters import attach
@@ -24,7 +25,6 @@ from qwen_vl_kit.model.checkpoint import tiny_folder
 from qwen_vl_kit.model.loading import load_model, load_without_weights
 from qwen_vl_kit.play.policies import read_checked_card
 from qwen_vl_kit.stages import benchmark, grpo
-from qwen_vl_kit.stages.grpo import served
 
 pytestmark = pytest.mark.slow
 
@@ -309,7 +309,7 @@ def test_a_base_in_4_bits_is_not_for_the_other_engines():
             create_engine(engine, "tiny", qlora=True)
         with pytest.raises(ValueError, match="trains on a base in 4 bits"):
             GRPOConfig(variety="qlora", engine=engine)
-    assert served(GRPOConfig(variety="qlora", gpus_for_vllm=2))[0] == 0
+    assert plan_serving(GRPOConfig(variety="qlora", gpus_for_vllm=2))[0] == 0
 
 
 @pytest.mark.parametrize("key, value", [("base_model_name_or_path", 5), ("base_model_name_or_path", ["x"]), ("arrow_config", {}),

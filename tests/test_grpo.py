@@ -15,11 +15,11 @@ from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
 from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, write_json
 from qwen_vl_kit.engine.base import EngineDied, Sampling
 from qwen_vl_kit.engine.hf import HFEngine
+from qwen_vl_kit.learn import player
 from qwen_vl_kit.model.cards import read_card
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.runner.run import run_stage, state
 from qwen_vl_kit.stages import benchmark, grpo
-from qwen_vl_kit.stages.grpo import packed_logprobs
 from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.manifest import config_hash
 from qwen_vl_kit.store.traces import read_sessions
@@ -154,7 +154,7 @@ def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeyp
     whole = settings | {"iterations": 1, "group_size": 8, "batch_size": 1000, "top_share": 1.0, "temperature": 0.5}
     [one] = figures(grpo.run(GRPOConfig(**whole), tmp_path / "one").out)
     [kept_near] = figures(grpo.run(GRPOConfig(**whole | {"beta": 0.1}), tmp_path / "near").out)
-    monkeypatch.setattr(grpo, "merge_duplicates", lambda samples, weights: (samples, weights))
+    monkeypatch.setattr(player, "merge_duplicates", lambda samples, weights: (samples, weights))
     [each] = figures(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
     assert one["turns_distinct"] < one["turns_with_advantage"] == each["turns_distinct"] == kept_near["turns_distinct"]
     assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(0, abs=1e-6)
@@ -192,9 +192,11 @@ def test_an_engine_that_dies_costs_its_iteration_only(settings, tmp_path, monkey
 def test_divergence_and_a_lack_of_memory_are_told_and_state_is_kept(settings, tmp_path, monkeypatch):
     import torch
 
+    from qwen_vl_kit.learn import grpo_trainer
+
     with pytest.raises(TrainingStopped):
         grpo.run(GRPOConfig(**settings | {"learning_rate": 1e12, "max_grad_norm": 1e12}), tmp_path / "diverged")
-    first, calls = packed_logprobs, []
+    first, calls = grpo_trainer.packed_logprobs, []
 
     def hungry(*args):
         calls.append(1)
@@ -202,7 +204,7 @@ def test_divergence_and_a_lack_of_memory_are_told_and_state_is_kept(settings, tm
             raise torch.OutOfMemoryError("CUDA out of memory")
         return first(*args)
 
-    monkeypatch.setattr(grpo, "packed_logprobs", hungry)
+    monkeypatch.setattr(grpo_trainer, "packed_logprobs", hungry)
     with pytest.raises(TrainingStopped, match="out of memory; lower batch_size .* the last checkpoint is of update"):
         grpo.run(GRPOConfig(**settings), tmp_path / "hungry")
     assert list((tmp_path / "hungry" / "checkpoints").glob("checkpoint-*/adapter_model.safetensors"))

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['DEEPSPEED_AUTO', 'FSDP', 'gpu_count', 'device_name', 'threads', 'on_one_device', 'plan_processes', 'check_sharding',
-           'sharding_arguments', 'describe_sharding']
+           'sharding_arguments', 'describe_sharding', 'plan_serving']
 
 # %% ../../nbs/learn/01_devices.ipynb #44267634
 import contextlib
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
-from ..config import SFTConfig
-from ..core import InputError
+from ..config import GRPOConfig, SFTConfig
+from ..core import InputError, is_installed
+from ..engine.vllm import language_only
 
 # %% ../../nbs/learn/01_devices.ipynb #bc8ee3af
 def gpu_count() -> int:
@@ -121,3 +123,25 @@ def describe_sharding(config: SFTConfig, processes: int) -> str:
     if config.deepspeed_stage:
         return f"{processes} processes with deepspeed_stage = {config.deepspeed_stage}"
     return f"{processes} processes with fsdp = true" if config.fsdp else f"{processes} processes with nothing divided"
+
+# %% ../../nbs/learn/01_devices.ipynb #57f49150
+def plan_serving(config: GRPOConfig, adapter: Path | None = None) -> tuple[int, list[str]]:
+    """GPUs on which vLLM serves while the first one trains, and a notice where that is fewer than `gpus_for_vllm`.
+
+    Raises `InputError` where vLLM is not installed, and for an adapter that it cannot play.
+    """
+    wanted = config.gpus_for_vllm
+    if wanted and config.variety == "qlora":
+        return 0, [f"gpus_for_vllm = {wanted}: vLLM plays a base in 16 bits, not the one in 4 bits that QLoRA trains "
+                   "on, so engine hf plays"]
+    gpus = gpu_count() if wanted else 0
+    serving = max(0, min(wanted, gpus - 1))
+    if serving and not is_installed("vllm"):
+        raise InputError(f"gpus_for_vllm = {wanted} needs vLLM, which is not installed",
+                         fix="make gpu installs it; or set gpus_for_vllm = 0")
+    if serving and adapter:
+        language_only(adapter)
+    if serving == wanted:
+        return serving, []
+    who = f"{serving} serve{'s' * (serving == 1)}" if serving else "what plays shares what trains"
+    return serving, [f"gpus_for_vllm = {wanted}: this machine has {gpus} GPU{'s' * (gpus != 1)}, so {who}"]
