@@ -160,7 +160,8 @@ def test_grpo_plays_by_vllm(engine, access, tmp_path):
                 "adapter": str(student(tmp_path)), "model": "tiny", "bf16": False, "threads": 1, "prompt": "brief", "render_size": 144,
                 "horizon": "s10", "groups": 2, "group_size": 3, "iterations": 3, "batch_size": 16, "max_new_tokens": 16,
                 "sequence_length": 1024, "learning_rate": 1e-3, "seeds": "50-99"}
-    program = f"from qwen_vl_kit import config\nfrom qwen_vl_kit.learn import devices\nfrom qwen_vl_kit.stages import grpo\ndevices.gpu_count = lambda: 2\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
+    program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.learn import devices\nfrom qwen_vl_kit.stages import grpo\n" \
+              f"devices.gpu_count = lambda: 2\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(read_jsonl(tmp_path / "grpo" / "metrics.jsonl"))
