@@ -85,8 +85,8 @@ def check_devices(settings: Any) -> None:
         for line in plan_processes(settings)[1]:
             notify(line)
     if getattr(settings, "gpus_for_vllm", 0):
-        from qwen_vl_kit.stages.grpo import served
-        for line in served(settings)[1]:
+        from qwen_vl_kit.learn.devices import plan_serving
+        for line in plan_serving(settings)[1]:
             notify(line)
 
 # %% ../../nbs/runner/03_run.ipynb #9c36704c
