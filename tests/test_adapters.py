@@ -197,7 +197,7 @@ def test_files_that_are_not_where_peft_puts_them(tmp_path):
 @pytest.mark.parametrize("kind, part", [("biases", "bias"), ("LoRA on the embedding", "embeddings"), ("PiSSA", "pissa"),
                                         ("some words", "trainable_token")])
 def test_training_does_not_go_on_from_what_the_trainer_would_leave_out(kind, part, tmp_path):
-    with pytest.raises(InputError, match=f"training does not go on from .*{part}"):
+    with pytest.raises(InputError, match=f"training cannot continue from .*{part}"):
         load_model("tiny", adapter=lora(tmp_path / "adapter", **PLAYED[kind]), trainable=True)
 
 

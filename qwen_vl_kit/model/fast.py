@@ -71,7 +71,7 @@ def _last_layer(self, hidden_states, position_embeddings, answer_mask=None, **mo
 
 # %% ../../nbs/model/11_fast.ipynb #4446ae9b
 def _wrap_forward(fused, signature):
-    "The forward pass `fused`, which has TRL's head, at the learned tokens alone; with the signature of another function."
+    "The forward pass `fused`, which has TRL's head, at the learned tokens alone; it has the signature of `signature`."
     import torch
 
     @wraps(signature)
