@@ -9,7 +9,7 @@ from qwen_vl_kit.core import root
 
 QVK = [sys.executable, "-c", "import sys; from qwen_vl_kit.runner.cli import main; sys.exit(main())"]
 
-SMALL = ["--config", "configs/demo", "--set", "teacher=random", "--set", "seeds=0-2", "--set", "horizon=s5"]  # three short episodes
+SMALL = "--config configs/demo --set teacher=random --set seeds=0-2 --set horizon=s5".split()  # three short episodes
 
 
 class Outcome(NamedTuple):
@@ -21,15 +21,23 @@ class Outcome(NamedTuple):
 
 
 def qvk(*args, cwd=None, timeout=900, without=(), **variables) -> Outcome:
-    "Run `qvk` in the project's folder or `cwd`, with more environment variables, and without those that begin with one of `without`."
+    """Run `qvk` in the project's folder or `cwd`, with more environment variables, and without those that begin with
+    one of `without`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(tuple(without))}
-    done = subprocess.run([*QVK, *map(str, args)], cwd=cwd or root(), capture_output=True, text=True, timeout=timeout, env=inherited | variables)
+    done = subprocess.run(
+        [*QVK, *map(str, args)],
+        cwd=cwd or root(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=inherited | variables,
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def one_line(error) -> str:
-    """The only line of an error: that of a raised exception (pytest's `error`), or that which a command printed to stderr, where
-    notes and lines of progress do not count."""
+    """The only line of an error: that of a raised exception (pytest's `error`), or that which a command printed to
+    stderr, where notes and lines of progress do not count."""
     if not isinstance(error, str):
         assert "\n" not in str(error.value), str(error.value)
         return str(error.value)

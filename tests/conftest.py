@@ -7,7 +7,8 @@ from commands import SMALL, qvk
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    "A hub cache that holds the rehearsal model, which this process and all that it starts look into; no network is asked."
+    """A hub cache that holds the rehearsal model, which this process and all that it starts look into; no network is
+    asked."""
     from huggingface_hub import constants
 
     folder, patched = tmp_path_factory.mktemp("hub"), pytest.MonkeyPatch()
@@ -22,7 +23,8 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
-    "A run's folder, its name with a space in it, in which a random teacher has played three short episodes. Nobody changes it."
+    """A run's folder, its name with a space in it, in which a random teacher has played three short episodes. Nobody
+    changes it."""
     out = tmp_path_factory.mktemp("a run")
     done = qvk("collect", *SMALL, "--out", out)
     assert done.code == 0, done.err

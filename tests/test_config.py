@@ -20,25 +20,37 @@ def written(tmp_path, text, name="sft.toml"):
     return tmp_path / name
 
 
-@pytest.mark.parametrize("text, says", [
-    ("lerning_rate = 1e-4", "unknown key 'lerning_rate' for sft; did you mean 'learning_rate'?"),
-    ('epochs = "many"', "key 'epochs': input should be a valid number"),
-    ('learning_rate = "1e-4"', "key 'learning_rate': input should be a valid number"),
-    ("bf16 = 1", "key 'bf16': input should be a valid boolean"),
-    ("lora_rank = true", "key 'lora_rank': input should be a valid integer"),
-    ("lora_dropout = 1.5", "key 'lora_dropout': input should be less than 1, not 1.5; its default is 0.0"),
-    ("learning_rate = nan", "key 'learning_rate'"),
-    ('variety = "loro"', "key 'variety': input should be 'lora', 'qlora' or 'full'"),
-    ("epochs = ", "cannot be read as TOML (Invalid value (at line 1, column 10))"),
-    ("epochs = 1\nepochs = 2", "cannot be read as TOML (Cannot overwrite a value (at line 2"),
-    ("[hyperparametrs]\nlearning_rate = 1e-4", "table [hyperparametrs] is of no stage"),
-    ('[algorithm]\nmethod = "ppo"', "unknown key 'algorithm.method' = \"ppo\""),
-    ('[algorithm]\nmethod = "sft"\n[hyperparameters]\nn_epoch = 3', "did you mean 'hyperparameters.n_epochs'?"),
-    ('[algorithm]\nmethod = "sft"\n[hyperparameters]\nn_epochs = 0', "key 'hyperparameters.n_epochs': input should be greater than 0"),
-    ('[algorithm]\nmethod = "sft"\n[hyperparameters]\nlora_target_modules = ["mm_projector"]', "not a set of layers the kit adapts"),
-    ('[algorithm]\nmethod = "sft"\n[hyperparameters]\nlora_rank = 8\n[lora]\nr = 16', "'hyperparameters.lora_rank' says 8"),
-    ('[algorithm]\nmethod = "grpo"', "is for grpo, not for sft"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("lerning_rate = 1e-4", "unknown key 'lerning_rate' for sft; did you mean 'learning_rate'?"),
+        ('epochs = "many"', "key 'epochs': input should be a valid number"),
+        ('learning_rate = "1e-4"', "key 'learning_rate': input should be a valid number"),
+        ("bf16 = 1", "key 'bf16': input should be a valid boolean"),
+        ("lora_rank = true", "key 'lora_rank': input should be a valid integer"),
+        ("lora_dropout = 1.5", "key 'lora_dropout': input should be less than 1, not 1.5; its default is 0.0"),
+        ("learning_rate = nan", "key 'learning_rate'"),
+        ('variety = "loro"', "key 'variety': input should be 'lora', 'qlora' or 'full'"),
+        ("epochs = ", "cannot be read as TOML (Invalid value (at line 1, column 10))"),
+        ("epochs = 1\nepochs = 2", "cannot be read as TOML (Cannot overwrite a value (at line 2"),
+        ("[hyperparametrs]\nlearning_rate = 1e-4", "table [hyperparametrs] is of no stage"),
+        ('[algorithm]\nmethod = "ppo"', "unknown key 'algorithm.method' = \"ppo\""),
+        ('[algorithm]\nmethod = "sft"\n[hyperparameters]\nn_epoch = 3', "did you mean 'hyperparameters.n_epochs'?"),
+        (
+            '[algorithm]\nmethod = "sft"\n[hyperparameters]\nn_epochs = 0',
+            "key 'hyperparameters.n_epochs': input should be greater than 0",
+        ),
+        (
+            '[algorithm]\nmethod = "sft"\n[hyperparameters]\nlora_target_modules = ["mm_projector"]',
+            "not a set of layers the kit adapts",
+        ),
+        (
+            '[algorithm]\nmethod = "sft"\n[hyperparameters]\nlora_rank = 8\n[lora]\nr = 16',
+            "'hyperparameters.lora_rank' says 8",
+        ),
+        ('[algorithm]\nmethod = "grpo"', "is for grpo, not for sft"),
+    ],
+)
 def test_bad_input_is_one_line_that_names_file_and_key(tmp_path, text, says):
     path = written(tmp_path, text)
     with pytest.raises(InputError) as error:
@@ -47,7 +59,11 @@ def test_bad_input_is_one_line_that_names_file_and_key(tmp_path, text, says):
 
 
 def test_horizons_and_seeds_are_checked(tmp_path):
-    for text, says in (('horizon = "50"', "unknown horizon '50'"), ('seeds = "9-3"', "run backwards"), ('seeds = "a"', "write seeds as")):
+    for text, says in (
+        ('horizon = "50"', "unknown horizon '50'"),
+        ('seeds = "9-3"', "run backwards"),
+        ('seeds = "a"', "write seeds as"),
+    ):
         with pytest.raises(InputError, match=says):
             load_config(written(tmp_path, text, "collect.toml"), "collect")
 
@@ -96,7 +112,10 @@ def test_every_config_folder_is_whole_and_reads_back(folder):
 def test_all_stages_of_a_folder_show_the_same_prompt():
     from qwen_vl_kit.protocol.turns import prompt_hash
     for folder in ("demo", "h200", "seed"):
-        assert len({prompt_hash(load_config(f"configs/{folder}", stage)) for stage in ("collect", "grpo", "benchmark")}) == 1
+        assert (
+            len({prompt_hash(load_config(f"configs/{folder}", stage)) for stage in ("collect", "grpo", "benchmark")})
+            == 1
+        )
 
 
 @pytest.mark.parametrize("name", SEED)
@@ -108,7 +127,12 @@ def test_the_seeds_sft_toml_means_what_it_says():
     loaded = load_config("configs/seed/crafter_qwen3vl_2b_gpt4o.toml", "sft")
     assert (loaded.model, loaded.train) == ("Qwen/Qwen3-VL-2B-Instruct", "traces/gpt4o_vision_100/sft/train.jsonl")
     assert (loaded.variety, loaded.epochs, loaded.batch_size, loaded.gradient_accumulation_steps) == ("qlora", 3, 1, 16)
-    assert (loaded.lora_rank, loaded.lora_alpha, loaded.lora_dropout, loaded.lora_targets) == (16, 32, 0.05, "all-linear")
+    assert (loaded.lora_rank, loaded.lora_alpha, loaded.lora_dropout, loaded.lora_targets) == (
+        16,
+        32,
+        0.05,
+        "all-linear",
+    )
     assert (loaded.learning_rate, loaded.warmup_ratio, loaded.sequence_length) == (5e-5, 0.03, 2048)
     assert (loaded.bf16, loaded.gradient_checkpointing, loaded.eval_steps, loaded.keep_best) == (True, True, 50, True)
     [warning] = [line for line in loaded.notices if "warning" in line]
@@ -131,14 +155,27 @@ def test_keys_of_synth_ais_other_tomls_act(tmp_path):
         [training]\nnum_epochs = 2\niterations_per_epoch = 3\nmax_turns = 10\ngroup_size = 4\nlog_interval = 1\n[evaluation]\ninstances = 8
         [training.weight_sync]\nenable = true\n[rollout]\nepisodes_per_batch = 2\n[rollout.policy_config]\ntemperature = 0.6\nmax_tokens = 99"""
     loaded = load_config(written(tmp_path, rl, "rl.toml"), "grpo")
-    assert (loaded.importance, loaded.model, loaded.iterations, loaded.horizon, loaded.group_size) == ("sequence", "tiny", 6, "t10", 4)
+    assert (loaded.importance, loaded.model, loaded.iterations, loaded.horizon, loaded.group_size) == (
+        "sequence",
+        "tiny",
+        6,
+        "t10",
+        4,
+    )
     assert (loaded.temperature, loaded.max_new_tokens) == (0.6, 99)
-    for key, reason in (("variety", "its paper clips closer"), ("log_interval", "every iteration"), ("enable", "after every iteration"),
-                        ("episodes_per_batch", "groups x group_size"), ("instances", "the benchmark plays unseen seeds")):
+    for key, reason in (
+        ("variety", "its paper clips closer"),
+        ("log_interval", "every iteration"),
+        ("enable", "after every iteration"),
+        ("episodes_per_batch", "groups x group_size"),
+        ("instances", "the benchmark plays unseen seeds"),
+    ):
         assert any(f"{key}:" in line and reason in line for line in loaded.notices), key
     sft = '[algorithm]\nmethod = "sft"\n[job]\ndata = "x/train.jsonl"\n[hyperparameters.parallelism]\nload_best_model_at_end = false'
     loaded = load_config(written(tmp_path, sft), "sft")
-    assert not loaded.keep_best and any("load_best_model_at_end" in line and "[training.validation]" in line for line in loaded.notices)
+    assert not loaded.keep_best and any(
+        "load_best_model_at_end" in line and "[training.validation]" in line for line in loaded.notices
+    )
     seen = '[eval]\nmodel = "m"\nprovider = "openai"\nseeds = [3, 1]\nmax_steps_per_episode = 20\nparallel_episodes = 5\ntrace_db = "t/rollouts.db"'
     loaded = load_config(written(tmp_path, seen, "e.toml"), "collect")
     assert (loaded.seeds, loaded.horizon, loaded.concurrency, loaded.engine) == ("3,1", "t20", 5, "server")
@@ -151,9 +188,18 @@ def test_every_key_of_a_nested_toml_acts_or_is_named(name, stage):
     translated = translate(document, stage)
     acting = {dotted for _, dotted in translated.names.values()}
     confirmed = {  # these repeat or decide what another key's field says
-        "algorithm.type", "algorithm.method", "algorithm.variety", "training.mode", "hyperparameters.train_kind", "topology.type",
-        "hyperparameters.parallelism.deepspeed_stage", "vllm.tensor_parallel_size", "eval.policy_config.model",
-        "eval.policy_config.max_llm_calls", "eval.policy_config.use_vision"}
+        "algorithm.type",
+        "algorithm.method",
+        "algorithm.variety",
+        "training.mode",
+        "hyperparameters.train_kind",
+        "topology.type",
+        "hyperparameters.parallelism.deepspeed_stage",
+        "vllm.tensor_parallel_size",
+        "eval.policy_config.model",
+        "eval.policy_config.max_llm_calls",
+        "eval.policy_config.use_vision",
+    }
     for dotted, _ in flat_keys(document, NESTED[stage]):
         table, _, key = dotted.rpartition(".")
         notice = re.compile(rf"(\[{re.escape(table)}\]|warning:) [\w, ]*\b{key}\b")

@@ -66,7 +66,9 @@ def test_an_episode_is_the_same_in_every_process():
     "Hash seeds, addresses, allocators and neighbours differ; frames, rewards and the final state must not."
     told = {}
     for name, (code, settings) in PLACES.items():
-        process = subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True, check=True)
+        process = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True, check=True
+        )
         told[name] = process.stdout.split()
     assert all(len(words) == 3 and int(words[0]) > 200 for words in told.values())  # well into the night
     assert len(set(map(tuple, told.values()))) == 1, told
@@ -107,7 +109,9 @@ def tour(seed):
     "Actions that walk about, fight, gather, build and sleep: more of the game than uniform draws reach."
     random = np.random.RandomState(seed)
     for _ in range(60):
-        for action in [int(random.randint(1, 5))] * int(random.randint(1, 6)) + [5] * 3 + [int(random.randint(0, len(ACTIONS)))]:
+        for action in (
+            [int(random.randint(1, 5))] * int(random.randint(1, 6)) + [5] * 3 + [int(random.randint(0, len(ACTIONS)))]
+        ):
             yield ACTIONS[action]
 
 
@@ -115,8 +119,8 @@ def tour(seed):
 def test_every_frame_equals_stock_crafter(seed, size, start):
     """200 steps by day (from 0) and by night (clock set forward before the first step).
 
-    Crafter counts its time in steps only, so setting both clocks forward brings the night without playing through the day.
-    """
+    Crafter counts its time in steps only, so setting both clocks forward brings the night without playing through
+    the day."""
     pair = Pair(seed, size)
     pair.set(clock=start)
     dark = 0
@@ -142,15 +146,40 @@ def test_other_areas_equal_stock_crafter(area):
     assert other.tiles() == pair.world.tiles() and other.snapshot() == pair.world.snapshot()
 
 
-EVERYTHING = ("by night", "asleep", "asleep by night", "deaths", "unlocked: eat_plant", "unlocked: wake_up",
-              *(f"in sight: {name}" for name in ("cow", "zombie", "skeleton", "arrow", "plant", "plant-ripe", "table", "furnace", "lava", "iron",
-                                                 "diamond")),
-              *(f"held: {name}" for name in ("wood_pickaxe", "stone_pickaxe", "iron_pickaxe", "wood_sword", "stone_sword", "iron_sword")))
+EVERYTHING = (
+    "by night",
+    "asleep",
+    "asleep by night",
+    "deaths",
+    "unlocked: eat_plant",
+    "unlocked: wake_up",
+    *(
+        f"in sight: {name}"
+        for name in (
+            "cow",
+            "zombie",
+            "skeleton",
+            "arrow",
+            "plant",
+            "plant-ripe",
+            "table",
+            "furnace",
+            "lava",
+            "iron",
+            "diamond",
+        )
+    ),
+    *(
+        f"held: {name}"
+        for name in ("wood_pickaxe", "stone_pickaxe", "iron_pickaxe", "wood_sword", "stone_sword", "iron_sword")
+    ),
+)
 
 
 @pytest.mark.slow
 def test_long_play_equals_stock_crafter_with_everything_in_it():
-    "Plays on until it has met everything, 600 steps a seed; `python -m benchmarks equality` does the same with more seeds and steps."
+    """Plays on until it has met everything, 600 steps a seed; `python -m benchmarks equality` does the same with more
+    seeds and steps."""
     counts, seed = play_both(4, 100, size=27, mortal=True), 3
     while missing := [what for what in EVERYTHING if not counts[what]]:
         assert seed < 60, missing
@@ -164,7 +193,9 @@ def test_a_difference_is_found_and_reported(capsys, monkeypatch):
     pair.world._game.map.random.uniform()
     with pytest.raises(NotComparable, match="seed 1, step 1: another"):
         pair.step("noop")
-    monkeypatch.setattr(game_world, "_DEATH", {kind: (1.0, 0) for kind in _DEATH})  # creatures vanish sooner than crafter has it
+    monkeypatch.setattr(
+        game_world, "_DEATH", {kind: (1.0, 0) for kind in _DEATH}
+    )  # creatures vanish sooner than crafter has it
     assert main(["equality", "--seeds", "1", "--steps", "60"]) == 1
     assert "the games differ: seed 1, step" in capsys.readouterr().err
 
@@ -244,7 +275,10 @@ def test_compiled_loops_give_the_same_bytes():
     random = np.random.default_rng(0)
     for width, height in ((18, 14), (63, 49), (99, 70), (288, 224)):
         for light in (0.0, 0.1, 0.33, 0.4999):
-            ground, grain = random.integers(0, 256, (height, width, 3), np.uint8), random.integers(0, 256, (height, width), np.uint8)
+            ground, grain = (
+                random.integers(0, 256, (height, width, 3), np.uint8),
+                random.integers(0, 256, (height, width), np.uint8),
+            )
             out = np.empty_like(ground)
             _compile_loop(_night_loop)(ground, grain, light, _vignette(height, width), _fade_table(), out)
             assert np.array_equal(out, _night_sum(ground, grain, light))
@@ -255,10 +289,14 @@ def test_compiled_loops_give_the_same_bytes():
             assert np.array_equal(_noise(simplex, x, y, z), _noise3(simplex, x, y, z))
 
 
-@pytest.mark.parametrize("blocked", ["import os; os.environ['QVK_NUMBA'] = '0'", "import sys; sys.modules['numba'] = None"])
+@pytest.mark.parametrize(
+    "blocked", ["import os; os.environ['QVK_NUMBA'] = '0'", "import sys; sys.modules['numba'] = None"]
+)
 def test_it_works_without_numba(blocked):
     code = f"{blocked}; from qwen_vl_kit.game import paint, world; print(paint.uses_numba(), world.World(18).reset(1).step)"
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.split() == ["False", "0"]
+    assert subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split() == ["False", "0"]
 
 
 # --- gymnasium
@@ -340,7 +378,9 @@ def test_gymnasium_makes_copies_and_spreads_it():
     silent = gymnasium.make("Test-v0", render_mode=None)
     assert silent.reset(seed=8)[0].shape == (36, 36, 3) and silent.render() is None
     assert len(gymnasium.make_vec("Test-v0", 2, render_mode="rgb_array").reset(seed=1)[0]) == 2
-    spread = gymnasium.vector.AsyncVectorEnv([lambda: made.unwrapped] * 2, context="spawn")  # cloudpickle carries it to both
+    spread = gymnasium.vector.AsyncVectorEnv(
+        [lambda: made.unwrapped] * 2, context="spawn"
+    )  # cloudpickle carries it to both
     try:
         assert all(np.array_equal(frame, made.render()) for frame in spread.call("render"))
     finally:
@@ -359,8 +399,10 @@ def test_death_terminates_and_does_not_truncate():
 
 
 def test_without_gymnasium_the_error_names_the_extra():
-    code = ("import sys; sys.modules['gymnasium'] = None\nfrom qwen_vl_kit import core\nfrom qwen_vl_kit.game import gym\n"
-            "try: gym.gym_world()\nexcept core.InputError as error: print(error)")
+    code = (
+        "import sys; sys.modules['gymnasium'] = None\nfrom qwen_vl_kit import core\nfrom qwen_vl_kit.game import gym\n"
+        "try: gym.gym_world()\nexcept core.InputError as error: print(error)"
+    )
     told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert told.strip() == "gymnasium is not installed; pip install 'qwen_vl_kit[gym]'"
 
@@ -368,8 +410,17 @@ def test_without_gymnasium_the_error_names_the_extra():
 # --- bad input
 
 
-@pytest.mark.parametrize("action, says", [("move_lft", "did you mean 'move_left'"), (17, "from 0 to 16"), (-1, "from 0 to 16"),
-                                          (True, "from 0 to 16"), (1.0, "from 0 to 16"), (None, "from 0 to 16")])
+@pytest.mark.parametrize(
+    "action, says",
+    [
+        ("move_lft", "did you mean 'move_left'"),
+        (17, "from 0 to 16"),
+        (-1, "from 0 to 16"),
+        (True, "from 0 to 16"),
+        (1.0, "from 0 to 16"),
+        (None, "from 0 to 16"),
+    ],
+)
 def test_unknown_actions_are_refused_and_change_nothing(action, says):
     world = World(18)
     world.reset(1)
@@ -394,19 +445,50 @@ def test_a_step_after_the_end_is_refused():
         dead.step(0)
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"size": 17}, "17x17 is too small; give 18 to 4096 pixels a side"), ({"size": (64, 9)}, "64x9 is too small"),
-    ({"size": "big"}, "cannot read a frame size"), ({"size": 64.0}, "cannot read a frame size"), ({"length": -1}, "as a length"),
-    *(({"area": area}, "impossible area") for area in [(8, 64), (64, 8), (0, 0), (-9, -9), (64,), (64, 64, 64), 64, 1e9, (9.5, 9), "ab", None,
-                                                       (10 ** 6, 10 ** 6), (True, 9)])])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"size": 17}, "17x17 is too small; give 18 to 4096 pixels a side"),
+        ({"size": (64, 9)}, "64x9 is too small"),
+        ({"size": "big"}, "cannot read a frame size"),
+        ({"size": 64.0}, "cannot read a frame size"),
+        ({"length": -1}, "as a length"),
+        *(
+            ({"area": area}, "impossible area")
+            for area in [
+                (8, 64),
+                (64, 8),
+                (0, 0),
+                (-9, -9),
+                (64,),
+                (64, 64, 64),
+                64,
+                1e9,
+                (9.5, 9),
+                "ab",
+                None,
+                (10**6, 10**6),
+                (True, 9),
+            ]
+        ),
+    ],
+)
 def test_impossible_worlds_are_refused_in_one_line(settings, says):
     with pytest.raises(InputError, match=says) as error:
         World(**settings)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bad, says", [(b"", "not a snapshot"), (b"qwen_vl_kit world 1 crafter 1.8.3\n..", "another version"),
-                                       (b"qwen_vl_kit world 2 crafter 1.8.2\n..", "another version"), ("cut", "damaged"), ("text", "not a snapshot")])
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        (b"", "not a snapshot"),
+        (b"qwen_vl_kit world 1 crafter 1.8.3\n..", "another version"),
+        (b"qwen_vl_kit world 2 crafter 1.8.2\n..", "another version"),
+        ("cut", "damaged"),
+        ("text", "not a snapshot"),
+    ],
+)
 def test_foreign_snapshots_are_told_in_one_line(bad, says):
     world = World(18)
     world.reset(0)

@@ -1,4 +1,5 @@
-"The teacher: it plays well, from what it has seen and nothing else, and it can say what it would do in states it would never get into."
+"""The teacher: it plays well, from what it has seen and nothing else, and it can say what it would do in states it
+would never get into."""
 
 import pickle
 import random
@@ -102,7 +103,8 @@ def test_settings_are_checked(settings):
 
 
 def test_it_labels_states_that_it_would_not_get_into():
-    "Random play gets hurt, lost and walled in; a fresh teacher, put there in the middle, and one that watched, both have an answer."
+    """Random play gets hurt, lost and walled in; a fresh teacher, put there in the middle, and one that watched, both
+    have an answer."""
     for seed in range(6):
         world, watching, chance = World(18, 400), Expert(budget=10_000), random.Random(seed)
         world.reset(seed)

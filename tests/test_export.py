@@ -32,49 +32,95 @@ WOOD, SAPLING = ["collect_wood"], ["collect_sapling"]
 
 @pytest.fixture
 def four(tmp_path):
-    """Seed 1: a tree after 3 turns; 2: a tree and a sapling, by model b; 900003 (of the split val): nothing, turns to and fro on the same
-    two frames; 1000004 (test): does the same thing 8 times. Stored on the first four days of 2026; judged 0.1 to 0.4, but 1000004."""
-    db = write_store(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={1: SAPLING, 5: WOOD}, model="b"),
-                episode(900_003, ["move_left", "move_right"] * 3, frames="ababab"), episode(1_000_004, ["do"] * 8, unlocks={0: SAPLING}),
-                scores={1: {"rubric": 0.1}, 2: {"rubric": 0.2, "gpt": 1.0}, 900_003: {"rubric": 0.3}})
+    """Seed 1: a tree after 3 turns; 2: a tree and a sapling, by model b; 900003 (of the split val): nothing, turns to
+    and fro on the same two frames; 1000004 (test): does the same thing 8 times. Stored on the first four days of
+    2026; judged 0.1 to 0.4, but 1000004."""
+    db = write_store(
+        tmp_path / "rollouts.db",
+        episode(1, unlocks={3: WOOD}),
+        episode(2, unlocks={1: SAPLING, 5: WOOD}, model="b"),
+        episode(900_003, ["move_left", "move_right"] * 3, frames="ababab"),
+        episode(1_000_004, ["do"] * 8, unlocks={0: SAPLING}),
+        scores={1: {"rubric": 0.1}, 2: {"rubric": 0.2, "gpt": 1.0}, 900_003: {"rubric": 0.3}},
+    )
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("UPDATE sessions SET created = unixepoch('2026-01-01T12:00') + 86400 * (id - 1)")
         connection.commit()
     return db
 
 
-@pytest.mark.parametrize("settings, kept", [
-    (dict(seeds="2,900003"), (2, 3)), (dict(splits=["train"]), (1, 2)), (dict(splits=["val", "test"]), (3, 4)), (dict(models=["b"]), (2,)),
-    (dict(since="2026-01-03"), (3, 4)), (dict(until="2026-01-02T12:00:00+00:00"), (1,)), (dict(since="2026-01-02T13:00:00+01:00"), (2, 3, 4)),
-    (dict(min_reward=1.0), (1, 2, 4)), (dict(max_reward=1.0), (1, 3, 4)), (dict(min_achievements=2), (2,)), (dict(max_achievements=1), (1, 3, 4)),
-    (dict(required_achievements=WOOD), (1, 2)), (dict(required_achievements=WOOD + SAPLING), (2,)), (dict(excluded_achievements=SAPLING), (1, 3)),
-    (dict(min_turns=7), (4,)), (dict(max_turns=6), (1, 2, 3)), (dict(min_steps=7), (4,)), (dict(max_steps=7), (1, 2, 3)),
-    (dict(scored_by="rubric", min_judge_score=0.2), (2, 3)), (dict(scored_by="rubric", max_judge_score=0.2), (1, 2)),
-    (dict(scored_by="gpt", min_judge_score=0.5), (2,)), (dict(max_repeated_actions=7), (1, 2, 3)), (dict(max_repeated_actions=8), (1, 2, 3, 4)),
-    (dict(drop_loops=True), (1, 2, 4)), (dict(min_unique_frames=3), (1, 2, 4)), (dict(best_share=0.5), (1, 2)), (dict(best_share=0.25), (2,)),
-    (dict(offset=1), (2, 3, 4)), (dict(limit=3), (1, 2, 3)), (dict(offset=1, limit=2), (2, 3)),
-    (dict(splits=["train"], best_share=0.5), (2,)),  # the best of what is left
-], ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "".join(map(str, value)))
+@pytest.mark.parametrize(
+    "settings, kept",
+    [
+        (dict(seeds="2,900003"), (2, 3)),
+        (dict(splits=["train"]), (1, 2)),
+        (dict(splits=["val", "test"]), (3, 4)),
+        (dict(models=["b"]), (2,)),
+        (dict(since="2026-01-03"), (3, 4)),
+        (dict(until="2026-01-02T12:00:00+00:00"), (1,)),
+        (dict(since="2026-01-02T13:00:00+01:00"), (2, 3, 4)),
+        (dict(min_reward=1.0), (1, 2, 4)),
+        (dict(max_reward=1.0), (1, 3, 4)),
+        (dict(min_achievements=2), (2,)),
+        (dict(max_achievements=1), (1, 3, 4)),
+        (dict(required_achievements=WOOD), (1, 2)),
+        (dict(required_achievements=WOOD + SAPLING), (2,)),
+        (dict(excluded_achievements=SAPLING), (1, 3)),
+        (dict(min_turns=7), (4,)),
+        (dict(max_turns=6), (1, 2, 3)),
+        (dict(min_steps=7), (4,)),
+        (dict(max_steps=7), (1, 2, 3)),
+        (dict(scored_by="rubric", min_judge_score=0.2), (2, 3)),
+        (dict(scored_by="rubric", max_judge_score=0.2), (1, 2)),
+        (dict(scored_by="gpt", min_judge_score=0.5), (2,)),
+        (dict(max_repeated_actions=7), (1, 2, 3)),
+        (dict(max_repeated_actions=8), (1, 2, 3, 4)),
+        (dict(drop_loops=True), (1, 2, 4)),
+        (dict(min_unique_frames=3), (1, 2, 4)),
+        (dict(best_share=0.5), (1, 2)),
+        (dict(best_share=0.25), (2,)),
+        (dict(offset=1), (2, 3, 4)),
+        (dict(limit=3), (1, 2, 3)),
+        (dict(offset=1, limit=2), (2, 3)),
+        (dict(splits=["train"], best_share=0.5), (2,)),  # the best of what is left
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "".join(map(str, value)),
+)
 def test_a_rule_drops_what_it_should_and_keeps_the_rest(four, settings, kept):
     result = run_export(four, val_fraction=0, **settings)
     listed, stats = read_json(result.out / "kept.json"), read_json(result.out / "stats.json")
     assert tuple(session["seed"] % 100 for session in listed) == kept
     assert {row["metadata"]["seed"] % 100 for row in rows(result)} == set(kept)
-    assert set(stats["dropped_by"]) <= set(settings) and sum(stats["dropped_by"].values()) == 4 - len(kept) == stats["dropped_episodes"]
+    assert (
+        set(stats["dropped_by"]) <= set(settings)
+        and sum(stats["dropped_by"].values()) == 4 - len(kept) == stats["dropped_episodes"]
+    )
     assert stats["episodes"] == len(kept) and stats["train_rows"] == sum(session["turns"] for session in listed)
 
 
 def test_a_rule_that_leaves_nothing_names_itself(four):
-    with pytest.raises(InputError, match="no episode is left: min_reward dropped 3, required_achievements dropped 1; loosen"):
+    with pytest.raises(
+        InputError, match="no episode is left: min_reward dropped 3, required_achievements dropped 1; loosen"
+    ):
         run_export(four, min_reward=1.5, required_achievements=["eat_cow"])
     assert not (four.parent / "export").exists()
 
 
-@pytest.mark.parametrize("settings, says", [
-    (dict(since="yesterday"), "key 'since': write a date as 2026-11-23"), (dict(best_share=0), "key 'best_share'"), (dict(limit=0), "key 'limit'"),
-    (dict(extra_formats=["csv"]), "key 'extra_formats.0'"), (dict(extra_formats=["parquet", "parquet"]), "names something twice"), (dict(form="json"), "key 'form'"),
-    (dict(min_rewards=1.0), "did you mean 'min_reward'?"), (dict(drop_loop=True), "did you mean 'drop_loops'?"),
-    (dict(seeds="5-2"), "run backwards"), (dict(traces=3), "key 'traces")])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(since="yesterday"), "key 'since': write a date as 2026-11-23"),
+        (dict(best_share=0), "key 'best_share'"),
+        (dict(limit=0), "key 'limit'"),
+        (dict(extra_formats=["csv"]), "key 'extra_formats.0'"),
+        (dict(extra_formats=["parquet", "parquet"]), "names something twice"),
+        (dict(form="json"), "key 'form'"),
+        (dict(min_rewards=1.0), "did you mean 'min_reward'?"),
+        (dict(drop_loop=True), "did you mean 'drop_loops'?"),
+        (dict(seeds="5-2"), "run backwards"),
+        (dict(traces=3), "key 'traces"),
+    ],
+)
 def test_settings_are_checked(settings, says):
     with pytest.raises(InputError, match=re.escape(says)):
         validate("export", settings)
@@ -88,7 +134,9 @@ def turns_of(result):
 
 
 def test_only_turns_near_an_unlock(tmp_path):
-    db = write_store(tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={0: SAPLING, 4: WOOD}), episode(3))
+    db = write_store(
+        tmp_path / "rollouts.db", episode(1, unlocks={3: WOOD}), episode(2, unlocks={0: SAPLING, 4: WOOD}), episode(3)
+    )
     for window, kept in ((0, [(1, 3), (2, 0), (2, 4)]), (1, [(1, 2), (1, 3), (2, 0), (2, 3), (2, 4)])):
         result = run_export(db, val_fraction=0, unlock_window=window)
         assert turns_of(result) == kept
@@ -96,7 +144,11 @@ def test_only_turns_near_an_unlock(tmp_path):
 
 
 def test_dedupe_keeps_the_first_of_what_is_the_same(tmp_path):
-    db = write_store(tmp_path / "rollouts.db", episode(1, ["do", "do", "noop", "do"], frames="aaab"), episode(2, ["do", "noop"], frames="bb"))
+    db = write_store(
+        tmp_path / "rollouts.db",
+        episode(1, ["do", "do", "noop", "do"], frames="aaab"),
+        episode(2, ["do", "noop"], frames="bb"),
+    )
     assert len(rows(run_export(db, val_fraction=0))) == 6
     result = run_export(db, val_fraction=0, dedupe=True)
     assert turns_of(result) == [(1, 0), (1, 2), (1, 3), (2, 1)]  # the frame and the answer together
@@ -110,8 +162,12 @@ def test_turns_that_were_taken_over_are_rows_of_the_episode_that_played_them(tmp
     told = [(row["metadata"]["member"], row["metadata"]["turn"]) for row in rows(result)]
     assert sorted(told) == [(0, turn) for turn in range(6)] + [(1, 4), (1, 5)]
     later.turns[5].unlocked, later.turns[5].rewards = ["collect_wood"], [1.0]
-    alone = run_export(write_store(tmp_path / "again" / "rollouts.db", first, later), val_fraction=0.0, min_achievements=1)
-    assert sorted((row["metadata"]["member"], row["metadata"]["turn"]) for row in rows(alone)) == [(1, turn) for turn in range(6)]
+    alone = run_export(
+        write_store(tmp_path / "again" / "rollouts.db", first, later), val_fraction=0.0, min_achievements=1
+    )
+    assert sorted((row["metadata"]["member"], row["metadata"]["turn"]) for row in rows(alone)) == [
+        (1, turn) for turn in range(6)
+    ]
 
 
 def test_what_nobody_said_is_never_a_target(tmp_path):
@@ -119,7 +175,9 @@ def test_what_nobody_said_is_never_a_target(tmp_path):
     two.turns[0].decision.actions = ["do", "do"]  # more than this protocol's turn may carry
     two.turns[1].decision.reason = "a <|im_end|> tree"
     two.turns[2].decision.actions = []
-    db = write_store(tmp_path / "rollouts.db", episode(1, invalid=(0, 5)), two, episode(3, ["do"], reason="see <image>"))
+    db = write_store(
+        tmp_path / "rollouts.db", episode(1, invalid=(0, 5)), two, episode(3, ["do"], reason="see <image>")
+    )
     result = run_export(db, val_fraction=0)
     assert turns_of(result) == [(1, t) for t in range(1, 5)]
     assert read_json(result.out / "stats.json")["dropped_by"] == {"invalid": 3, "unreadable": 1, "special_tokens": 2}
@@ -146,12 +204,19 @@ def test_max_rows_takes_a_sample_after_the_shuffle(tmp_path):
     assert len(rows(result)) == 10 and len({row["metadata"]["seed"] for row in rows(result)}) > 2
     assert read_json(result.out / "stats.json")["dropped_by"] == {"max_rows": 26}
     drawn = turns_of(result)
-    assert turns_of(run_export(db, val_fraction=0, max_rows=10)) == drawn != turns_of(run_export(db, val_fraction=0, max_rows=10, seed=1))
+    assert (
+        turns_of(run_export(db, val_fraction=0, max_rows=10))
+        == drawn
+        != turns_of(run_export(db, val_fraction=0, max_rows=10, seed=1))
+    )
 
 
 def test_a_stratified_split_has_all_levels_and_no_seed_twice(tmp_path):
     db = tmp_path / "rollouts.db"
-    write_store(db, *(episode(seed, unlocks={t: WOOD for t in range(seed % 5)}, member=m) for seed in range(20) for m in range(2)))
+    write_store(
+        db,
+        *(episode(seed, unlocks={t: WOOD for t in range(seed % 5)}, member=m) for seed in range(20) for m in range(2)),
+    )
     kept = read_json(run_export(db, val_fraction=0.25, stratify=True).out / "kept.json")
     held = {session["seed"]: session["achievements"] for session in kept if session["side"] == "val"}
     assert sorted(held.values()) == [0, 1, 2, 3, 4]
@@ -160,7 +225,10 @@ def test_a_stratified_split_has_all_levels_and_no_seed_twice(tmp_path):
 
 def test_the_same_traces_give_the_same_bytes_whatever_the_order_of_storing(tmp_path):
     made = [episode(seed, unlocks={2: WOOD}) for seed in range(4)]
-    one, two = write_store(tmp_path / "1" / "rollouts.db", *made), write_store(tmp_path / "2" / "rollouts.db", *made[::-1])
+    one, two = (
+        write_store(tmp_path / "1" / "rollouts.db", *made),
+        write_store(tmp_path / "2" / "rollouts.db", *made[::-1]),
+    )
     for settings in ({}, {"stratify": True, "best_share": 0.5}):
         outs = [run_export(db, **settings).out for db in (one, two)]
         for name in ("train.jsonl", "val.jsonl", "stats.json", "kept.json"):
@@ -168,11 +236,15 @@ def test_the_same_traces_give_the_same_bytes_whatever_the_order_of_storing(tmp_p
 
 
 def test_several_stores_are_read_as_one(tmp_path):
-    parts = [write_store(tmp_path / f"{name}.db", *map(episode, seeds)) for name, seeds in (("a", (1, 2)), ("b", (3, 4)))]
+    parts = [
+        write_store(tmp_path / f"{name}.db", *map(episode, seeds)) for name, seeds in (("a", (1, 2)), ("b", (3, 4)))
+    ]
     whole = tmp_path / "whole.db"
     merge_stores(whole, *parts)
     several = run_export(parts, tmp_path / "several", val_fraction=0)
-    assert (several.out / "train.jsonl").read_bytes() == (run_export(whole, tmp_path / "one", val_fraction=0).out / "train.jsonl").read_bytes()
+    assert (several.out / "train.jsonl").read_bytes() == (
+        run_export(whole, tmp_path / "one", val_fraction=0).out / "train.jsonl"
+    ).read_bytes()
     assert {name: path.name for name, path in several.inputs.items()} == {"traces": "a.db", "traces_1": "b.db"}
     result = run_export([*parts, whole], tmp_path / "twice", val_fraction=0)  # what is in two of them counts once
     assert read_json(result.out / "stats.json")["dropped_by"] == {"known": 4}
@@ -187,7 +259,9 @@ def test_episodes_of_two_prompts_are_refused_unless_their_forms_are_made_one(tmp
     assert run_export([a, b], form="reason").numbers["episodes"] == 2
     with pytest.raises(InputError, match="episodes of 2 prompts") as error:
         run_export([a, b, c], form="reason")
-    told = json.loads(re.search(r"prompts = (\[.*?\])", str(error.value))[1])  # what the message says does it: a and b are the most
+    told = json.loads(
+        re.search(r"prompts = (\[.*?\])", str(error.value))[1]
+    )  # what the message says does it: a and b are the most
     assert len(told) == 2 and run_export([a, b, c], form="reason", prompts=told).numbers["episodes"] == 2
     kept = run_export([a, b, c], prompts=[prompt_hash(Protocol(prompt="brief", render_size=64, history=0))[:8]])
     assert kept.numbers["episodes"] == 1 and read_json(kept.out / "stats.json")["dropped_by"]["prompts"] == 2
@@ -200,9 +274,16 @@ def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monk
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
     from trl.data_utils import prepare_multimodal_messages
-    result = run_export(write_store(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))), extra_formats=["parquet"])
-    loaded = datasets.load_dataset("parquet", data_files={side: str(result.out / f"{side}.parquet") for side in ("train", "val")},
-                                   cache_dir=str(tmp_path / "cache"))
+
+    result = run_export(
+        write_store(tmp_path / "rollouts.db", *(episode(seed, unlocks={1: WOOD}) for seed in range(10))),
+        extra_formats=["parquet"],
+    )
+    loaded = datasets.load_dataset(
+        "parquet",
+        data_files={side: str(result.out / f"{side}.parquet") for side in ("train", "val")},
+        cache_dir=str(tmp_path / "cache"),
+    )
     lines = {side: rows(result, side) for side in ("train", "val")}
     assert {side: len(part) for side, part in loaded.items()} == {side: len(found) for side, found in lines.items()}
     assert loaded["train"].features["images"] == datasets.List(datasets.Image())
@@ -213,17 +294,28 @@ def test_parquet_is_loaded_by_datasets_with_images_decoded_lazily(tmp_path, monk
         assert (np.array(row["images"][0].convert("RGB")) == frame).all()
         assert row["metadata"] == line["metadata"]
         system, user, said = line["messages"]
-        assert row["messages"] == [system, {"role": "user", "content": user["content"][-1]["text"]}, said]  # ms-swift takes no list for a system
+        assert row["messages"] == [
+            system,
+            {"role": "user", "content": user["content"][-1]["text"]},
+            said,
+        ]  # ms-swift takes no list for a system
         shown = prepare_multimodal_messages(row["messages"], row["images"])[1]["content"]  # as TRL reads them
         assert shown == [{"type": "image", "image": row["images"][0]}, user["content"][-1]]
     assert (result.out / "train.parquet").stat().st_size < (result.out / "train.jsonl").stat().st_size * 0.8
 
 
 def test_sharegpt_is_what_llama_factory_documents(tmp_path):
-    # hiyouga/LLaMA-Factory, data/README.md: "Multimodal Image Dataset" (the number of images equals the <image> tokens, images are paths
+    # hiyouga/LLaMA-Factory, data/README.md: "Multimodal Image Dataset" (the number of images equals the <image>
+    # tokens, images are paths
     # in the dataset's folder) and "OpenAI Format" (the tags); a .jsonl is one of its file types
-    result = run_export(write_store(tmp_path / "rollouts.db", *map(episode, range(5)), protocol=Protocol(prompt="brief", render_size=64, frames=2)),
-                      extra_formats=["sharegpt"])
+    result = run_export(
+        write_store(
+            tmp_path / "rollouts.db",
+            *map(episode, range(5)),
+            protocol=Protocol(prompt="brief", render_size=64, frames=2),
+        ),
+        extra_formats=["sharegpt"],
+    )
     folder = result.out / "sharegpt"
     told = read_json(folder / "dataset_info.json")
     assert sorted(told) == ["qwen_vl_kit_train", "qwen_vl_kit_val"]
@@ -236,9 +328,13 @@ def test_sharegpt_is_what_llama_factory_documents(tmp_path):
             roles = [message[entry["tags"]["role_tag"]] for message in line["messages"]]
             assert roles == [entry["tags"][f"{role}_tag"] for role in ("system", "user", "assistant")]
             texts = [message[entry["tags"]["content_tag"]] for message in line["messages"]]
-            assert all(isinstance(text, str) for text in texts) and sum(text.count("<image>") for text in texts) == len(line["images"])
+            assert all(isinstance(text, str) for text in texts) and sum(text.count("<image>") for text in texts) == len(
+                line["images"]
+            )
             urls = [part["image_url"]["url"] for part in row["messages"][1]["content"] if part["type"] == "image_url"]
-            assert [(folder / path).read_bytes() for path in line["images"]] == [base64.b64decode(url.partition(",")[2]) for url in urls]
+            assert [(folder / path).read_bytes() for path in line["images"]] == [
+                base64.b64decode(url.partition(",")[2]) for url in urls
+            ]
     assert len(list((folder / "images").iterdir())) == 30  # each once
     export.run(ExportConfig(traces=str(tmp_path / "rollouts.db")), result.out)
     assert not folder.exists()  # what is no longer asked for is not left from before
@@ -250,7 +346,9 @@ def test_image_tokens_are_those_of_the_processor_and_every_row_survives_it(tmp_p
     from qwen_vl_kit.model.tiny import tiny_tokenizer
     processor = make_processor(tiny_tokenizer())
     for size in (64, 288):
-        db = write_store(tmp_path / str(size) / "rollouts.db", episode(1, size=size), protocol=Protocol(render_size=size, frames=2))
+        db = write_store(
+            tmp_path / str(size) / "rollouts.db", episode(1, size=size), protocol=Protocol(render_size=size, frames=2)
+        )
         result = run_export(db, val_fraction=0)
         tokens = read_json(result.out / "stats.json")["qwen3_vl_image_tokens"]
         for row in rows(result):
@@ -303,7 +401,13 @@ def test_the_seeds_own_filter_for_vision_does_all_that_it_says(four, tmp_path):
     path = tmp_path / "filter_vision_sft.toml"
     path.write_text(VISION.format(db=four, out=tmp_path / "sft"))
     loaded = load_config(path, "export")
-    assert (loaded.min_turns, loaded.max_turns, loaded.drop_loops, loaded.max_repeated_actions, loaded.min_unique_frames) == (5, 50, True, 5, 3)
+    assert (
+        loaded.min_turns,
+        loaded.max_turns,
+        loaded.drop_loops,
+        loaded.max_repeated_actions,
+        loaded.min_unique_frames,
+    ) == (5, 50, True, 5, 3)
     assert (loaded.dedupe, loaded.stratify, loaded.val_fraction, loaded.seed) == (True, True, 0.1, 42)
     assert any("max_sequence_length: a row is never cut" in line for line in loaded.notices)
     from qwen_vl_kit.runner.synth import synth_out
@@ -313,15 +417,31 @@ def test_the_seeds_own_filter_for_vision_does_all_that_it_says(four, tmp_path):
     assert read_json(result.out / "stats.json")["dropped_by"] == {"drop_loops": 1, "max_repeated_actions": 1}
 
 
-@pytest.mark.parametrize("line, field, value", [
-    ("limit = 100", "max_rows", 100), ("offset = 3", "offset", 3), ("shuffle = false", "shuffle", False), ("shuffle_seed = 7", "seed", 7),
-    ("min_official_score = 0.5", "min_reward", 0.5), ("max_official_score = 2.0", "max_reward", 2.0), ('splits = ["train"]', "splits", ["train"]),
-    ('models = ["gpt-4o-mini"]', "models", ["gpt-4o-mini"]), ("min_judge_scores = {quality = 0.5}", "min_judge_score", 0.5),
-    ("min_judge_scores = {quality = 0.5}", "scored_by", "quality"), ("max_judge_scores = {quality = 0.9}", "max_judge_score", 0.9),
-    ('min_created_at = "2025-10-01"', "since", "2025-10-01"), ("max_created_at = 2025-10-01T06:00:00Z", "until", "2025-10-01T06:00:00+00:00"),
-    ('input_dbs = "a.db, b.db"', "traces", ["a.db", "b.db"]), ('db = ["a.db", "b.db"]', "traces", ["a.db", "b.db"]),
-    ('require_achievements = ["eat_cow"]', "required_achievements", ["eat_cow"]), ("unlock_window = 3", "unlock_window", 3),
-    ("best_share = 0.5", "best_share", 0.5), ('extra_formats = ["parquet"]', "extra_formats", ["parquet"]), ("max_turns = 50", "max_turns", 50)])
+@pytest.mark.parametrize(
+    "line, field, value",
+    [
+        ("limit = 100", "max_rows", 100),
+        ("offset = 3", "offset", 3),
+        ("shuffle = false", "shuffle", False),
+        ("shuffle_seed = 7", "seed", 7),
+        ("min_official_score = 0.5", "min_reward", 0.5),
+        ("max_official_score = 2.0", "max_reward", 2.0),
+        ('splits = ["train"]', "splits", ["train"]),
+        ('models = ["gpt-4o-mini"]', "models", ["gpt-4o-mini"]),
+        ("min_judge_scores = {quality = 0.5}", "min_judge_score", 0.5),
+        ("min_judge_scores = {quality = 0.5}", "scored_by", "quality"),
+        ("max_judge_scores = {quality = 0.9}", "max_judge_score", 0.9),
+        ('min_created_at = "2025-10-01"', "since", "2025-10-01"),
+        ("max_created_at = 2025-10-01T06:00:00Z", "until", "2025-10-01T06:00:00+00:00"),
+        ('input_dbs = "a.db, b.db"', "traces", ["a.db", "b.db"]),
+        ('db = ["a.db", "b.db"]', "traces", ["a.db", "b.db"]),
+        ('require_achievements = ["eat_cow"]', "required_achievements", ["eat_cow"]),
+        ("unlock_window = 3", "unlock_window", 3),
+        ("best_share = 0.5", "best_share", 0.5),
+        ('extra_formats = ["parquet"]', "extra_formats", ["parquet"]),
+        ("max_turns = 50", "max_turns", 50),
+    ],
+)
 def test_a_key_of_the_seeds_filter_acts(tmp_path, line, field, value):
     (tmp_path / "filter.toml").write_text(f"[filter]\n{line}\n")
     assert getattr(load_config(tmp_path / "filter.toml", "export"), field) == value
@@ -347,7 +467,13 @@ def test_a_bad_key_of_the_seeds_filter_is_told(tmp_path, line, says):
 def png(width, height, data=b""):
     def part(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + part(b"IDAT", data) + part(b"IEND", b"")
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + part(b"IDAT", data)
+        + part(b"IEND", b"")
+    )
 
 
 def drawn(width=64, height=64, mode="RGB", **how):
@@ -361,22 +487,36 @@ def url_of(blob):
     return "data:image/png;base64," + base64.b64encode(blob).decode()
 
 
-@pytest.mark.parametrize("image, says", [
-    ("", "the image is not a PNG data URL but empty"), (None, "the image is not a PNG data URL but null"),
-    (7, "the image is not a PNG data URL but a number"), (["data:image/png;base64,"], "the image is not a PNG data URL but a list"),
-    ("https://example.com/a.png", "the image is not a PNG data URL but a web address"),
-    ("pictures/a.png", "the image is not a PNG data URL but the path of a file"),
-    ("data:image/jpeg;base64,/9j/", "the image is not a PNG data URL but image/jpeg"),
-    ("data:image/png;base64,", "not a PNG image"), ("data:image/png;base64,!!!!", "the image is not base64"),
-    (url_of(b"\xff\xd8\xff\xe0 a JPEG" * 9), "not a PNG image but a JPEG"),
-    (url_of(png(64, 64)[:40]), "not a PNG image"), (url_of(png(64, 64, b"no zlib")), "not a PNG image"),
-    (url_of(png(30_000, 30_000, zlib.compress(bytes(1000)))), "an image of 30000x30000 pixels"),
-    (url_of(png(0, 64)), "an image of 0x64 pixels"), (url_of(drawn(4000, 16)), "an image of 4000x16 pixels, more than 200 times"),
-    (url_of(drawn(1, 1)), "an image of 1x1 pixels where the protocol shows 64x64"), (url_of(drawn(mode="I;16")), "an image of 16 bits a channel"),
-    (url_of(drawn(mode="RGBA")), "an image with transparent pixels"), (url_of(drawn(mode="LA")), "an image with transparent pixels"),
-    (url_of(drawn(mode="P", transparency=0)), "an image with transparent pixels"),
-    (url_of(drawn(save_all=True, append_images=[PIL.Image.new("RGB", (64, 64), "red")])), "an animation of 2 frames"),
-], ids=str)
+@pytest.mark.parametrize(
+    "image, says",
+    [
+        ("", "the image is not a PNG data URL but empty"),
+        (None, "the image is not a PNG data URL but null"),
+        (7, "the image is not a PNG data URL but a number"),
+        (["data:image/png;base64,"], "the image is not a PNG data URL but a list"),
+        ("https://example.com/a.png", "the image is not a PNG data URL but a web address"),
+        ("pictures/a.png", "the image is not a PNG data URL but the path of a file"),
+        ("data:image/jpeg;base64,/9j/", "the image is not a PNG data URL but image/jpeg"),
+        ("data:image/png;base64,", "not a PNG image"),
+        ("data:image/png;base64,!!!!", "the image is not base64"),
+        (url_of(b"\xff\xd8\xff\xe0 a JPEG" * 9), "not a PNG image but a JPEG"),
+        (url_of(png(64, 64)[:40]), "not a PNG image"),
+        (url_of(png(64, 64, b"no zlib")), "not a PNG image"),
+        (url_of(png(30_000, 30_000, zlib.compress(bytes(1000)))), "an image of 30000x30000 pixels"),
+        (url_of(png(0, 64)), "an image of 0x64 pixels"),
+        (url_of(drawn(4000, 16)), "an image of 4000x16 pixels, more than 200 times"),
+        (url_of(drawn(1, 1)), "an image of 1x1 pixels where the protocol shows 64x64"),
+        (url_of(drawn(mode="I;16")), "an image of 16 bits a channel"),
+        (url_of(drawn(mode="RGBA")), "an image with transparent pixels"),
+        (url_of(drawn(mode="LA")), "an image with transparent pixels"),
+        (url_of(drawn(mode="P", transparency=0)), "an image with transparent pixels"),
+        (
+            url_of(drawn(save_all=True, append_images=[PIL.Image.new("RGB", (64, 64), "red")])),
+            "an animation of 2 frames",
+        ),
+    ],
+    ids=str,
+)
 def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
     path = run_export(write_store(tmp_path / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
     lines = [json.loads(line) for line in open(path)]
@@ -384,13 +524,20 @@ def test_a_bad_image_in_a_row_is_told_with_its_line(tmp_path, image, says):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError) as error:
         list(read_rows(path))
-    assert str(error.value).startswith(f"{path}:3: {says}") and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert (
+        str(error.value).startswith(f"{path}:3: {says}")
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 400
+    )
 
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     "A file of three rows in a folder of its own, as another tool leaves it, and a function that changes the third."
-    path = run_export(write_store(tmp_path_factory.mktemp("made") / "rollouts.db", episode(1)), val_fraction=0).out / "train.jsonl"
+    path = (
+        run_export(write_store(tmp_path_factory.mktemp("made") / "rollouts.db", episode(1)), val_fraction=0).out
+        / "train.jsonl"
+    )
     lines = path.read_text().splitlines()[:3]
     there = tmp_path_factory.mktemp("foreign") / "train.jsonl"
 
@@ -413,7 +560,10 @@ def text(words):
     return [{"type": "text", "text": words}]
 
 
-CALL = {"content": None, "tool_calls": [{"type": "function", "function": {"name": "interact_many", "arguments": {"actions": ["do"]}}}]}
+CALL = {
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "interact_many", "arguments": {"actions": ["do"]}}}],
+}
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -426,44 +576,76 @@ CALL = {"content": None, "tool_calls": [{"type": "function", "function": {"name"
 def test_what_means_the_same_in_another_form_is_read(foreign, changes, says):
     rows = list(read_rows(foreign(**changes)))
     assert [message["role"] for message in rows[2]["messages"]] == ["system", "user", "assistant"]
-    assert rows[2]["messages"][2]["content"].startswith(says) and rows[2]["messages"][:2] == rows[1]["messages"][:1] + rows[2]["messages"][1:2]
+    assert (
+        rows[2]["messages"][2]["content"].startswith(says)
+        and rows[2]["messages"][:2] == rows[1]["messages"][:1] + rows[2]["messages"][1:2]
+    )
     assert isinstance(rows[2]["messages"][0]["content"], str)
 
 
 ONE = dict(role="user", content="next")
 
 
-@pytest.mark.parametrize("changes, says", [
-    (dict(assistant="look <|image_pad|> -> do"), "the assistant's text holds the special token <|image_pad|>"),
-    (dict(assistant=text("<|im_end|>")), "the assistant's text holds the special token"),
-    (dict(assistant=CALL | {"content": "<|endoftext|>"}), "the assistant's text holds the special token"),
-    (dict(assistant={"content": None, "tool_calls": [{"function": {"name": "a", "arguments": "<|video_pad|>"}}]}),
-     "the assistant's text holds the special token <|video_pad|>"),
-    (dict(user=text("<|vision_start|>")), "the user's text holds the special token <|vision_start|>"),
-    (dict(system="<|im_start|>system"), "the system's text holds the special token <|im_start|>"),
-    (dict(assistant="tree \ud83d -> do"), "the assistant's text holds half a character"),
-    (dict(assistant="a\0b"), "the assistant's text holds a NUL"),
-    (dict(assistant=None), "the assistant's content is null"), (dict(assistant=""), "the assistant says nothing"),
-    (dict(assistant=[]), "the assistant says nothing"), (dict(assistant=text(" \n")), "the assistant says nothing"),
-    (dict(assistant=["do"]), "the assistant's content has text"), (dict(assistant=3), "the assistant's content is a number"),
-    (dict(assistant=[{"type": "image_url", "image_url": {"url": "x"}}]), "the assistant's content has a part of type 'image_url'"),
-    (dict(assistant={"tool_calls": [{"function": {"arguments": "{}"}}], "content": ""}), "a tool call without a name"),
-    (dict(assistant={"tool_calls": {"function": {}}}), "tool_calls are an object"),
-    (dict(assistant={"reasoning_content": "hm"}), "the assistant's message has 'reasoning_content'"),
-    (dict(assistant={"weight": 0}), "the assistant's message has 'weight'"), (dict(assistant={"loss": False}), "the assistant's message has 'loss'"),
-    (dict(user=[]), "the user's content is empty"), (dict(user=None), "the user's content is null"),
-    (dict(user=[{"type": "video", "video": "a.mp4"}]), "the user's content has a part of type 'video'"),
-    (dict(user=text(None)), "a text part of the user's content holds null"), (dict(user="next"), "0 images where 1 is promised"),
-    (dict(system="play well"), "the system's text is not that of the protocol"), (dict(tools=[{"name": "act"}]), "the row has tools beside"),
-    (dict(images=["a.png"]), "the row has images beside"), (dict(messages=[]), "messages are not system, user, assistant but none"),
-    (dict(messages=[ONE, ["x"], {"role": "tool"}]), "messages are not system, user, assistant but user, a list, tool"),
-    (dict(messages=None, conversations=[]), "a row without messages (it has messages, metadata, conversations)"),
-    (dict(metadata={"prompt_hash": ""}), "no prompt_hash in metadata"), (dict(metadata={"prompt_hash": "0" * 64}), "prompt 00000000 where"),
-    (dict(metadata={"seed": "7"}), "seed in metadata is text: '7'"), (dict(metadata={"seed": 10**30}), "seed in metadata is a number"),
-    (dict(metadata={"turn": True}), "turn in metadata is a boolean"), (dict(metadata={"run": ["x"]}), "run in metadata is a list"),
-    (dict(metadata={"protocol": "{"}), "the protocol in metadata cannot be read"),
-    (dict(metadata={"turn": float("nan")}), "turn in metadata is a number"),
-    (dict(metadata={"protocol": '{"history": 2}'}), "prompt_hash")], ids=lambda value: ascii(value)[:60])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(assistant="look <|image_pad|> -> do"), "the assistant's text holds the special token <|image_pad|>"),
+        (dict(assistant=text("<|im_end|>")), "the assistant's text holds the special token"),
+        (dict(assistant=CALL | {"content": "<|endoftext|>"}), "the assistant's text holds the special token"),
+        (
+            dict(
+                assistant={"content": None, "tool_calls": [{"function": {"name": "a", "arguments": "<|video_pad|>"}}]}
+            ),
+            "the assistant's text holds the special token <|video_pad|>",
+        ),
+        (dict(user=text("<|vision_start|>")), "the user's text holds the special token <|vision_start|>"),
+        (dict(system="<|im_start|>system"), "the system's text holds the special token <|im_start|>"),
+        (dict(assistant="tree \ud83d -> do"), "the assistant's text holds half a character"),
+        (dict(assistant="a\0b"), "the assistant's text holds a NUL"),
+        (dict(assistant=None), "the assistant's content is null"),
+        (dict(assistant=""), "the assistant says nothing"),
+        (dict(assistant=[]), "the assistant says nothing"),
+        (dict(assistant=text(" \n")), "the assistant says nothing"),
+        (dict(assistant=["do"]), "the assistant's content has text"),
+        (dict(assistant=3), "the assistant's content is a number"),
+        (
+            dict(assistant=[{"type": "image_url", "image_url": {"url": "x"}}]),
+            "the assistant's content has a part of type 'image_url'",
+        ),
+        (
+            dict(assistant={"tool_calls": [{"function": {"arguments": "{}"}}], "content": ""}),
+            "a tool call without a name",
+        ),
+        (dict(assistant={"tool_calls": {"function": {}}}), "tool_calls are an object"),
+        (dict(assistant={"reasoning_content": "hm"}), "the assistant's message has 'reasoning_content'"),
+        (dict(assistant={"weight": 0}), "the assistant's message has 'weight'"),
+        (dict(assistant={"loss": False}), "the assistant's message has 'loss'"),
+        (dict(user=[]), "the user's content is empty"),
+        (dict(user=None), "the user's content is null"),
+        (dict(user=[{"type": "video", "video": "a.mp4"}]), "the user's content has a part of type 'video'"),
+        (dict(user=text(None)), "a text part of the user's content holds null"),
+        (dict(user="next"), "0 images where 1 is promised"),
+        (dict(system="play well"), "the system's text is not that of the protocol"),
+        (dict(tools=[{"name": "act"}]), "the row has tools beside"),
+        (dict(images=["a.png"]), "the row has images beside"),
+        (dict(messages=[]), "messages are not system, user, assistant but none"),
+        (
+            dict(messages=[ONE, ["x"], {"role": "tool"}]),
+            "messages are not system, user, assistant but user, a list, tool",
+        ),
+        (dict(messages=None, conversations=[]), "a row without messages (it has messages, metadata, conversations)"),
+        (dict(metadata={"prompt_hash": ""}), "no prompt_hash in metadata"),
+        (dict(metadata={"prompt_hash": "0" * 64}), "prompt 00000000 where"),
+        (dict(metadata={"seed": "7"}), "seed in metadata is text: '7'"),
+        (dict(metadata={"seed": 10**30}), "seed in metadata is a number"),
+        (dict(metadata={"turn": True}), "turn in metadata is a boolean"),
+        (dict(metadata={"run": ["x"]}), "run in metadata is a list"),
+        (dict(metadata={"protocol": "{"}), "the protocol in metadata cannot be read"),
+        (dict(metadata={"turn": float("nan")}), "turn in metadata is a number"),
+        (dict(metadata={"protocol": '{"history": 2}'}), "prompt_hash"),
+    ],
+    ids=lambda value: ascii(value)[:60],
+)
 def test_what_cannot_be_trained_on_is_told_for_what_it_is(foreign, changes, says):
     path = foreign(**changes)
     with pytest.raises(InputError) as error:
@@ -475,13 +657,22 @@ def test_what_cannot_be_trained_on_is_told_for_what_it_is(foreign, changes, says
 def test_files_of_other_makers_are_read_line_by_line(foreign):
     path = foreign()
     first, second, third = path.read_bytes().splitlines()
-    path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n \n" + second + b"\r\n" + third)  # BOM, CRLF, blank lines, no newline at the end
+    path.write_bytes(
+        b"\xef\xbb\xbf" + first + b"\r\n\r\n \n" + second + b"\r\n" + third
+    )  # BOM, CRLF, blank lines, no newline at the end
     assert [number for number, _ in numbered_rows(path)] == [1, 4, 5]
-    for line, says in ((b"[]", "the row is a list, not an object"), (b'"x"', "the row is text"), (b"null", "the row is null"),
-                       (b"7", "the row is a number"),
-                       (b"[" + first + b"]", "the row is a list"), (b"1" * 5000, "row is not JSON"), (b"[" * 100_000, "row is nested too deeply"),
-                       (b'{"messages": [], "messages": []}', "row is not JSON (two keys 'messages'"), (b"\xff" + second, "row is not JSON ('utf-8'"),
-                       (b"{}", "a row without messages (it has nothing)")):
+    for line, says in (
+        (b"[]", "the row is a list, not an object"),
+        (b'"x"', "the row is text"),
+        (b"null", "the row is null"),
+        (b"7", "the row is a number"),
+        (b"[" + first + b"]", "the row is a list"),
+        (b"1" * 5000, "row is not JSON"),
+        (b"[" * 100_000, "row is nested too deeply"),
+        (b'{"messages": [], "messages": []}', "row is not JSON (two keys 'messages'"),
+        (b"\xff" + second, "row is not JSON ('utf-8'"),
+        (b"{}", "a row without messages (it has nothing)"),
+    ):
         path.write_bytes(first + b"\n\n" + line + b"\n")
         with pytest.raises(InputError) as error:
             list(read_rows(path))
@@ -495,12 +686,22 @@ def test_export_again_is_said_of_its_own_files_alone(tmp_path):
         list(read_rows(path))
 
 
-@pytest.mark.parametrize("blob, says", [(b"", "not a PNG image"), ("text", "not a PNG image"), (b"GIF89a" * 99, "not a PNG image"),
-                                        (png(50_000, 50_000), "an image of 50000x50000 pixels"), (png(64, 64, b"?"), "not a PNG image")])
+@pytest.mark.parametrize(
+    "blob, says",
+    [
+        (b"", "not a PNG image"),
+        ("text", "not a PNG image"),
+        (b"GIF89a" * 99, "not a PNG image"),
+        (png(50_000, 50_000), "an image of 50000x50000 pixels"),
+        (png(64, 64, b"?"), "not a PNG image"),
+    ],
+)
 def test_a_bad_image_in_a_store_is_told(tmp_path, blob, says):
     db = write_store(tmp_path / "rollouts.db", episode(1), episode(2))
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("UPDATE frames SET png = ? WHERE hash = (SELECT frame FROM turns WHERE session = 2 AND turn = 0)", (blob,))
+        connection.execute(
+            "UPDATE frames SET png = ? WHERE hash = (SELECT frame FROM turns WHERE session = 2 AND turn = 0)", (blob,)
+        )
         connection.commit()
     with pytest.raises(InputError, match=says) as error:
         run_export(db)
@@ -553,8 +754,12 @@ def test_every_image_is_the_frame_that_was_seen(db):
 
 
 def test_rules_explain_an_empty_result(db):
-    for settings, words in (({"min_achievements": 5}, "min_achievements dropped 3"), ({"models": ["gpt"]}, "models dropped 3"),
-                            ({"seeds": "900-905"}, "seeds dropped 3"), ({"min_reward": 99.0}, "min_reward dropped 3")):
+    for settings, words in (
+        ({"min_achievements": 5}, "min_achievements dropped 3"),
+        ({"models": ["gpt"]}, "models dropped 3"),
+        ({"seeds": "900-905"}, "seeds dropped 3"),
+        ({"min_reward": 99.0}, "min_reward dropped 3"),
+    ):
         with pytest.raises(InputError, match=words):
             run_export(db, **settings)
     assert not (db.parent / "export").exists()

@@ -1,4 +1,5 @@
-"""More than a thousand damaged files: each is read as if nothing were wrong, or refused in one line. No traceback ever escapes."""
+"""More than a thousand damaged files: each is read as if nothing were wrong, or refused in one line. No traceback
+ever escapes."""
 
 import json
 import random
@@ -22,8 +23,27 @@ from qwen_vl_kit.store.traces import Store, fingerprint, load_episodes, protocol
 
 pytestmark = pytest.mark.slow
 
-WEIRD = [None, "", "x", "-1", "1e999", "[", "[]", "[1]", '["do"', '{"a": 1}', '["' + "a" * 999 + '"]', b"\xff\xfe", b"", 0, -1, 2**62, 1e308,
-         "\u0000", "[[[["]
+WEIRD = [
+    None,
+    "",
+    "x",
+    "-1",
+    "1e999",
+    "[",
+    "[]",
+    "[1]",
+    '["do"',
+    '{"a": 1}',
+    '["' + "a" * 999 + '"]',
+    b"\xff\xfe",
+    b"",
+    0,
+    -1,
+    2**62,
+    1e308,
+    "\u0000",
+    "[[[[",
+]
 
 
 def with_bytes(whole: bytes, dice: random.Random) -> bytes:
@@ -50,7 +70,12 @@ def with_bytes(whole: bytes, dice: random.Random) -> bytes:
 def with_values(path, dice: random.Random) -> None:
     "A database in which some values are none that anybody would have stored."
     with closing(sqlite3.connect(path)) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")]
+        tables = [
+            name
+            for (name,) in connection.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+            )
+        ]
         for _ in range(dice.randrange(1, 4)):
             table = dice.choice(tables)
             column = dice.choice([row[1] for row in connection.execute(f"PRAGMA table_info({table})")])
@@ -73,7 +98,22 @@ def with_json(line: str, dice: random.Random) -> str:
         if dice.random() < 0.2:
             del place[key]
             break
-        place[key] = dice.choice([None, 0, "", "x", [], {}, [[]], {"type": "image_url"}, {"url": 3}, "data:image/png;base64,AAAA", True, "\ud800"])
+        place[key] = dice.choice(
+            [
+                None,
+                0,
+                "",
+                "x",
+                [],
+                {},
+                [[]],
+                {"type": "image_url"},
+                {"url": 3},
+                "data:image/png;base64,AAAA",
+                True,
+                "\ud800",
+            ]
+        )
     return json.dumps(row)
 
 
@@ -84,14 +124,32 @@ def written(path, episodes):
 
 
 USES = {
-    "load": lambda path, out: list(load_episodes(path)), "hashes": lambda path, out: list(read_sessions(path, frames="hash")),
-    "tables": lambda path, out: (traces.episodes(path), traces.turns(path)), "fingerprint": lambda path, out: fingerprint(path),
-    "spent": lambda path, out: (total_usd(path), protocol_of(path)), "merge": lambda path, out: merge_stores(out / "all.db", path),
+    "load": lambda path, out: list(load_episodes(path)),
+    "hashes": lambda path, out: list(read_sessions(path, frames="hash")),
+    "tables": lambda path, out: (traces.episodes(path), traces.turns(path)),
+    "fingerprint": lambda path, out: fingerprint(path),
+    "spent": lambda path, out: (total_usd(path), protocol_of(path)),
+    "merge": lambda path, out: merge_stores(out / "all.db", path),
     "write": lambda path, out: written(path, [episode(77, ["do"], size=18)]),
     "export": lambda path, out: export.run(ExportConfig(traces=str(path)), out / "export"),
-    "export all": lambda path, out: export.run(ExportConfig(
-        traces=str(path), drop_loops=True, best_share=0.9, dedupe=True, stratify=True, since="2020-01-01", unlock_window=3, splits=["train"],
-        max_repeated_actions=50, min_judge_score=-9.0, scored_by="rubric", required_achievements=["collect_wood"]), out / "export")}
+    "export all": lambda path, out: export.run(
+        ExportConfig(
+            traces=str(path),
+            drop_loops=True,
+            best_share=0.9,
+            dedupe=True,
+            stratify=True,
+            since="2020-01-01",
+            unlock_window=3,
+            splits=["train"],
+            max_repeated_actions=50,
+            min_judge_score=-9.0,
+            scored_by="rubric",
+            required_achievements=["collect_wood"],
+        ),
+        out / "export",
+    ),
+}
 
 
 def read(path):
@@ -99,7 +157,8 @@ def read(path):
 
 
 def survives(what: str, act, *given) -> bool:
-    "Whether `act(*given)` did its work; an `InputError` of one line is as good. Anything else is a failure that says what was done."
+    """Whether `act(*given)` did its work; an `InputError` of one line is as good. Anything else is a failure that
+    says what was done."""
     try:
         act(*given)
         return True
@@ -122,7 +181,12 @@ def place():
 def whole(place):
     "A small store, as bytes."
     made = [episode(seed, ["do", "noop", "move_left"], unlocks={1: ["collect_wood"]}, size=18) for seed in range(3)]
-    db = write_store(place / "rollouts.db", *made, protocol=PROTOCOL.model_copy(update={"render_size": 18}), scores={1: {"rubric": 0.5}})
+    db = write_store(
+        place / "rollouts.db",
+        *made,
+        protocol=PROTOCOL.model_copy(update={"render_size": 18}),
+        scores={1: {"rubric": 0.5}},
+    )
     return db.read_bytes()
 
 
@@ -163,6 +227,13 @@ def test_three_hundred_damaged_files_of_rows(whole, place):
             path.write_bytes(with_bytes("\n".join(lines).encode(), dice))
         fine += survives(f"damaged rows {number}", read, path)
     assert fine < 200
-    for line in ("[" * 100_000, '{"a":' * 100_000, "null", "1" * 5000, '"' + "\\ud800" * 9 + '"', dumps({"messages": [[]] * 3})):
+    for line in (
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "null",
+        "1" * 5000,
+        '"' + "\\ud800" * 9 + '"',
+        dumps({"messages": [[]] * 3}),
+    ):
         path.write_text(line + "\n")
         assert not survives(line[:20], read, path)

@@ -1,4 +1,5 @@
-"The house: stage notebooks define nothing and hold the config's fields; rooms import downwards; every module has its notebook."
+"""The house: stage notebooks define nothing and hold the config's fields; rooms import downwards; every module has
+its notebook."""
 
 import ast
 import re
@@ -11,7 +12,23 @@ from qwen_vl_kit.config import STAGES
 from qwen_vl_kit.core import root
 
 NOTEBOOKS = root() / "nbs"
-FLOORS = ["core", "config", "process", "game", "protocol", "expert", "model", "engine", "store", "play", "learn", "show", "foreign", "stages", "runner"]
+FLOORS = [
+    "core",
+    "config",
+    "process",
+    "game",
+    "protocol",
+    "expert",
+    "model",
+    "engine",
+    "store",
+    "play",
+    "learn",
+    "show",
+    "foreign",
+    "stages",
+    "runner",
+]
 
 
 def default_exp(path: Path) -> str:
@@ -21,7 +38,8 @@ def default_exp(path: Path) -> str:
 
 
 def library() -> dict[str, Path]:
-    "Every room and its notebook, from the ground up: floors in the order of `FLOORS`, the rooms of a floor in the order of their numbers."
+    """Every room and its notebook, from the ground up: floors in the order of `FLOORS`, the rooms of a floor in the
+    order of their numbers."""
     paths = [path for path in NOTEBOOKS.rglob("[0-9][0-9]*_*.ipynb") if ".ipynb_checkpoints" not in path.parts]
     rooms = [(room, path) for path in paths if (room := default_exp(path))]
     return dict(sorted(rooms, key=lambda pair: (FLOORS.index(pair[0].split(".")[0]), pair[1].name)))
@@ -40,7 +58,11 @@ def test_there_is_one_stage_notebook_a_stage():
 
 @pytest.mark.parametrize("number, stage", list(enumerate(STAGES, 1)))
 def test_parameters_are_the_fields_and_defaults_of_the_config(number, stage):
-    [cell] = [cell for cell in code(NOTEBOOKS / "forms" / f"{number}_{stage}.ipynb") if "parameters" in cell.metadata.get("tags", [])]
+    [cell] = [
+        cell
+        for cell in code(NOTEBOOKS / "forms" / f"{number}_{stage}.ipynb")
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
     assert cell.source.splitlines()[0] == 'out = ""'
     values = {}
     exec(cell.source, values)
@@ -53,7 +75,11 @@ def test_parameters_are_the_fields_and_defaults_of_the_config(number, stage):
 def test_stage_notebooks_define_and_export_nothing(path):
     for cell in code(path):
         assert "#| export" not in cell.source and "default_exp" not in cell.source
-        defined = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))]
+        defined = [
+            node
+            for node in ast.walk(ast.parse(cell.source))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))
+        ]
         assert not defined, ast.unparse(defined[0])
 
 
@@ -83,7 +109,26 @@ def test_a_room_imports_only_from_below(room):
 def test_importing_the_package_and_the_command_loads_nothing_heavy():
     import subprocess
     import sys
-    heavy = ["torch", "transformers", "trl", "peft", "datasets", "pandas", "matplotlib", "papermill", "nbconvert", "IPython", "numpy", "httpx2",
-             "openai", "huggingface_hub", "safetensors", "bitsandbytes"]
+
+    heavy = [
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "pandas",
+        "matplotlib",
+        "papermill",
+        "nbconvert",
+        "IPython",
+        "numpy",
+        "httpx2",
+        "openai",
+        "huggingface_hub",
+        "safetensors",
+        "bitsandbytes",
+    ]
     said = f"import sys, qwen_vl_kit, qwen_vl_kit.runner.cli, qwen_vl_kit.runner.commands; qwen_vl_kit.runner.commands.parser(); print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

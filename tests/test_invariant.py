@@ -24,7 +24,9 @@ pytestmark = pytest.mark.slow
 
 RECORD = Path(__file__).with_name("invariant.json")
 PROTOCOL = dict(prompt="brief", render_size=144, horizon="s20", progress=True)
-TRAINING = dict(model="tiny", threads=1, sequence_length=192, bf16=False)  # in 16 bits, processors differ in the third digit
+TRAINING = dict(
+    model="tiny", threads=1, sequence_length=192, bf16=False
+)  # in 16 bits, processors differ in the third digit
 TIMES = re.compile("second|usd|mfu|memory|flops", re.IGNORECASE)  # what depends on the machine's speed and load
 
 
@@ -42,21 +44,56 @@ def machine() -> dict[str, str]:
 
 def metrics(out: Path) -> list[dict]:
     "The metrics of a stage without those that measure time."
-    return [{name: value for name, value in row.items() if not TIMES.search(name)} for row in read_jsonl(out / "metrics.jsonl")]
+    return [
+        {name: value for name, value in row.items() if not TIMES.search(name)}
+        for row in read_jsonl(out / "metrics.jsonl")
+    ]
 
 
 def run(out: Path) -> dict:
     "The three stages on a few seeds: their metrics, and the digests of what they wrote."
     collect.run(CollectConfig(**PROTOCOL, seeds="0-23"), out / "collect")
     export.run(ExportConfig(val_fraction=0.25), out / "export")
-    sft.run(SFTConfig(**TRAINING, max_steps=40, eval_steps=20, eval_rows=32, batch_size=32, learning_rate=2e-3, lora_rank=16,
-                      lora_alpha=32), out / "sft")
-    grpo.run(GRPOConfig(**TRAINING, **PROTOCOL, iterations=3, groups=4, group_size=4, batch_size=40, learning_rate=1e-4, seeds="50-99",
-                        max_new_tokens=16), out / "grpo")
-    files = ["export/train.jsonl", "export/val.jsonl", "sft/adapter/adapter_model.safetensors", "grpo/adapter/adapter_model.safetensors"]
+    sft.run(
+        SFTConfig(
+            **TRAINING,
+            max_steps=40,
+            eval_steps=20,
+            eval_rows=32,
+            batch_size=32,
+            learning_rate=2e-3,
+            lora_rank=16,
+            lora_alpha=32,
+        ),
+        out / "sft",
+    )
+    grpo.run(
+        GRPOConfig(
+            **TRAINING,
+            **PROTOCOL,
+            iterations=3,
+            groups=4,
+            group_size=4,
+            batch_size=40,
+            learning_rate=1e-4,
+            seeds="50-99",
+            max_new_tokens=16,
+        ),
+        out / "grpo",
+    )
+    files = [
+        "export/train.jsonl",
+        "export/val.jsonl",
+        "sft/adapter/adapter_model.safetensors",
+        "grpo/adapter/adapter_model.safetensors",
+    ]
     stores = ["collect/rollouts.db", "grpo/rollouts.db"]
-    return {"machine": machine(), "sft": metrics(out / "sft"), "grpo": metrics(out / "grpo"),
-            "digests": {name: digest(out / name) for name in files} | {name: fingerprint(out / name) for name in stores}}
+    return {
+        "machine": machine(),
+        "sft": metrics(out / "sft"),
+        "grpo": metrics(out / "grpo"),
+        "digests": {name: digest(out / name) for name in files} | {name: fingerprint(out / name) for name in stores},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +109,9 @@ def test_training_gives_the_recorded_figures_at_every_update(now, stage):
     else:
         assert [row["step"] for row in now[stage]] == [row["step"] for row in recorded[stage]]
         for ours, theirs in zip(now[stage], recorded[stage]):
-            assert ours == pytest.approx(theirs, rel=3e-5, abs=1e-5), f"step {ours['step']}"  # the norms of gradients need the first
+            assert ours == pytest.approx(theirs, rel=3e-5, abs=1e-5), (
+                f"step {ours['step']}"
+            )  # the norms of gradients need the first
 
 
 def test_the_files_are_the_recorded_ones_to_the_last_byte(now):
@@ -87,5 +126,7 @@ if __name__ == "__main__":
         record = run(Path(folder))
     rows = {stage: "[\n  " + ",\n  ".join(map(json.dumps, record[stage])) + "\n ]" for stage in ("sft", "grpo")}
     parts = {name: json.dumps(record[name], indent=2) for name in ("machine", "digests")} | rows
-    RECORD.write_text("{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n")  # one row a line
+    RECORD.write_text(
+        "{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n"
+    )  # one row a line
     print(f"recorded in {RECORD}")

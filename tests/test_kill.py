@@ -17,8 +17,10 @@ from qwen_vl_kit.store.traces import fingerprint
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
-# Each life is a process of its own, forked from one that has imported everything; it ends by a real SIGKILL. Half of the lives are ended
-# from outside, some while after a number of episodes has been stored; the other half by the count of SQLite's statements.
+# Each life is a process of its own, forked from one that has imported everything; it ends by a real SIGKILL. Half of
+# the lives are ended
+# from outside, some while after a number of episodes has been stored; the other half by the count of SQLite's
+# statements.
 LIVES = """
 import contextlib, json, os, random, signal, sqlite3, sys
 from pathlib import Path
@@ -79,12 +81,20 @@ print(json.dumps({"deaths": deaths, "ends": [os.waitpid(live(out), 0)[1] for out
 def test_twenty_kills_lose_nothing_and_store_nothing_twice(tmp_path):
     killed, whole = tmp_path / "killed" / "collect", tmp_path / "whole" / "collect"
     killed.mkdir(parents=True)
-    done = subprocess.run([sys.executable, "-c", LIVES, str(killed), str(whole)], cwd=root(), capture_output=True, text=True, timeout=180,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", LIVES, str(killed), str(whole)],
+        cwd=root(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["ends"] == [0, 0] and len(told["deaths"]) == 20
-    assert told["deaths"] == sorted(told["deaths"]) and len(set(told["deaths"])) > 5  # never fewer than before, at many moments
+    assert (
+        told["deaths"] == sorted(told["deaths"]) and len(set(told["deaths"])) > 5
+    )  # never fewer than before, at many moments
     for out in (killed, whole):
         table = traces.episodes(out / "rollouts.db")
         assert sorted(table["seed"]) == list(range(50)) and set(table["turns"]) == {50}
@@ -93,5 +103,8 @@ def test_twenty_kills_lose_nothing_and_store_nothing_twice(tmp_path):
     with contextlib.closing(sqlite3.connect(killed / "rollouts.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     assert fingerprint(killed / "rollouts.db") == fingerprint(whole / "rollouts.db")
-    rows = [export.run(ExportConfig(), run / "export").out / "train.jsonl" for run in (tmp_path / "killed", tmp_path / "whole")]
+    rows = [
+        export.run(ExportConfig(), run / "export").out / "train.jsonl"
+        for run in (tmp_path / "killed", tmp_path / "whole")
+    ]
     assert rows[0].read_bytes() == rows[1].read_bytes()

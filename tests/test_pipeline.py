@@ -1,4 +1,5 @@
-"""The whole pipeline as a user starts it, on the smallest data that can fail: real processes, real kernels, the real model."""
+"""The whole pipeline as a user starts it, on the smallest data that can fail: real processes, real kernels, the real
+model."""
 import csv
 import shutil
 
@@ -19,10 +20,32 @@ from qwen_vl_kit.store.traces import fingerprint
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
-SMALL = ["--set", 'collect.seeds="0-23"', "--set", 'collect.horizon="s20"', "--set", 'grpo.horizon="s20"',
-         "--set", 'benchmark.horizon="s20"', "--set", "sft.max_steps=40", "--set", "sft.eval_steps=20",
-         "--set", "sft.batch_size=32", "--set", "grpo.iterations=1", "--set", "grpo.groups=2", "--set", "grpo.group_size=4",
-         "--set", "grpo.batch_size=80", "--set", 'benchmark.seeds="1000000-1000003"']
+SMALL = [
+    "--set",
+    'collect.seeds="0-23"',
+    "--set",
+    'collect.horizon="s20"',
+    "--set",
+    'grpo.horizon="s20"',
+    "--set",
+    'benchmark.horizon="s20"',
+    "--set",
+    "sft.max_steps=40",
+    "--set",
+    "sft.eval_steps=20",
+    "--set",
+    "sft.batch_size=32",
+    "--set",
+    "grpo.iterations=1",
+    "--set",
+    "grpo.groups=2",
+    "--set",
+    "grpo.group_size=4",
+    "--set",
+    "grpo.batch_size=80",
+    "--set",
+    'benchmark.seeds="1000000-1000003"',
+]
 PLAY = dict(prompt="brief", render_size=144, horizon="s20", progress=True)
 
 
@@ -47,8 +70,11 @@ def test_the_run_ends_with_the_table_and_a_report(demo):
 
 def test_one_prompt_from_teacher_to_table(demo):
     out, _ = demo
-    hashes = {read_json(out / "export" / "stats.json")["prompt_hash"], *(read_json(out / s / "adapter" / "qvk.json")["prompt_hash"]
-              for s in ("sft", "grpo")), *(read_json(out / s / "manifest.json")["numbers"]["prompt_hash"] for s in ("collect", "benchmark"))}
+    hashes = {
+        read_json(out / "export" / "stats.json")["prompt_hash"],
+        *(read_json(out / s / "adapter" / "qvk.json")["prompt_hash"] for s in ("sft", "grpo")),
+        *(read_json(out / s / "manifest.json")["numbers"]["prompt_hash"] for s in ("collect", "benchmark")),
+    }
     assert len(hashes) == 1
 
 
@@ -72,7 +98,9 @@ def test_verify_tells_a_changed_table(demo):
 
 def test_another_prompt_is_refused(demo, tmp_path):
     out, _ = demo
-    config = BenchmarkConfig(**{**PLAY, "history": 2}, model="tiny", arms=["sft"], sft_adapter=str(out / "sft" / "adapter"))
+    config = BenchmarkConfig(
+        **{**PLAY, "history": 2}, model="tiny", arms=["sft"], sft_adapter=str(out / "sft" / "adapter")
+    )
     with pytest.raises(InputError, match="was trained with prompt"):
         benchmark.run(config, tmp_path / "benchmark")
     assert not list((tmp_path / "benchmark").glob("*.csv"))
@@ -88,8 +116,15 @@ def test_the_tour_plays_the_demos_adapter_as_it_was_trained(demo, tmp_path, monk
     tour = root() / "nbs" / "index.ipynb"
     monkeypatch.setenv("QVK_ROOT", str(tmp_path))  # where it looks for outputs/demo
     made = papermill.execute_notebook(tour, None, kernel_name="python3", cwd=tmp_path, progress_bar=False)
-    printed = "".join(output.text for cell in made.cells for output in cell.get("outputs", ()) if output.output_type == "stream")
-    shown = "".join(output.data.get("text/html", "") for cell in made.cells for output in cell.get("outputs", ()) if "data" in output)
+    printed = "".join(
+        output.text for cell in made.cells for output in cell.get("outputs", ()) if output.output_type == "stream"
+    )
+    shown = "".join(
+        output.data.get("text/html", "")
+        for cell in made.cells
+        for output in cell.get("outputs", ())
+        if "data" in output
+    )
     assert "with the demo's SFT adapter" in printed and "achievements an episode" in printed
     assert all(f">{arm}</td>" in shown for arm in ("random", "base", "sft", "grpo", "expert"))
 
@@ -126,8 +161,14 @@ def test_two_runs_give_the_same_traces_rows_and_table(demo, tmp_path):
     for run in (tmp_path / "one", tmp_path / "two"):
         collect.run(CollectConfig(**PLAY, seeds="0-5"), run / "collect")
         export.run(ExportConfig(val_fraction=0.2), run / "export")
-        config = BenchmarkConfig(**PLAY, model="tiny", arms=["sft"], sft_adapter=str(out / "sft" / "adapter"), seeds="1000000-1000003",
-                                 max_new_tokens=16)
+        config = BenchmarkConfig(
+            **PLAY,
+            model="tiny",
+            arms=["sft"],
+            sft_adapter=str(out / "sft" / "adapter"),
+            seeds="1000000-1000003",
+            max_new_tokens=16,
+        )
         benchmark.run(config, run / "benchmark")
     one, two = tmp_path / "one", tmp_path / "two"
     assert fingerprint(one / "collect" / "rollouts.db") == fingerprint(two / "collect" / "rollouts.db")

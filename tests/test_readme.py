@@ -39,7 +39,14 @@ def test_the_readmes_commands_are_commands():
             assert (root() / path).exists(), path
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "nbs/studies/README.md", "nbs/perf/README.md", "tests/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "configs/README.md",
+    "nbs/studies/README.md",
+    "nbs/perf/README.md",
+    "tests/README.md",
+]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -55,7 +62,9 @@ def test_the_map_has_every_room():
     for path in LIBRARY:
         if number := re.match(r"\d+\w?_(\w+)", path.stem):
             floor = path.parent.name if path.parent.name != "nbs" else "ground"
-            assert floor == "forms" or (floor, number[1]) in rooms, f"{floor}/{number[1]} is not in the map of CONTRIBUTING.md"
+            assert floor == "forms" or (floor, number[1]) in rooms, (
+                f"{floor}/{number[1]} is not in the map of CONTRIBUTING.md"
+            )
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(root() / "nbs")))
@@ -64,7 +73,11 @@ def test_a_notebook_keeps_the_outputs_of_tagged_cells_and_small_pictures(path):
         outputs = cell.get("outputs", [])
         kept = "keep" in cell["metadata"].get("tags", [])
         assert kept or not outputs, f"cell {cell['id']}: only cells tagged keep have outputs; make fresh removes them"
-        assert outputs or not kept, f"cell {cell['id']} has no outputs; make outputs NB={path.relative_to(root())} stores them"
+        assert outputs or not kept, (
+            f"cell {cell['id']} has no outputs; make outputs NB={path.relative_to(root())} stores them"
+        )
         for output in outputs:
             assert output["output_type"] != "error" and output.get("name") != "stderr", cell["id"]
-            assert len(output.get("data", {}).get("image/png", "")) * 3 // 4 < 100_000, f"cell {cell['id']}: a picture of 100 KB or more"
+            assert len(output.get("data", {}).get("image/png", "")) * 3 // 4 < 100_000, (
+                f"cell {cell['id']}: a picture of 100 KB or more"
+            )

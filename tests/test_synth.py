@@ -30,20 +30,36 @@ def test_a_database_of_synth_ai_is_read_in(tmp_path, shape):
     assert (episode.seed, episode.model, session["scores"]) == (40, "gpt-4o-mini", {"quality": 0.25, "official": 0.7})
     assert [turn.unlocked for turn in episode.turns] == [[], ["collect_wood"], ["wake_up"]]  # the end knew of one more
     assert [turn.reward for turn in episode.turns] == [0, 1, 0] and [turn.step for turn in episode.turns] == [0, 2, 4]
-    assert [turn.altered for turn in episode.turns] == [False, False, True]  # what was done in turn 2 is not what was sampled
-    assert episode.usage("prompt_tokens") == 11_400 and episode.usage("seconds") == pytest.approx(2.7) and not episode.usage("usd")
+    assert [turn.altered for turn in episode.turns] == [
+        False,
+        False,
+        True,
+    ]  # what was done in turn 2 is not what was sampled
+    assert (
+        episode.usage("prompt_tokens") == 11_400
+        and episode.usage("seconds") == pytest.approx(2.7)
+        and not episode.usage("usd")
+    )
     assert (protocol_of(tmp_path / "rollouts.db").observe, bool(episode.turns[0].text)) == \
         (("both", True) if shape.get("text") else ("image", False))
     with contextlib.closing(sqlite3.connect(tmp_path / "rollouts.db")) as connection:
-        assert json.loads(connection.execute("SELECT provenance FROM sources").fetchone()[0])["system_prompt"] == "You play Crafter."
+        assert (
+            json.loads(connection.execute("SELECT provenance FROM sources").fetchone()[0])["system_prompt"]
+            == "You play Crafter."
+        )
 
 
 def test_what_was_read_in_keeps_its_own_time(tmp_path):
     def spoil(connection):
         connection.execute("UPDATE session_traces SET created_at = 'yesterday' WHERE session_id = 'run-2'")
-        connection.execute("UPDATE session_traces SET created_at = '2025-10-22 12:00:00.500+02:00' WHERE session_id = 'run-1'")
+        connection.execute(
+            "UPDATE session_traces SET created_at = '2025-10-22 12:00:00.500+02:00' WHERE session_id = 'run-1'"
+        )
+
     db = tmp_path / "rollouts.db"
-    assert import_synth(write_synth(tmp_path / "v3.db", sessions=3, change=spoil), db)["skipped"] == {"its time cannot be read": 1}
+    assert import_synth(write_synth(tmp_path / "v3.db", sessions=3, change=spoil), db)["skipped"] == {
+        "its time cannot be read": 1
+    }
     created = [timestamp(moment) for moment in ("2025-10-20T10:00Z", "2025-10-22T10:00:00.5Z")]
     assert [session["created"] for session, _ in read_sessions(db)] == created
     assert traces.episodes(db)["wall"].tolist() == pytest.approx([2.7, 2.7])  # not what reading them in took
@@ -68,9 +84,13 @@ def test_a_second_import_doubles_nothing(tmp_path):
 def test_a_session_that_cannot_be_read_does_not_take_the_others_along(tmp_path):
     def spoil(connection):
         connection.execute("UPDATE session_traces SET metadata = 'null' WHERE session_id = 'run-0'")
-        connection.execute("UPDATE messages SET content = replace(content, 'base64,', 'base64,!') WHERE session_id = 'run-1'")
+        connection.execute(
+            "UPDATE messages SET content = replace(content, 'base64,', 'base64,!') WHERE session_id = 'run-1'"
+        )
         connection.execute("DELETE FROM messages WHERE session_id = 'run-2'")
-        connection.execute("UPDATE messages SET content = substr(content, 1, 40) || '…' WHERE session_id = 'run-3' AND message_type = 'assistant'")
+        connection.execute(
+            "UPDATE messages SET content = substr(content, 1, 40) || '…' WHERE session_id = 'run-3' AND message_type = 'assistant'"
+        )
 
     count = import_synth(write_synth(tmp_path / "v3.db", sessions=5, change=spoil), tmp_path / "rollouts.db")
     assert count["episodes"] == 2 and sum(count["skipped"].values()) == 3 and "it names no seed" in count["skipped"]
@@ -82,8 +102,12 @@ def test_other_files_are_no_database_of_synth_ai(tmp_path, db):
     whole = write_synth(tmp_path / "v3.db").read_bytes()
     (tmp_path / "cut.db").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.db").write_text("no database " * 500)
-    for path, words in ((tmp_path / "cut.db", "damaged"), (tmp_path / "text.db", "not a trace store"), (tmp_path / "none.db", "no such file"),
-                        (db, "not a trace database of synth-ai v3")):
+    for path, words in (
+        (tmp_path / "cut.db", "damaged"),
+        (tmp_path / "text.db", "not a trace store"),
+        (tmp_path / "none.db", "no such file"),
+        (db, "not a trace database of synth-ai v3"),
+    ):
         with pytest.raises(InputError, match=words) as error:
             import_synth(path, tmp_path / "rollouts.db")
         one_line(error)
@@ -121,9 +145,14 @@ def test_the_commands_merge_and_import(tmp_path, capsys):
     assert main(["import-synth", str(write_synth(tmp_path / "v3.db")), "--out", str(tmp_path / "a.db")]) == 0
     assert main(["merge", str(tmp_path / "all.db"), str(tmp_path / "a.db")]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}/a.db: 2 episodes, 6 turns; 0 were there already, 0 left out", f"{tmp_path}/all.db: 2 episodes copied, 0 were there already"]
+        f"{tmp_path}/a.db: 2 episodes, 6 turns; 0 were there already, 0 left out",
+        f"{tmp_path}/all.db: 2 episodes copied, 0 were there already",
+    ]
     assert main(["merge", str(tmp_path / "all.db"), str(tmp_path / "none.db")]) == 2
-    assert capsys.readouterr().err == f"qvk: {tmp_path}/none.db: no such file; check the path, or run the stage that writes it\n"
+    assert (
+        capsys.readouterr().err
+        == f"qvk: {tmp_path}/none.db: no such file; check the path, or run the stage that writes it\n"
+    )
 
 
 def test_paths_are_looked_for_where_the_user_stands(tmp_path, monkeypatch, capsys):

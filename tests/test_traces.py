@@ -1,4 +1,5 @@
-"""The trace store, given what it should never be given: damaged files, killed writers, rivals, wrong frames, full disks."""
+"""The trace store, given what it should never be given: damaged files, killed writers, rivals, wrong frames, full
+disks."""
 
 import contextlib
 import json
@@ -240,8 +241,15 @@ def test_each_episode_knows_the_code_it_was_played_with(db, monkeypatch):
         store.begin("demo", PROTOCOL, {"model": "Qwen/Qwen3-VL-2B-Instruct", "revision": "abc"})
         store.add(noise_episode(9))
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        told = [json.loads(text) for (text,) in connection.execute("SELECT provenance FROM sessions JOIN sources s ON s.id = source")]
-    assert len({source["commit"] for source in told}) == 2 and told[-1]["revision"] == "abc" and told[-1]["render_size"] == 64
+        told = [
+            json.loads(text)
+            for (text,) in connection.execute("SELECT provenance FROM sessions JOIN sources s ON s.id = source")
+        ]
+    assert (
+        len({source["commit"] for source in told}) == 2
+        and told[-1]["revision"] == "abc"
+        and told[-1]["render_size"] == 64
+    )
 
 
 def test_the_time_of_a_run_is_summed_over_its_sessions(tmp_path, monkeypatch):
@@ -261,7 +269,9 @@ def test_a_stage_that_goes_on_counts_the_seconds_of_all_its_sessions(tmp_path, s
     from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
     from qwen_vl_kit.stages import benchmark, collect
     module, arms = (collect, {"teacher": "random"}) if stage == "collect" else (benchmark, {"arms": ["random"]})
-    config = (CollectConfig if stage == "collect" else BenchmarkConfig)(prompt="brief", render_size=18, horizon="s4", seeds="1000000-1000001", **arms)
+    config = (CollectConfig if stage == "collect" else BenchmarkConfig)(
+        prompt="brief", render_size=18, horizon="s4", seeds="1000000-1000001", **arms
+    )
     assert module.run(config, tmp_path).seconds < 100
     with contextlib.closing(sqlite3.connect(tmp_path / "rollouts.db")) as connection:
         connection.execute("UPDATE sessions SET wall = 1000")  # it was a slow machine
@@ -280,20 +290,25 @@ CREATE TABLE runs (run TEXT PRIMARY KEY, provenance TEXT NOT NULL);
 CREATE TABLE prompts (hash TEXT PRIMARY KEY, protocol TEXT NOT NULL, system TEXT NOT NULL);
 CREATE TABLE frames (hash TEXT PRIMARY KEY, width INTEGER NOT NULL, height INTEGER NOT NULL, png BLOB NOT NULL);
 CREATE TABLE sessions (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, arm TEXT NOT NULL, seed INTEGER NOT NULL, member INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs, arm TEXT NOT NULL, seed INTEGER NOT NULL,
+    member INTEGER NOT NULL,
     horizon TEXT NOT NULL, model TEXT NOT NULL, prompt TEXT NOT NULL REFERENCES prompts, created REAL NOT NULL,
     UNIQUE (run, arm, seed, member));
 CREATE TABLE turns (
-    session INTEGER NOT NULL REFERENCES sessions, turn INTEGER NOT NULL, step INTEGER NOT NULL, frame TEXT REFERENCES frames,
+    session INTEGER NOT NULL REFERENCES sessions, turn INTEGER NOT NULL, step INTEGER NOT NULL,
+    frame TEXT REFERENCES frames,
     text TEXT NOT NULL, reply TEXT NOT NULL, reason TEXT NOT NULL, actions TEXT NOT NULL, executed TEXT NOT NULL,
     rewards TEXT NOT NULL, unlocked TEXT NOT NULL, valid INTEGER NOT NULL, done INTEGER NOT NULL, dead INTEGER NOT NULL,
-    prompt_tokens INTEGER, image_tokens INTEGER, completion_tokens INTEGER, micro_usd INTEGER, latency REAL, seconds REAL NOT NULL,
+    prompt_tokens INTEGER, image_tokens INTEGER, completion_tokens INTEGER, micro_usd INTEGER, latency REAL,
+    seconds REAL NOT NULL,
     token_ids BLOB, logprobs BLOB,
     PRIMARY KEY (session, turn)) WITHOUT ROWID;
-CREATE VIEW episodes AS SELECT s.id AS session, s.run, s.arm, s.seed, s.member, s.horizon, s.model, s.prompt AS prompt_hash,
+CREATE VIEW episodes AS SELECT s.id AS session, s.run, s.arm, s.seed, s.member, s.horizon, s.model,
+    s.prompt AS prompt_hash,
     sum((SELECT total(value) FROM json_each(t.rewards))) AS reward, sum(json_array_length(t.unlocked)) AS achievements,
     sum(json_array_length(t.executed)) AS steps, count(*) AS turns, max(t.dead) AS died, sum(1 - t.valid) AS invalid,
-    sum(t.prompt_tokens) AS prompt_tokens, sum(t.image_tokens) AS image_tokens, sum(t.completion_tokens) AS completion_tokens,
+    sum(t.prompt_tokens) AS prompt_tokens, sum(t.image_tokens) AS image_tokens,
+    sum(t.completion_tokens) AS completion_tokens,
     sum(t.seconds) AS seconds, total(t.micro_usd) / 1e6 AS usd
 FROM sessions s JOIN turns t ON t.session = s.id GROUP BY s.id ORDER BY s.id;
 INSERT INTO about VALUES ('format', 'qwen_vl_kit traces'), ('schema', '1');
@@ -311,8 +326,10 @@ def old(db, tmp_path):
         connection.execute("INSERT INTO runs SELECT 'demo', provenance FROM new.sources")
         for table in ("prompts", "frames"):
             connection.execute(f"INSERT INTO {table} SELECT * FROM new.{table}")
-        connection.execute("INSERT INTO sessions SELECT id, run, arm, seed + 1000000 * (seed = 2), member, horizon, model, prompt, created "
-                           "FROM new.sessions")
+        connection.execute(
+            "INSERT INTO sessions SELECT id, run, arm, seed + 1000000 * (seed = 2), member, horizon, model, prompt, created "
+            "FROM new.sessions"
+        )
         columns = [row[1] for row in connection.execute("PRAGMA main.table_info(turns)")]
         values = ", ".join("round(usd * 1e6)" if name == "micro_usd" else name for name in columns)
         connection.execute(f"INSERT INTO turns SELECT {values} FROM new.turns")
@@ -322,13 +339,20 @@ def old(db, tmp_path):
 
 def columns(path):
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY name")]
+        tables = [
+            name
+            for (name,) in connection.execute(
+                "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY name"
+            )
+        ]
         return {name: connection.execute(f"PRAGMA table_info({name})").fetchall() for name in tables}
 
 
 def test_a_store_of_the_previous_schema_is_read_and_left_as_it_is(old, db):
     before = old.read_bytes()
-    assert [e.turns[2].frame.tolist() for e in load_episodes(old)] == [e.turns[2].frame.tolist() for e in load_episodes(db)]
+    assert [e.turns[2].frame.tolist() for e in load_episodes(old)] == [
+        e.turns[2].frame.tolist() for e in load_episodes(db)
+    ]
     assert traces.episodes(old)["split"].tolist() == ["train", "test", "train"]
     assert total_usd(old) == Decimal("0.0030") and len(traces.turns(old)) == 15
     assert run_export(old, splits=["test"], val_fraction=0).numbers["train_rows"] == 5
@@ -359,7 +383,11 @@ def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
         view = _VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "").replace(", s.start", "")
         connection.executescript(view + "PRAGMA user_version = 2")
     kept, fingerprint = db.read_bytes(), traces.fingerprint(db)
-    assert len(list(load_episodes(db))) == 3 and traces.episodes(db)["cached_tokens"].isna().all() and db.read_bytes() == kept
+    assert (
+        len(list(load_episodes(db))) == 3
+        and traces.episodes(db)["cached_tokens"].isna().all()
+        and db.read_bytes() == kept
+    )
     free.turns[0].decision.usage["cached_tokens"] = 4
     with Store(db) as store:
         store.begin("demo", PROTOCOL)
@@ -402,8 +430,12 @@ def test_two_halves_are_merged_into_the_whole(tmp_path):
     parts = [noise_store(tmp_path / name, seeds) for name, seeds in (("a.db", (1, 2)), ("b.db", (3, 4)))]
     assert merge_stores(tmp_path / "all.db", *parts) == {"episodes": 4, "known": 0}
     assert merge_stores(tmp_path / "all.db", *parts) == {"episodes": 0, "known": 4}
-    assert traces.fingerprint(tmp_path / "all.db") == traces.fingerprint(noise_store(tmp_path / "once.db", (1, 2, 3, 4)))
-    times = [traces.episodes(path)[["seed", "created", "wall"]].values.tolist() for path in (*parts, tmp_path / "all.db")]
+    assert traces.fingerprint(tmp_path / "all.db") == traces.fingerprint(
+        noise_store(tmp_path / "once.db", (1, 2, 3, 4))
+    )
+    times = [
+        traces.episodes(path)[["seed", "created", "wall"]].values.tolist() for path in (*parts, tmp_path / "all.db")
+    ]
     assert times[0] + times[1] == times[2]
 
 
@@ -469,9 +501,16 @@ except InputError as error:
 @pytest.mark.parametrize("limit", [1_000, 20_000, 400_000])
 def test_a_file_that_may_not_grow_is_told_in_one_line(tmp_path, limit):
     path, here = tmp_path / "rollouts.db", Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(path), str(limit)], cwd=here, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(here.parent)})
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{path}: "), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path), str(limit)],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(here.parent)},
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{path}: "), (
+        done.stderr
+    )
     with Store(path) as store:  # and it goes on when there is room again
         store.begin("demo", PROTOCOL)
         stored = len(store.stored_keys("demo"))
@@ -507,7 +546,9 @@ def test_files_without_rights_are_told(tmp_path):
         os.chmod(path, 0o444)
         assert as_nobody(lambda: len(list(load_episodes(path)))) == "3"
         assert as_nobody(lambda: Store(path)).startswith(f"InputError: {path}: not writable; check the permissions")
-        assert "its folder cannot be made (Permission denied)" in as_nobody(lambda: Store(Path(place) / "new" / "rollouts.db"))
+        assert "its folder cannot be made (Permission denied)" in as_nobody(
+            lambda: Store(Path(place) / "new" / "rollouts.db")
+        )
         os.chmod(path, 0o000)
         assert as_nobody(lambda: traces.episodes(path)).startswith(f"InputError: {path}: cannot be opened")
 

@@ -16,9 +16,20 @@ from commands import qvk
 
 from qwen_vl_kit.core import root
 
-SMALL = {"collect.seeds": "0-7", "horizon": "s10", "sft.max_steps": 4, "sft.eval_steps": 4, "sft.batch_size": 8, "sft.eval_rows": 8, "grpo.iterations": 1,
-         "grpo.groups": 2, "grpo.group_size": 2, "grpo.batch_size": 20, "grpo.gradient_accumulation_steps": 1,
-         "benchmark.seeds": "1000000-1000001"}
+SMALL = {
+    "collect.seeds": "0-7",
+    "horizon": "s10",
+    "sft.max_steps": 4,
+    "sft.eval_steps": 4,
+    "sft.batch_size": 8,
+    "sft.eval_rows": 8,
+    "grpo.iterations": 1,
+    "grpo.groups": 2,
+    "grpo.group_size": 2,
+    "grpo.batch_size": 20,
+    "grpo.gradient_accumulation_steps": 1,
+    "benchmark.seeds": "1000000-1000001",
+}
 
 
 def test_every_imported_package_is_declared():
@@ -32,7 +43,9 @@ def test_every_imported_package_is_declared():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for package in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - optional - {"qwen_vl_kit"}:
+            for package in (
+                {name.partition(".")[0] for name in names} - sys.stdlib_module_names - optional - {"qwen_vl_kit"}
+            ):
                 provided = distributions.get(package, [package])
                 if not declared & {name.lower().replace("_", "-") for name in provided}:
                     missing.add(f"{package} ({path.name})")
@@ -49,7 +62,18 @@ def wheel(tmp_path_factory):
         shutil.copytree(root() / name, source / name, symlinks=True, ignore=unwanted)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root() / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", place, "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        place,
+        ".",
+    ]
     subprocess.run(command, cwd=source, check=True)
     [built] = place.glob("*.whl")
     return built
@@ -78,15 +102,24 @@ def test_the_wheel_holds_forms_and_configs(wheel):
 def test_without_a_clone_a_new_folder_of_configs_is_run_to_its_report(elsewhere):
     folder, variables = elsewhere
     command = dict(cwd=folder, without=["QVK_", "PYTHON"], **variables)
-    imported = subprocess.run([sys.executable, "-c", "import qwen_vl_kit; print(qwen_vl_kit.__file__)"], cwd=folder, capture_output=True, text=True,
-                              env=os.environ | variables)
+    imported = subprocess.run(
+        [sys.executable, "-c", "import qwen_vl_kit; print(qwen_vl_kit.__file__)"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+    )
     assert variables["PYTHONPATH"] in imported.stdout, "the clone was imported, not the wheel"
     new = qvk("new", "my-run", **command)
     assert new.code == 0 and "qvk run my-run" in new.out, new.err
-    assert {path.name for path in (folder / "my-run").iterdir()} == {path.name for path in (root() / "configs" / "demo").iterdir()}
+    assert {path.name for path in (folder / "my-run").iterdir()} == {
+        path.name for path in (root() / "configs" / "demo").iterdir()
+    }
     again = qvk("new", "my-run", **command)
     assert again.code == 2 and "my-run" in again.err  # nothing is overwritten
-    done = qvk("run", "my-run", *(word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")), **command)
+    done = qvk(
+        "run", "my-run", *(word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")), **command
+    )
     assert done.code == 0, done.out + done.err
     [report] = folder.rglob("report/run.html")
     assert str(report.relative_to(folder)) in done.out
