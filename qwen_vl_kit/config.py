@@ -406,8 +406,9 @@ RENAMED = {"asks": "max_reprompts", "also": "extra_formats", "best": "best_share
 def key_hint(key: str, stage: str = "") -> str:
     """How to fix an unknown `key` of a config of `stage` (of any, if none is named): the name that it has now, or
     the nearest one."""
-    models = [STAGES[stage]] if stage else STAGES.values()
-    fields = dict.fromkeys(field for model in models for field in model.model_fields)
+    fields: dict = {}
+    for model in [STAGES[stage]] if stage else STAGES.values():
+        fields |= model.model_fields
     return f"since version 0.2.0 it is called '{RENAMED[key]}'" if RENAMED.get(key) in fields else nearest(key, fields)
 
 # %% ../nbs/01_config.ipynb #94568c68

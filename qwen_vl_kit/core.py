@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORK', 'MANIFEST', 'SITE', 'MOST_SEEDS', 'LARGEST_SEED', 'InputError', 'StageError', 'OverBudget', 'TrainingStopped',
-           'one_line', 'as_input_error', 'reporting_os_errors', 'nearest', 'root', 'resolve', 'adapter_folder',
+           'as_input_error', 'reporting_os_errors', 'one_line', 'nearest', 'root', 'resolve', 'adapter_folder',
            'display_path', 'stage_folder', 'read_text', 'site', 'missing_parents', 'remove_empty', 'atomic',
            'write_json', 'read_json', 'clean_text', 'dumps', 'append_jsonl', 'numbered_jsonl', 'read_jsonl',
            'is_installed', 'digest', 'parse_seeds', 'seed_spec', 'progress', 'notify', 'Result']
@@ -43,7 +43,7 @@ class TrainingStopped(StageError):
     "Training cannot continue with these settings; its checkpoints are kept."
 
 # %% ../nbs/00_core.ipynb #4579558b
-_PLACES = {
+_FIXES = {
     errno.EACCES: "check the rights of the folder, or name another one",
     errno.EPERM: "check the rights of the folder, or name another one",
     errno.ENOTDIR: "a part of that path is a file; name another folder",
@@ -56,27 +56,27 @@ _PLACES = {
     errno.EDQUOT: "free some space, then give the same command again"}
 
 
-def one_line(error: BaseException) -> str:
-    "The kind of an error and the beginning of what it says, in one line."
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
 def as_input_error(error: OSError, where: object = None) -> InputError | None:
-    """The `InputError` for an error of the operating system that another place, other rights or more space would
-    fix; None for any other."""
-    if error.errno not in _PLACES:
+    """The `InputError` for an `OSError` that another path, other permissions or more space would fix; None for any
+    other. `where` is named if the error does not name a path itself."""
+    if error.errno not in _FIXES:
         return None
-    place = error.filename2 or error.filename or where
-    return InputError(os.strerror(error.errno).lower(), place, _PLACES[error.errno])
+    return InputError(os.strerror(error.errno).lower(), error.filename2 or error.filename or where,
+                      _FIXES[error.errno])
 
 # %% ../nbs/00_core.ipynb #fd9a29e1
 @contextlib.contextmanager
 def reporting_os_errors(where: object):
-    "Raise the block's errors that are about the place `where` as an `InputError`."
+    "Raise those of the block's errors for which `as_input_error` has a fix as an `InputError`."
     try:
         yield
     except OSError as error:
         raise as_input_error(error, where) or error from None
+
+# %% ../nbs/00_core.ipynb #8ce3c71d
+def one_line(error: BaseException) -> str:
+    "The class of an error and the first 200 characters of its message, on one line."
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 # %% ../nbs/00_core.ipynb #1ba2f4f5
 def nearest(name: str, known) -> str:
@@ -181,7 +181,7 @@ def write_json(path: str | Path, value) -> Path:
         file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     return Path(path)
 
-
+# %% ../nbs/00_core.ipynb #beb59dce
 def read_json(path: str | Path):
     "The value in a JSON file. Raises `InputError` when it is missing or damaged."
     path = resolve(path)
@@ -204,9 +204,9 @@ def dumps(row) -> str:
     "One compact JSON line, without the newline; keys keep their order."
     return json.dumps(row, ensure_ascii=False, separators=(",", ":"))
 
-
+# %% ../nbs/00_core.ipynb #64382bc0
 def append_jsonl(path: str | Path, row: dict) -> None:
-    "Append one row to a JSON lines file, and make it durable for readers."
+    "Append one row to a JSON lines file; readers see it at once."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(dumps(row) + "\n")
@@ -243,7 +243,7 @@ def is_installed(module: str) -> bool:
 
 # %% ../nbs/00_core.ipynb #a3982a14
 def digest(value) -> str:
-    "sha256 in hex of bytes, of a string, of a file (`Path`), or of anything JSON can say (keys sorted)."
+    "sha256 in hex of bytes, of a string, of a file (`Path`), or of any JSON value (keys sorted)."
     if isinstance(value, Path):
         with open(value, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -291,8 +291,8 @@ def seed_spec(seeds) -> str:
 
 # %% ../nbs/00_core.ipynb #c2cba775
 def progress(iterable=None, total: int | None = None, what: str = "", done: int = 0):
-    """A tqdm bar on standard error (or in the file that `QVK_PROGRESS` names) that appears after two seconds; `done`
-    of it was done before."""
+    """A tqdm bar on standard error (or in the file that `QVK_PROGRESS` names) that appears after two seconds. `done`
+    items of `total` count as done already."""
     from tqdm import tqdm
     target = os.environ.get("QVK_PROGRESS")
     file = open(target, "a", buffering=1, encoding="utf-8") if target else sys.stderr
