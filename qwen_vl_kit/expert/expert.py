@@ -163,7 +163,7 @@ def decide(memory: Memory, errand: Errand | None, priorities: Priorities) -> tup
 
 # %% ../../nbs/expert/08_expert.ipynb #3683c74f
 class Expert:
-    """The scripted teacher: `act(world)` says what it would do in any state, whoever brought the world there.
+    """The scripted teacher: `act(world)` says what it would do in any state, however the world got there.
 
     An episode that begins at step 0 clears its memory; call `reset()` before it is put into the middle of another one.
     Raises `InputError` for a budget below 1 or a negative noise.

@@ -44,7 +44,7 @@ def _rim(area: tuple) -> dict:
 
 # %% ../../nbs/expert/02_memory.ipynb #2770182d
 class Tiles:
-    "The map as far as it is known, the creatures on it, and where the player stands."
+    "The map as far as it is known, the creatures on it, and the player's position."
 
     def __init__(self, area: tuple):
         self.materials = _rim(area)       # tile -> material

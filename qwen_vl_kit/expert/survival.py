@@ -215,7 +215,7 @@ def rest(memory: Memory, field: Field) -> Offer | None:
 
 # %% ../../nbs/expert/06_survival.ipynb #55ef936d
 def collapse(memory: Memory, field: Field) -> Offer | None:
-    "Sleep in the open, when there is no energy left and no zombie in sight."
+    "Sleep in the open, when energy is 1 or 0 and no zombie is in sight."
     if field.ground.inside or is_starving(memory) or "zombie" in memory.creatures.values():
         return None
     if memory.inventory["energy"] > 1:

@@ -40,8 +40,10 @@ class _ObjectIndex(engine.World):
 
     def __init__(self, *args):
         super().__init__(*args)
-        xs, ys = ([engine.World.chunk_key(self, (i, i)) for i in range(side)] for side in self.area)
-        self._spans = [key[:2] for key in xs], [key[2:] for key in ys]  # of the chunks, by x and by y
+        width, height = self.area
+        chunk_key = super().chunk_key
+        self._x_spans = [chunk_key((x, 0))[:2] for x in range(width)]   # x -> first and last x of its chunk
+        self._y_spans = [chunk_key((0, y))[2:] for y in range(height)]
 
     def reset(self, seed=None):
         super().reset(seed)
@@ -49,7 +51,7 @@ class _ObjectIndex(engine.World):
         self._living, self._space = {}, {}
 
     def chunk_key(self, pos):
-        return self._spans[0][pos[0]] + self._spans[1][pos[1]]
+        return self._x_spans[pos[0]] + self._y_spans[pos[1]]
 
     @property
     def objects(self):

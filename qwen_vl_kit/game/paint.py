@@ -23,13 +23,13 @@ from .worldgen import _compile_loop
 def _textures() -> engine.Textures:
     return engine.Textures(constants.root / "assets")
 
-
+# %% ../../nbs/game/06_paint.ipynb #1b65596d
 def _dusk(canvas: np.ndarray) -> np.ndarray:
     "crafter's night colours (LocalView._light) of a uint8 picture, as floats."
     night = np.array(ImageEnhance.Color(Image.fromarray(canvas)).enhance(0.4))
     return 0.5 * night + 0.5 * np.array((0, 16, 64))
 
-
+# %% ../../nbs/game/06_paint.ipynb #9b1a303d
 def _asleep(canvas: np.ndarray) -> np.ndarray:
     "crafter's picture of closed eyes (LocalView._sleep)."
     grey = np.asarray(ImageEnhance.Color(Image.fromarray(np.ascontiguousarray(canvas))).enhance(0.0))
@@ -184,7 +184,7 @@ def _night_loop(ground, grain, light, vignette, faded, out):
 
 # %% ../../nbs/game/06_paint.ipynb #c9fb08fb
 def _night(ground: np.ndarray, scene: Scene) -> np.ndarray:
-    "The map's picture (H, W, 3) by night, by the quicker way there is."
+    "The map's picture (H, W, 3) by night, compiled if numba is installed."
     ground, grain = np.ascontiguousarray(ground), night_noise(*scene.grain, *ground.shape[:2])
     if loop := _compile_loop(_night_loop):
         out = np.empty(ground.shape, np.uint8)
@@ -234,5 +234,5 @@ def painter(width: int, height: int) -> Painter:
 
 # %% ../../nbs/game/06_paint.ipynb #7149b11c
 def uses_numba() -> bool:
-    "Whether numba does the landscape's noise and the night's pixels in this process."
+    "Whether numba computes the noise of the landscape and the pixels of the night in this process."
     return _compile_loop(_night_loop) is not None

@@ -110,14 +110,14 @@ class GameState:
         return _game_from, (b"" if self.seed is None else _pack(self),)
 
     def clear(self, area: tuple, number: int = 0) -> Map:
-        "An empty map of an area, its chance begun with a number."
+        "An empty map of `area` (width, height), its random generator seeded with `number`."
         if not self.map or self.map.area != area:
             self.map = Map(area, constants.materials, (12, 12))
         self.map.reset(number)
         return self.map
 
     def begin(self, seed: int, area: tuple) -> None:
-        "The first moment of a seed's episode."
+        "Begin the episode of a seed, on a new map of `area` (width, height)."
         self.seed, self.clock, self.health, self.made = seed, 0, 9, set()
         self.number = hash((seed, 1)) % (2 ** 31 - 1)  # as crafter seeds its first episode; integers hash without salt
         self.clear(area, self.number)
@@ -128,7 +128,7 @@ class GameState:
         self.set_light()
 
     def set_light(self) -> None:
-        "Daylight of this moment."
+        "Set the map's daylight to that of the present step."
         self.map.daylight = _daylight(self.clock)
 
 # %% ../../nbs/game/07_world.ipynb #a9731fa7

@@ -26,11 +26,11 @@ def _compile_loop(loop):
         return None
     try:
         from numba import njit
-    except ImportError:          # not there, or not for this numpy
+    except ImportError:          # not installed, or not for this numpy
         return None
     try:
         return njit(cache=True)(loop)
-    except RuntimeError:         # nowhere to keep it
+    except RuntimeError:         # no folder to keep the result in
         return njit(loop)
 
 # %% ../../nbs/game/04_worldgen.ipynb #a6fad34e
@@ -103,7 +103,7 @@ def _simplex_loop(x_N, y_N, z, perm, gradient, out_N):
 
 
 def _noise(simplex, x_N: np.ndarray, y_N: np.ndarray, z: float) -> np.ndarray:
-    "`simplex.noise3` at N points of one height z, by the quicker way there is."
+    "`simplex.noise3` at N points of one height z, compiled if numba is installed."
     if not (loop := _compile_loop(_simplex_loop)):
         # blocks whose sums stay in the cache; larger arrays would be returned to the system and fetched again each time
         blocks = [slice(start, start + 1024) for start in range(0, len(x_N), 1024)]
@@ -165,8 +165,8 @@ def _draw_materials(random, tiles_N, rock: tuple, wood, ids: dict) -> None:
     """Fill in the tiles that need luck. `rock`: numbers of tiles and, over them, the four masks of `_ore`;
     `wood`: tiles that may be trees."""
     tiles, *masks = rock
-    undecided = [(tile, ores) for tile, *ores in zip(tiles.tolist(), *(mask.tolist() for mask in masks))]
-    undecided += [(tile, ()) for tile in wood.tolist()]
+    rows = zip(tiles.tolist(), *map(np.ndarray.tolist, masks))
+    undecided = [(tile, ores) for tile, *ores in rows] + [(tile, ()) for tile in wood.tolist()]
     draw = _Draws(random, 3 * len(undecided))
     for tile, ores in sorted(undecided):
         if ores:

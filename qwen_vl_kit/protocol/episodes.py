@@ -8,6 +8,7 @@ __all__ = ['Decision', 'Turn', 'Episode', 'replay', 'returns_to_go']
 # %% ../../nbs/protocol/02_episodes.ipynb #42ecc714
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class Episode:
     @property
     def achievements(self) -> list[str]:
         "Names of what was unlocked, in order."
-        return [name for turn in self.turns for name in turn.unlocked]
+        return list(chain.from_iterable(turn.unlocked for turn in self.turns))
 
     @property
     def steps(self) -> int:
@@ -103,7 +104,7 @@ class Episode:
 
 # %% ../../nbs/protocol/02_episodes.ipynb #e657770c
 def replay(episode: Episode) -> Iterator[World]:
-    "The world as it stood before each turn of an episode. It is the same object each time: read it before going on."
+    "The world as it stood before each turn of an episode. It is the same object each time: read it before the next one."
     world = World(18, config.horizon(episode.horizon).steps)
     world.reset(episode.seed)
     for turn in episode.turns:

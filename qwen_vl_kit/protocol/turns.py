@@ -10,6 +10,7 @@ __all__ = ['TOOL', 'ALIASES', 'system', 'user_text', 'data_url', 'messages', 'wi
 import base64
 import json
 import re
+from itertools import chain
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,38 +86,44 @@ def messages(protocol: Protocol, frames: list, past: list[str], text: str = "", 
             {"role": "user", "content": [*(_image_part(frame, urls) for frame in images), words]}]
 
 # %% ../../nbs/protocol/01_turns.ipynb #5e9caa42
+def _url_part(part: dict, detail: str | None) -> dict:
+    "A part of a message's content, its image as a data URL."
+    if part["type"] == "text":
+        return part
+    url = part["image_url"]["url"] if part["type"] == "image_url" else data_url(part["image"])
+    return {"type": "image_url", "image_url": {"url": url} | ({"detail": detail} if detail else {})}
+
+
+def _url_content(content: str | list[dict], detail: str | None) -> str | list[dict]:
+    "A message's content as an endpoint takes it; words alone are one string."
+    if isinstance(content, str):
+        return content
+    if all(part["type"] == "text" for part in content):
+        return "\n".join(part["text"] for part in content)
+    return [_url_part(part, detail) for part in content]
+
+# %% ../../nbs/protocol/01_turns.ipynb #32086672
 def with_urls(chat: list[dict], detail: str | None = None) -> list[dict]:
     """Messages as an endpoint takes them: images are data URLs, with their `detail` level if one is given; content
     without an image is one string, since servers of text models accept nothing else."""
-    extra = {"detail": detail} if detail else {}
-
-    def part(p):
-        if p["type"] == "text":
-            return p
-        url = p["image_url"]["url"] if p["type"] == "image_url" else data_url(p["image"])
-        return {"type": "image_url", "image_url": {"url": url, **extra}}
-
-    def content(parts):
-        words_only = all(p["type"] == "text" for p in parts)
-        return "\n".join(p["text"] for p in parts) if words_only else [part(p) for p in parts]
-
-    return [m if isinstance(m["content"], str) else {**m, "content": content(m["content"])} for m in chat]
+    return [message | {"content": _url_content(message["content"], detail)} for message in chat]
 
 # %% ../../nbs/protocol/01_turns.ipynb #ebfb88e7
 def prompt(protocol: Protocol, turns: list, frame, text: str = "", urls: bool = True) -> list[dict]:
     """Messages of the turn after `turns` (objects with `.frame`, `.executed`, `.unlocked`), on the observation
     `frame`, `text`."""
-    past = [action for turn in turns[-max(protocol.history, 1):] for action in turn.executed]
+    past = list(chain.from_iterable(turn.executed for turn in turns[-max(protocol.history, 1):]))
     frames = [turn.frame for turn in turns[max(0, len(turns) + 1 - protocol.frames):]] if protocol.frames > 1 else []
-    unlocked = [name for turn in turns for name in turn.unlocked] if protocol.progress else ()
+    unlocked = list(chain.from_iterable(turn.unlocked for turn in turns)) if protocol.progress else ()
     return messages(protocol, [*frames, frame], past, text, urls, unlocked, len(turns))
 
 # %% ../../nbs/protocol/01_turns.ipynb #8114f661
 def check_images(protocol: Protocol, played: int, chat: list[dict]) -> list[dict]:
-    "The messages, if they hold as many images as a turn after `played` others shows. Raises `RuntimeError` otherwise."
+    """The messages `chat` of a turn that follows `played` earlier ones, unchanged. Raises `RuntimeError` unless they
+    hold as many images as the protocol shows there."""
     expected = 0 if protocol.observe == "text" else min(protocol.frames, played + 1)
     contents = [message["content"] for message in chat if isinstance(message["content"], list)]
-    count = sum(part["type"] != "text" for content in contents for part in content)
+    count = sum(part["type"] != "text" for part in chain.from_iterable(contents))
     if count != expected:
         raise RuntimeError(f"a prompt with {count} images where {expected} are to be shown")
     return chat
@@ -150,11 +157,10 @@ def prompt_hash(protocol: Protocol) -> str:
     return digest([*words, settings, horizon(protocol.horizon).actions, *(tools(protocol) or [])])
 
 # %% ../../nbs/protocol/01_turns.ipynb #de84405d
-def differences(settings: dict, others: dict) -> str:
+def differences(settings: dict, other: dict) -> str:
     "Where one protocol's `fields` differ from another's, in words; settings that the first does not name are skipped."
-    sides = {name: (json.dumps(settings[name]), json.dumps(value)) for name, value in others.items()
-             if settings.get(name, value) != value}
-    return ", ".join(f"{name} = {one} and not {other}" for name, (one, other) in sides.items())
+    names = [name for name, value in other.items() if settings.get(name, value) != value]
+    return ", ".join(f"{name} = {json.dumps(settings[name])} and not {json.dumps(other[name])}" for name in names)
 
 # %% ../../nbs/protocol/01_turns.ipynb #b75ebb84
 def check_prompt(card: dict, protocol: Protocol, where: object = None) -> None:
@@ -200,8 +206,8 @@ def without_thinking(text: str) -> str:
 
 # %% ../../nbs/protocol/01_turns.ipynb #d44db3b2
 def _call_of(block: str) -> tuple[str, list[str]]:
-    """Reason and action names of one tool call. Raises `ValueError`, `TypeError`, `KeyError` or `RecursionError` if
-    it is another."""
+    """Reason and action names of one tool call, from its JSON. Raises `ValueError`, `TypeError`, `KeyError`,
+    `AttributeError` or `RecursionError` for anything else."""
     call = json.loads(block, strict=False)
     arguments = call["arguments"]
     while isinstance(arguments, str):  # JSON in a string, as endpoints send it; some put it into a string twice
