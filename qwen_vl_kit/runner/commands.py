@@ -141,7 +141,8 @@ def run_benchmark(words: list[str]) -> int:
     "`qvk perf` and the `words` after it, as `python -m benchmarks` takes them; paths are seen from the current folder."
     clone = Path(qwen_vl_kit.__file__).resolve().parents[1]
     if not (clone / "benchmarks" / "__main__.py").is_file():
-        raise InputError("the benchmarks belong to a clone and are not in the installed package", "perf", "run it in a clone")
+        raise InputError("the benchmarks belong to a clone and are not in the installed package", "perf",
+                         "run it in a clone")
     places = {"--json": resolve_new_path, "--model": resolve_model}
     words = [places.get(before, str)(word) for before, word in zip(["", *words], words)]
     sys.path.insert(0, str(clone))
