@@ -22,8 +22,8 @@ from ..core import InputError, OverBudget, notify
 from ..engine.base import EngineDied, Request, Sampling, card_of
 from ..engine.refusals import CallFailed, QuotaExceeded
 from ..expert.expert import Expert
+from ..game.description import GAME
 from ..game.images import Png
-from ..game.rules import ACTIONS
 from ..game.world import Observation, World
 from ..model.cards import read_card
 from ..protocol.episodes import Decision, Episode
@@ -114,7 +114,7 @@ def each(decide, situations: list[Situation]) -> list[Decision | Exception]:
 
 # %% ../../nbs/play/01_policies.ipynb #83cd754f
 class RandomPolicy:
-    "Actions drawn uniformly from all 17."
+    "Actions drawn uniformly from all that the game has."
 
     name = "random"
 
@@ -128,7 +128,7 @@ class RandomPolicy:
     def _one(self, situation) -> Decision:
         random = np.random.default_rng([self.seed, *situation.key])
         count = horizon(self.protocol.horizon).actions
-        actions = [ACTIONS[i] for i in random.integers(0, len(ACTIONS), count)]
+        actions = [GAME.actions[i] for i in random.integers(0, len(GAME.actions), count)]
         return Decision(actions, text=answer(self.protocol.model_copy(update={"form": "plain"}), actions))
 
 # %% ../../nbs/play/01_policies.ipynb #41716c91
@@ -160,7 +160,7 @@ def request(protocol: Protocol, situation: Situation) -> Request:
     messages = prompt(protocol, played, frame, observation.text, urls=False)
     return Request(check_images(protocol, len(played), messages), situation.key, tools(protocol))
 
-
+# %% ../../nbs/play/01_policies.ipynb #4ba3c9f6
 def decision_of(output, reply: Reply, usage: dict | None = None) -> Decision:
     "The decision in an engine's output, `reply` being what was read from its text: the sampled tokens stay with it."
     return Decision(reply.actions, reply.reason, output.text, reply.valid, output.prompt_ids, output.token_ids,
@@ -210,8 +210,10 @@ class DaggerPolicy:
 # %% ../../nbs/play/01_policies.ipynb #e141a4cd
 def _total(usages: list[dict]) -> dict:
     "The usage of several calls; its US dollars only if those of each are known."
-    keys = dict.fromkeys(name for usage in usages for name in usage)
-    total = {name: sum(usage.get(name, 0) for usage in usages) for name in keys}
+    total: dict = {}
+    for usage in usages:
+        for name, amount in usage.items():
+            total[name] = total.get(name, 0) + amount
     if not all("usd" in usage for usage in usages):
         total.pop("usd", None)
     return total
@@ -277,7 +279,7 @@ def submit(self: ServerPolicy, situations: list[Situation]) -> None:
         else:
             self.waiting.append(situation)
 
-
+# %% ../../nbs/play/01_policies.ipynb #32823164
 @patch
 def ready(self: ServerPolicy) -> list[tuple[Situation, Decision | Exception]]:
     "The decisions that have arrived since the last time, at least one. Raises what concerns all episodes."
@@ -309,12 +311,12 @@ def _note(self: ServerPolicy, situation: Situation, decision: Decision | Excepti
         del self.begun[id(situation.episode)]
     return True
 
-
+# %% ../../nbs/play/01_policies.ipynb #2c6ab0e3
 @patch
 def _count(self: ServerPolicy, usage: dict) -> None:
     self.costs.add(usage, self.engine.meter.last_reserved)
 
-
+# %% ../../nbs/play/01_policies.ipynb #b2c781c3
 @patch
 def _affords(self: ServerPolicy) -> bool:
     "Whether the episodes in flight, and one more, can be paid to their ends."
@@ -333,7 +335,7 @@ def probe(self: ServerPolicy, situation: Situation) -> dict:
     self._count(output.usage)
     return output.usage
 
-
+# %% ../../nbs/play/01_policies.ipynb #934a5f64
 @patch
 def close(self: ServerPolicy) -> None:
     "Give up what is in flight, and report replies without a usable action."
@@ -349,7 +351,7 @@ def _with_png(self: ServerPolicy, situation: Situation) -> Situation:
         situation.png = Png(situation.observation.frame)
     return situation
 
-
+# %% ../../nbs/play/01_policies.ipynb #8885f109
 @patch
 def _call(self: ServerPolicy, situation: Situation) -> None:
     "Start the calls that decide on a situation."
@@ -377,7 +379,7 @@ async def _decide(self: ServerPolicy, situation: Situation, prompt_request: Requ
         decision = error
     self.results.put((situation, decision))
 
-
+# %% ../../nbs/play/01_policies.ipynb #c93a8828
 @patch
 async def _ask(self: ServerPolicy, prompt_request: Request) -> Decision:
     "Ask until the reply holds a usable action, or often enough."

@@ -9,6 +9,7 @@ __all__ = ['NOISE', 'play', 'LostEpisodes', 'Losses', 'Replies', 'Opening', 'rol
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from ..config import Protocol, horizon
 from ..core import StageError, progress
+from ..game.description import GAME
 from ..game.world import World
 from .policies import Batched, Situation, check_policy
 from ..protocol.episodes import Decision, Episode, Turn
@@ -141,7 +143,7 @@ class _Beginnings:
         "Begin the next episode."
         protocol = self.protocol
         steps = horizon(protocol.horizon).steps
-        world = self.worlds.pop() if self.worlds else World(size=protocol.render_size, length=steps)
+        world = self.worlds.pop() if self.worlds else GAME.world(size=protocol.render_size, length=steps)
         key = self.waiting.pop()
         episode = Episode(key[0], protocol.horizon, self.name, key[1])
         if key in self.openings:
@@ -202,22 +204,22 @@ def rollout(policy, protocol: Protocol, seeds: list[int], members: int | range =
     limit = horizon(protocol.horizon).turns
     source = policy if hasattr(policy, "submit") else Batched(policy)
     members = range(members) if isinstance(members, int) else members
-    order = [(s, m) for s in seeds for m in members if (s, m) not in done]
+    order = [key for key in product(seeds, members) if key not in done]
     beginnings = _Beginnings(policy.name, protocol, order, len(members) > 1, openings)
     losses = Losses(len(order), max(concurrency, 8))
     bar = progress(total=beginnings.turns(limit), what=what or f"{policy.name} plays")
-    episodes, going, active = {}, [], 0
+    episodes, running, active = {}, [], 0
     while beginnings.waiting or active:
-        source.submit(going)
+        source.submit(running)
         while beginnings.waiting and active < concurrency:
             source.submit([beginnings.next()])
             active += 1
-        going = []
+        running = []
         for situation, turn in _turns(source, noise, seed, losses):
             if turn is not None:
                 bar.update(limit - turn.turn if turn.done else 1)
                 if not turn.done:
-                    going.append(situation)
+                    running.append(situation)
                     continue
                 if sink is not None:
                     sink(situation.episode)

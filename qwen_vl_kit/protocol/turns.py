@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from ..config import Protocol, horizon
 from ..core import InputError, clean_text, digest
+from ..game.description import GAME
 from ..game.images import png
-from ..game.rules import ACTIONS, rules
 
 # %% ../../nbs/protocol/01_turns.ipynb #75c71269
 def _form(protocol: Protocol) -> str:
@@ -38,9 +38,9 @@ def system(protocol: Protocol) -> str:
         return "play crafter"
     sees = {"image": "You see the game's screen", "text": "You are told your state in words",
             "both": "You see the game's screen and are told your state in words"}[protocol.observe]
-    goal = (f"You play Crafter, a survival game on a grid. {sees}. You stand in the middle; the lower rows show your "
-            "vitals and inventory. Unlock as many of the 22 achievements as you can, each counts once.")
-    return "\n\n".join([goal, rules(), "Actions: " + ", ".join(ACTIONS), _form(protocol)])
+    goal = (f"{GAME.goal} {sees}. You stand in the middle; the lower rows show your vitals and inventory. Unlock as "
+            f"many of the {len(GAME.achievements)} achievements as you can, each counts once.")
+    return "\n\n".join([goal, GAME.rules, "Actions: " + ", ".join(GAME.actions), _form(protocol)])
 
 # %% ../../nbs/protocol/01_turns.ipynb #9eaa26ad
 def user_text(protocol: Protocol, past: list[str], text: str = "", unlocked: Sequence[str] = (), turn: int = 0) -> str:
@@ -139,7 +139,7 @@ def tools(protocol: Protocol) -> list[dict] | None:
     most = horizon(protocol.horizon).actions
     arguments = {"reason": {"type": "string", "description": "in a few words: what you see and what you are after"},
                  "actions": {"type": "array", "minItems": 1, "maxItems": most,
-                             "items": {"type": "string", "enum": list(ACTIONS)}}}
+                             "items": {"type": "string", "enum": list(GAME.actions)}}}
     schema = {"type": "object", "properties": arguments, "required": ["actions"], "additionalProperties": False}
     return [{"type": "function", "function": {"name": TOOL, "description": "Act in the game.", "parameters": schema}}]
 
@@ -252,5 +252,5 @@ def parse(protocol: Protocol, text: str) -> Reply:
         reason, names = reason.strip() if arrow else "", re.split(r"[,;\n]", actions)
     names = [re.sub(r"[^a-z]+", "_", word.lower()).strip("_") for word in names if word.strip()]
     names = [ALIASES.get(name, name) for name in names]
-    usable = 0 < len(names) <= horizon(protocol.horizon).actions and all(name in ACTIONS for name in names)
+    usable = 0 < len(names) <= horizon(protocol.horizon).actions and all(name in GAME.actions for name in names)
     return Reply(names if usable else ["noop"], clean_text(reason), usable)
