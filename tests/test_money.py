@@ -24,7 +24,7 @@ from qwen_vl_kit.runner.run import RunFailed, run_all, run_stage, spending, stat
 from qwen_vl_kit.show.tables import arms_table, read_arms, text_table
 from qwen_vl_kit.stages import benchmark, collect
 from qwen_vl_kit.store import manifest, traces
-from qwen_vl_kit.store.manifest import priced
+from qwen_vl_kit.store.manifest import ledger_rows
 from qwen_vl_kit.store.meter import Meter
 from qwen_vl_kit.store.prices import BOOK
 from qwen_vl_kit.store.traces import read_sessions
@@ -345,7 +345,7 @@ def test_a_dated_name_is_billed_as_its_model(at, tmp_path):
         names = dict(model="gpt-4o-mini-2024-07-18", judge_model="openai/gpt-4o-mini-2024-07-18")
         result = play(settings(seeds="0", budget_usd=1.0, **JUDGED | names), tmp_path)
         assert result.numbers["usd"] == pytest.approx(6 * 0.0001422) and result.numbers["judged"] == 1
-        assert sum(Decimal(row["usd"]) for row in priced(result)[0]) == 6 * Decimal("0.0001422") and not priced(result)[1]
+        assert sum(Decimal(row["usd"]) for row in ledger_rows(result)[0]) == 6 * Decimal("0.0001422") and not ledger_rows(result)[1]
         with pytest.raises(InputError, match="no price for 'gpt-4o-2024-08-06/input'"):
             collect.run(settings(seeds="0", budget_usd=1.0, model="gpt-4o-2024-08-06"), tmp_path / "other")
     assert len(endpoint.bodies) == 6

@@ -28,7 +28,7 @@ from qwen_vl_kit.stages import collect
 from qwen_vl_kit.stages.collect import check_store
 from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.ledger import Ledger
-from qwen_vl_kit.store.manifest import config_hash, priced
+from qwen_vl_kit.store.manifest import config_hash, ledger_rows
 from qwen_vl_kit.store.prices import BOOK
 from qwen_vl_kit.store.traces import load_episodes, read_sessions
 
@@ -311,7 +311,7 @@ def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
     assert calls == 9 + 5 and {row["unit"]: row["quantity"] for row in result.usage} == {
         "prompt_tokens": 2000 * calls - 7 * 1024, "cached_tokens": 7 * 1024, "completion_tokens": 12 * calls}
     assert Ledger(book=BOOK).extend("collect", first.usage) == exact(9) and Ledger(book=BOOK).extend("collect", result.usage) == exact(calls)
-    assert sum(Decimal(row["usd"]) for row in priced(result)[0]) == exact(calls) == Decimal(str(result.numbers["usd"]))
+    assert sum(Decimal(row["usd"]) for row in ledger_rows(result)[0]) == exact(calls) == Decimal(str(result.numbers["usd"]))
     assert first.numbers["estimated_usd"] == float(8 * (2000 * Decimal("0.15") + 12 * Decimal("0.6")) / 10**6)  # at most: nothing in the cache
     table = traces.turns(tmp_path / "rollouts.db")
     assert table.cached_tokens.sum() == result.numbers["stored_cached_tokens"] == 6 * 1024
