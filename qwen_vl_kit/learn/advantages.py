@@ -9,6 +9,7 @@ __all__ = ['CREDITS', 'GroupRewards', 'episode_credit', 'turn_credit', 'minus_me
 # %% ../../nbs/learn/13_advantages.ipynb #4d1ed8b4
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def turn_credit(group: GroupRewards) -> list[np.ndarray]:
     "The discounted return-to-go minus the group's mean at the same turn."
     return minus_mean_by_turn([returns_to_go(rewards, group.gamma) for rewards in group.rewards])
 
-
+# %% ../../nbs/learn/13_advantages.ipynb #7f451111
 def minus_mean_by_turn(credits: list[np.ndarray]) -> list[np.ndarray]:
     "The members' credits (turns,) minus their mean at each turn, over the members that were still playing then."
     out = [np.zeros(len(row)) for row in credits]
@@ -71,8 +72,9 @@ CREDITS = {
 # %% ../../nbs/learn/13_advantages.ipynb #ff005193
 def advantages(groups: list[GroupRewards], credit: str, scale: bool = True) -> list[list[np.ndarray]]:
     "Advantages (turns,) of each member of each group, by a credit in `CREDITS`; with `scale`, of standard deviation 1."
-    raw = [CREDITS[credit].advantages(group) for group in groups]
-    deviation = np.std(np.concatenate([member for group in raw for member in group])) if scale else 0.0
-    if deviation <= 1e-8:
-        return raw
-    return [[member / deviation for member in group] for group in raw]
+    members_by_group = [CREDITS[credit].advantages(group) for group in groups]
+    deviation = np.std(np.concatenate(list(chain(*members_by_group)))) if scale else 0.0
+    if deviation > 1e-8:
+        for members in members_by_group:
+            members[:] = [member / deviation for member in members]
+    return members_by_group

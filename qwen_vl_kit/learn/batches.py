@@ -8,6 +8,7 @@ __all__ = ['Rows', 'Packer']
 # %% ../../nbs/learn/06_batches.ipynb #39dcb348
 import base64
 import json
+from itertools import chain
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -44,7 +45,7 @@ def seeds(self: Rows) -> set[int]:
     named = {row["metadata"].get("seed") for row in self.rows}
     return {seed for seed in named if type(seed) is int and seed >= 0}
 
-
+# %% ../../nbs/learn/06_batches.ipynb #5a7cdfa5
 @patch
 def protocol(self: Rows) -> Protocol:
     "The protocol that the rows were played under. Raises `InputError` when they do not say."
@@ -66,7 +67,7 @@ def check_lengths(self: Rows, processor, length: int) -> None:
             raise InputError(f"a row of {tokens} tokens does not fit a sequence of {length}", f"{self.path}:{line}",
                              "raise sequence_length, or leave the row out; nothing is cut")
 
-
+# %% ../../nbs/learn/06_batches.ipynb #fa1a8226
 def _without_pixels(part: dict) -> dict:
     "A part of a message; in place of a picture an empty one of its size, which takes as many tokens."
     if part["type"] == "text":
@@ -86,7 +87,7 @@ def join(self: Rows, processor, length: int, window: int) -> Rows:
     self.rows = [{"messages": messages, "metadata": metadata} for messages in joined]
     return self
 
-
+# %% ../../nbs/learn/06_batches.ipynb #ab76469b
 @patch
 def _spans(self: Rows) -> list[list[dict]]:
     "The rows in unbroken spans of turns, by episode. Raises `InputError` when they do not name their episode."
@@ -100,7 +101,7 @@ def _spans(self: Rows) -> list[list[dict]]:
         if not spans or spans[-1][-1]["metadata"]["turn"] + 1 != metadata["turn"]:
             spans.append([])
         spans[-1].append(row)
-    return [span for spans in episodes.values() for span in spans]
+    return list(chain(*episodes.values()))
 
 # %% ../../nbs/learn/06_batches.ipynb #d6a54fa0
 @patch
@@ -129,7 +130,7 @@ class Packer:
     def __init__(self, processor, length: int):
         self.processor, self.length = processor, length
         encoded = [processor.tokenizer(arrow, add_special_tokens=False)["input_ids"] for arrow in ("->", " ->")]
-        self.arrows = {token for ids in encoded for token in ids[-1:]}
+        self.arrows = {ids[-1] for ids in encoded if ids}
 
     def __call__(self, rows: list[dict]) -> dict:
         real = [row for row in rows if not row.get("spare")]
@@ -157,7 +158,7 @@ def action_spans(self: Packer, sample: EncodedTurn) -> list[tuple[int, int]]:
         spans.append((first, end))
     return spans
 
-
+# %% ../../nbs/learn/06_batches.ipynb #177fea27
 @patch
 def mark_actions(self: Packer, samples: list[EncodedTurn], where: list[tuple[int, int]], labels) -> tuple:
     "`action_tokens` of a batch with these `labels` (R, L), and how many answers; `where`: each sample's (row, start)."

@@ -41,7 +41,7 @@ class MetricsCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         "Append a row; only the first of several processes writes."
-        row = {name: _rounded(logs[source]) for source, name in self.columns.items() if source in logs}
+        row = {name: _six_digits(logs[source]) for source, name in self.columns.items() if source in logs}
         if not all(map(math.isfinite, row.values())):
             words = dumps({name: str(value) for name, value in row.items()})
             raise TrainingStopped(f"{self.what}: not a finite number at step {state.global_step}: {words}; "
@@ -51,7 +51,7 @@ class MetricsCallback(TrainerCallback):
             append_jsonl(self.path, {"step": state.global_step, "seconds": seconds, **row})
 
 # %% ../../nbs/learn/05_callbacks.ipynb #b7d21d3b
-def _rounded(value) -> int | float:
+def _six_digits(value) -> int | float:
     return value if isinstance(value, int) else round(float(value), 6)
 
 # %% ../../nbs/learn/05_callbacks.ipynb #69999578
@@ -69,14 +69,14 @@ def on_train_begin(self: MetricsCallback, args, state, control, **_):
     if state.is_world_process_zero:
         self.bar = progress(total=self.total, done=state.global_step, what=self.what)
 
-
+# %% ../../nbs/learn/05_callbacks.ipynb #56e34bce
 @patch
 def on_step_end(self: MetricsCallback, args, state, control, **_):
     "Move the bar."
     if self.bar is not None:
         self.bar.update(1)
 
-
+# %% ../../nbs/learn/05_callbacks.ipynb #683c2beb
 @patch
 def on_train_end(self: MetricsCallback, args, state, control, **_):
     "Close the bar."

@@ -30,7 +30,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         shutil.rmtree(checkpoint)
     return None
 
-
+# %% ../../nbs/learn/04_checkpoints.ipynb #72555aa0
 def _is_complete(checkpoint: Path) -> bool:
     try:
         return read_json(checkpoint / "trainer_state.json")["global_step"] == updates_of(checkpoint)
@@ -48,14 +48,15 @@ def truncate_metrics(metrics: Path, update: int) -> dict:
     if rows:
         with atomic(metrics) as file:
             file.writelines(dumps(row) + "\n" for row in kept)
-    totals = {name: max((row.get(name, 0) for row in kept), default=0) for name in ("samples", "tokens")}
-    return {"seconds": max((row["seconds"] for row in rows), default=0.0), **totals}
+    return {"seconds": max((row["seconds"] for row in rows), default=0.0),
+            "samples": max((row.get("samples", 0) for row in kept), default=0),
+            "tokens": max((row.get("tokens", 0) for row in kept), default=0)}
 
-
+# %% ../../nbs/learn/04_checkpoints.ipynb #f4c6236a
 def _readable_rows(metrics: Path) -> list[dict]:
     rows = []
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
 
@@ -93,10 +94,10 @@ def find_grpo_checkpoint(out: Path, start: dict) -> Path | None:
     write_json(name, start)
     return last_checkpoint(folder)
 
-
+# %% ../../nbs/learn/04_checkpoints.ipynb #b2edd646
 def _extends(saved: dict, start: dict) -> bool:
     "Whether two starts are the same but for seeds that were added at the end, or left away there."
-    before, now = (parse_seeds(which["seeds"]) if "seeds" in which else [] for which in (saved, start))
+    before, now = (parse_seeds(each["seeds"]) if "seeds" in each else [] for each in (saved, start))
     return saved | {"seeds": ""} == start | {"seeds": ""} and all(a == b for a, b in zip(before, now))
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #1198e371

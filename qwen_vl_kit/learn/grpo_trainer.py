@@ -111,13 +111,14 @@ class TurnGRPOTrainer(StopAtMaxSteps, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         parts = self.args.steps_per_generation
         iteration = self.state.global_step * self.args.gradient_accumulation_steps // parts // self.num_iterations
-        made = self.player(self.accelerator.unwrap_model(self.model), iteration)
-        self.samples = made.samples
-        made.metrics["logprob_gap"] = self._check_engine()
-        for name, value in made.metrics.items():
+        played = self.player(self.accelerator.unwrap_model(self.model), iteration)
+        self.samples = played.samples
+        played.metrics["logprob_gap"] = self._check_engine()
+        for name, value in played.metrics.items():
             self._metrics["train"][name].append(value)
         self.updates_began = time.perf_counter()
-        batch = turn_batch(self.samples, made.advantages, parts, self._tokenizer.pad_token_id, self.accelerator.device)
+        pad, device = self._tokenizer.pad_token_id, self.accelerator.device
+        batch = turn_batch(self.samples, played.advantages, parts, pad, device)
         return batch | self._reference(batch)
 
 # %% ../../nbs/learn/17_grpo_trainer.ipynb #ab2a7fa3
@@ -133,7 +134,7 @@ def _check_engine(self: TurnGRPOTrainer) -> float:
                               "it plays other weights; the checkpoints of before are kept")
     return gap
 
-
+# %% ../../nbs/learn/17_grpo_trainer.ipynb #3d4ae699
 @patch
 def _gap(self: TurnGRPOTrainer, samples: list[Sample], count: int = 64) -> float:
     "The mean gap of at most `count` samples, evenly spread."
@@ -180,7 +181,7 @@ def _compute_loss(self: TurnGRPOTrainer, model, inputs):
         self._metrics["train"][name].append(value)
     return loss
 
-
+# %% ../../nbs/learn/17_grpo_trainer.ipynb #8d71da65
 @patch
 def log(self: TurnGRPOTrainer, logs, *more):
     "TRL's log, and the seconds that the updates took."

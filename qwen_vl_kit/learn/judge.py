@@ -42,7 +42,7 @@ def story(episode: Episode, turns: int = 100) -> str:
     unlocked = ", ".join(episode.achievements) or "none"
     return "\n".join([*lines, f"{episode.steps} steps, {end}; achievements: {unlocked}"])
 
-
+# %% ../../nbs/learn/11_judge.ipynb #6fbc9464
 def _turn_line(turn) -> str:
     unlocked = f" UNLOCKED {', '.join(turn.unlocked)}" if turn.unlocked else ""
     return f"{turn.turn}: {turn.decision.reason or '-'} -> {', '.join(turn.executed)}{unlocked}"
@@ -51,7 +51,7 @@ def _turn_line(turn) -> str:
 class NoScore(InputError):
     "A reply that gives no score."
 
-
+# %% ../../nbs/learn/11_judge.ipynb #881fc2fd
 def read_score(text: str) -> float:
     "The score in a judge's reply, 0 to 1. Raises `NoScore` when there is none between 0 and 100."
     match = re.search(r'"score"\s*:\s*(-?\d+(?:\.\d+)?)', text)
@@ -61,11 +61,11 @@ def read_score(text: str) -> float:
     return float(match[1]) / 100
 
 # %% ../../nbs/learn/11_judge.ipynb #b4e3858a
-def common_error(results: list) -> Exception | None:
-    "The first exception among the results of a judge's calls that would meet every other call, too; or None."
-    for result in results:
-        if isinstance(result, Exception) and concerns_all(result) and not isinstance(result, NoScore):
-            return result
+def common_error(answers: list) -> Exception | None:
+    "The first exception among the answers to a judge's calls that would meet every other call, too; or None."
+    for answer in answers:
+        if isinstance(answer, Exception) and concerns_all(answer) and not isinstance(answer, NoScore):
+            return answer
     return None
 
 # %% ../../nbs/learn/11_judge.ipynb #043deebb
@@ -163,14 +163,14 @@ def scores(self: RemoteJudge, episodes: list[Episode]) -> list[float | None]:
 
     Raises `CallFailed` when it scores none of them, and what concerns all calls.
     """
-    results = self.results(episodes)
-    if error := common_error(results):
+    answers = self.results(episodes)
+    if error := common_error(answers):
         raise error
-    if results and all(isinstance(result, Exception) for result in results):
-        raise CallFailed(f"the judge has scored none of {len(results)} episodes ({one_line(results[0])})")
-    return [None if isinstance(result, Exception) else result for result in results]
+    if answers and all(isinstance(answer, Exception) for answer in answers):
+        raise CallFailed(f"the judge has scored none of {len(answers)} episodes ({one_line(answers[0])})")
+    return [None if isinstance(answer, Exception) else answer for answer in answers]
 
-
+# %% ../../nbs/learn/11_judge.ipynb #65a4b5e1
 @patch
 def __call__(self: RemoteJudge, episode: Episode) -> float:
     "The judge's score of an episode, 0 to 1. Raises `InputError` when it gives none, and what its call raises."
@@ -194,14 +194,14 @@ def judge_stores(result: Result, config: CollectConfig) -> Result:
     waiting = [(session, episode) for session, episode in sessions if name not in session["scores"]]
     usage, numbers = result.usage, {}
     if config.judge == "rubric":
-        results = [rubric(episode)["score"] for _, episode in waiting]
+        answers = [rubric(episode)["score"] for _, episode in waiting]
     else:
-        results, usage, numbers = _ask_remote(result.out, config, [episode for _, episode in waiting])
-    _store_scores(db, name, waiting, results)
-    if error := _unfinished(results, len(sessions)):
+        answers, usage, numbers = _ask_remote(result.out, config, [episode for _, episode in waiting])
+    _store_scores(db, name, waiting, answers)
+    if error := _why_unfinished(answers, len(sessions)):
         raise error
-    missing = sum(isinstance(score, Exception) for score in results)
-    numbers |= {"judge": name, "judged": len(results) - missing, "not_judged": missing}
+    missing = sum(isinstance(answer, Exception) for answer in answers)
+    numbers |= {"judge": name, "judged": len(answers) - missing, "not_judged": missing}
     return dataclasses.replace(result, numbers=result.numbers | numbers, usage=usage)
 
 # %% ../../nbs/learn/11_judge.ipynb #22dcd305
@@ -215,27 +215,27 @@ def _ask_remote(out: Path, config: CollectConfig, episodes: list[Episode]) -> tu
     with contextlib.closing(meter), contextlib.closing(judge):
         return judge.results(episodes), meter.usage(), meter.numbers()
 
-
-def _store_scores(db: Path, name: str, waiting: list[tuple[dict, Episode]], results: list) -> None:
+# %% ../../nbs/learn/11_judge.ipynb #c3e28b74
+def _store_scores(db: Path, name: str, waiting: list[tuple[dict, Episode]], answers: list) -> None:
     with Store(db) as store:
-        for (session, episode), score in zip(waiting, results):
+        for (session, episode), score in zip(waiting, answers):
             if not isinstance(score, Exception):
                 store.score(session["run"], episode.seed, name, score, arm=session["arm"], member=episode.member)
 
 # %% ../../nbs/learn/11_judge.ipynb #a685a9f7
-def _unfinished(results: list, total: int) -> Exception | None:
-    "Why a collection of `total` episodes is not judged, by the results for those that had no score; None when it is."
-    failed = [result for result in results if isinstance(result, Exception) and not isinstance(result, NoScore)]
-    scored = total - sum(isinstance(result, Exception) for result in results)
-    error = common_error(results)
+def _why_unfinished(answers: list, total: int) -> Exception | None:
+    "Why a collection of `total` episodes is not judged, by the answers for those that had no score; None when it is."
+    failed = [answer for answer in answers if isinstance(answer, Exception) and not isinstance(answer, NoScore)]
+    scored = total - sum(isinstance(answer, Exception) for answer in answers)
+    error = common_error(answers)
     if isinstance(error, OverBudget):
         return OverBudget(f"{error}; {scored} of {total} episodes are judged; "
                           "with a larger budget the same command goes on")
     if error is None and failed:
         return CallFailed(f"{len(failed)} of {total} episodes are not judged ({one_line(failed[0])}); "
                           "the same command asks about them again")
-    if error is None and results and not scored:
-        return CallFailed(f"the judge has scored none of {total} episodes ({results[0]})")
+    if error is None and answers and not scored:
+        return CallFailed(f"the judge has scored none of {total} episodes ({answers[0]})")
     return error
 
 # %% ../../nbs/learn/11_judge.ipynb #e43f4d0d
@@ -252,13 +252,16 @@ class TrainingReward:
                              config.shaping_weight, judge_reward, config.gamma)
                 for episode, judge_reward in zip(episodes, self.judge_rewards(episodes))]
 
+    def _scores(self, episodes: list[Episode]) -> list[float | None]:
+        return self.judge.scores(episodes) if self.judge else [rubric(episode)["score"] for episode in episodes]
+
     def judge_rewards(self, episodes: list[Episode]) -> list[float]:
         "What the judge's scores are worth."
         if self.config.judge == "game":
             return [0.0] * len(episodes)
         try:
-            scores = self.judge.scores(episodes) if self.judge else [rubric(episode)["score"] for episode in episodes]
+            episode_scores = self._scores(episodes)
         except CallFailed as error:
             raise TrainingStopped(f"{error}; the same command goes on from the last checkpoint") from None
-        known = [score for score in scores if score is not None]
-        return [self.config.judge_weight * (np.mean(known) if score is None else score) for score in scores]
+        known = [score for score in episode_scores if score is not None]
+        return [self.config.judge_weight * (np.mean(known) if score is None else score) for score in episode_scores]

@@ -17,7 +17,7 @@ from ..config import SFTConfig
 from ..core import InputError, TrainingStopped, read_json, write_json
 from .devices import threads
 from .sft_fit import fit
-from .trackers import tracked
+from .trackers import use_tracker
 from ..process import child_process
 
 # %% ../../nbs/learn/09_launch.ipynb #dff10e41
@@ -34,11 +34,11 @@ def worker() -> None:
     if "error" in answer:
         os._exit(1)
 
-
+# %% ../../nbs/learn/09_launch.ipynb #6cbe05d1
 def _run_job(job: dict) -> dict:
     config, out = job["config"], Path(job["out"])
     try:
-        with threads(config["threads"] or 1), tracked(config["report_to"], out):
+        with threads(config["threads"] or 1), use_tracker(config["report_to"], out):
             return {"numbers": fit(SFTConfig.model_validate(config), out, job["before"])}
     except (InputError, TrainingStopped, OSError) as error:
         return {"error": type(error).__name__, "words": str(error)}

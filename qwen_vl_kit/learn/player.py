@@ -10,6 +10,7 @@ __all__ = ['seeds_to_play', 'branch_keys', 'SnapshottingPolicy', 'GroupPlayer', 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from threading import Event
 
@@ -24,8 +25,8 @@ from .advantages import CREDITS, GroupRewards, advantages
 from .checkpoints import updates_of
 from .judge import RemoteJudge, TrainingReward
 from .rewards import total_rewards
-from .samples import (Group, PlayedTurn, Sample, branch_points, by_group, informative, largest,
-                                       merge_duplicates, played_turns, sample_of)
+from .samples import (Group, PlayedTurn, Sample, all_episodes, branch_points, by_group, informative,
+                                       largest, merge_duplicates, played_turns, sample_of)
 from .sync import Sync
 from .values import Critic
 from ..model.vision import VisionFeatureCache
@@ -103,7 +104,7 @@ def _play_branches(self: GroupPlayer, policy: SnapshottingPolicy, episodes: list
     turns_of = {(episode.seed, episode.member): episode.turns for episode in episodes}
     points, openings = branch_points(sorted(policy.snapshots.items()), turns_of, size)
     members = range(size, 1 + max((member for _, member in openings), default=size - 1))
-    absent = {(seed, member) for seed in seeds for member in members} - set(openings)
+    absent = set(product(seeds, members)) - set(openings)
     branches = rollout(policy, self.config, seeds, members, openings=openings, done=absent, **options)
     episode_of = {(episode.seed, episode.member): episode for episode in branches}
     groups = []
@@ -118,15 +119,17 @@ def play_metrics(groups: list[Group], terms: list[dict], rewards: list[list[list
 
     `terms` are the `reward_terms` of each episode, `rewards[group][member]` the rewards from the group's start on.
     """
-    starts = [group.start for group in groups for _ in group.episodes]
+    starts = np.repeat([group.start for group in groups], [len(group.episodes) for group in groups])
     whole = [columns for columns, start in zip(terms, starts) if not start]
     returns = np.array([sum(total_rewards(columns)) for columns in whole])
-    achievements = [len(episode.achievements) for group in groups if not group.start for episode in group.episodes]
+    achievements = [len(episode.achievements) for episode, start in zip(all_episodes(groups), starts) if not start]
     metrics = {"return_mean": float(returns.mean()), "return_std": float(returns.std()),
                "episodes": float(sum(map(len, rewards))),
                "achievement_rate": float(np.mean(achievements) / len(ACHIEVEMENTS)),
-               "groups_alike": float(np.mean([len({sum(member) for member in group}) == 1 for group in rewards]))}
-    return metrics | {f"reward_{name}": float(np.mean([sum(columns[name]) for columns in whole])) for name in whole[0]}
+               "groups_alike": float(np.mean([len(set(map(sum, group))) == 1 for group in rewards]))}
+    for name in whole[0]:
+        metrics[f"reward_{name}"] = float(np.mean([sum(columns[name]) for columns in whole]))
+    return metrics
 
 # %% ../../nbs/learn/16_player.ipynb #2fc47f60
 def turn_metrics(played: list[PlayedTurn], useful: list[PlayedTurn]) -> dict[str, float]:
@@ -157,17 +160,17 @@ class SampleMaker:
 
     def __call__(self, groups: list[Group]) -> IterationSamples:
         "The samples of an iteration's groups. Raises `TrainingStopped` after three iterations with nothing to learn."
-        episodes = [episode for group in groups for episode in group.episodes]
+        episodes = all_episodes(groups)
         terms = self.reward.terms(episodes)
         rewards = [total_rewards(columns) for columns in terms]
         played = played_turns(groups, self._advantages(groups, episodes, rewards))
         useful = informative(played, self.forbidden)
         self._stop_when_empty(useful)
-        made = self._samples(useful or played[:1], round(self.config.top_share * len(played)))
-        made.metrics |= play_metrics(groups, terms, by_group(rewards, groups)) | turn_metrics(played, useful)
+        samples = self._samples(useful or played[:1], round(self.config.top_share * len(played)))
+        samples.metrics |= play_metrics(groups, terms, by_group(rewards, groups)) | turn_metrics(played, useful)
         if self.critic is not None:
-            made.metrics["explained_variance"] = self.critic.explained
-        return made
+            samples.metrics["explained_variance"] = self.critic.explained
+        return samples
 
 # %% ../../nbs/learn/16_player.ipynb #118f903b
 @patch
@@ -190,7 +193,7 @@ def _stop_when_empty(self: SampleMaker, useful: list[PlayedTurn]) -> None:
         raise TrainingStopped("in three iterations every episode of every group earned the same, "
                               "so there is nothing to learn; raise temperature, group_size or groups")
 
-
+# %% ../../nbs/learn/16_player.ipynb #24fe4d47
 @patch
 def _samples(self: SampleMaker, chosen: list[PlayedTurn], most: int) -> IterationSamples:
     "The samples of some turns, merged where a KL term does not forbid it, `most` of them."
@@ -208,7 +211,7 @@ def updates_per_epoch(config: GRPOConfig) -> int:
     turns_in_update = config.batch_size * config.gradient_accumulation_steps
     return max(1, round(config.top_share * config.turns / turns_in_update))
 
-
+# %% ../../nbs/learn/16_player.ipynb #cb77fdd4
 def updates_per_iteration(config: GRPOConfig) -> int:
     "Optimizer updates in an iteration."
     return updates_per_epoch(config) * config.epochs
@@ -256,12 +259,11 @@ def __call__(self: Player, trained, iteration: int) -> IterationSamples:
     if self.config.overlap and iteration + 1 < self.config.iterations:
         self.ahead = self.thread.submit(self._play, iteration + 1, self.sync(trained))
     self._recall(iteration)
-    for group in groups:
-        for episode in group.episodes:
-            self.store.add(episode, arm=f"grpo-{iteration:04d}")
-    made = self.make_samples(groups)
-    made.metrics |= seconds
-    return made
+    for episode in all_episodes(groups):
+        self.store.add(episode, arm=f"grpo-{iteration:04d}")
+    samples = self.make_samples(groups)
+    samples.metrics |= seconds
+    return samples
 
 # %% ../../nbs/learn/16_player.ipynb #15fa675e
 @patch

@@ -9,6 +9,7 @@ __all__ = ['TOOLS', 'MEASURES', 'WEIGHTS', 'USEFUL', 'game_reward', 'rubric', 'u
 # %% ../../nbs/learn/10_rewards.ipynb #48d27bb0
 import math
 import re
+from itertools import chain
 
 from ..core import InputError, nearest
 from ..expert.reasons import reason_target
@@ -34,7 +35,7 @@ MEASURES = {
     "tools": lambda e: len(set(e.achievements) & set(TOOLS)) / len(TOOLS),
     "survival": lambda e: 0.0 if e.died else 1.0,
     "validity": lambda e: sum(turn.decision.valid for turn in e.turns) / max(len(e.turns), 1),
-    "variety": lambda e: _variety([action for turn in e.turns for action in turn.executed]),
+    "variety": lambda e: _variety([*chain(*(turn.executed for turn in e.turns))]),
 }
 WEIGHTS = {"achievement_progression": 0.55, "tools": 0.2, "survival": 0.15, "validity": 0.05, "variety": 0.05}
 
@@ -52,7 +53,7 @@ def rubric(episode: Episode, weights: dict[str, float] | None = None) -> dict[st
     score = sum(weights[name] * value for name, value in measures.items()) / sum(weights.values())
     return measures | {"score": score}
 
-
+# %% ../../nbs/learn/10_rewards.ipynb #12444164
 def _check_weights(weights: dict[str, float]) -> None:
     for name, weight in weights.items():
         if name not in MEASURES:
@@ -70,7 +71,7 @@ def ungrounded_claims(episode: Episode) -> list[bool]:
         return [False] * len(claims)
     return [claim is not None and not _is_true(claim, world) for claim, world in zip(claims, replay(episode))]
 
-
+# %% ../../nbs/learn/10_rewards.ipynb #11ffeb60
 def _is_true(claim: tuple[str, int, int], world: World) -> bool:
     "Whether the tile of a kind, so many columns to the right and rows down of the player, is of that kind."
     kind, dx, dy = claim
@@ -106,7 +107,7 @@ def reward_terms(episode: Episode, invalid_penalty: float = 0.0, grounding_penal
             "shaping": [gamma * after - before for before, after in zip(levels, levels[1:])],
             "judge": [0.0] * (len(turns) - 1) + [judge_reward]}
 
-
+# %% ../../nbs/learn/10_rewards.ipynb #109be6ac
 def total_rewards(terms: dict[str, list[float]]) -> list[float]:
     "The reward of each turn of an episode: the sum of its terms."
     return [sum(turn_terms) for turn_terms in zip(*terms.values())]

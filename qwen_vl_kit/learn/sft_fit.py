@@ -78,7 +78,7 @@ def build_trainer(config: SFTConfig, out: Path, loaded: LoadedModel, train: Rows
     remove_printer(trainer)
     return trainer
 
-
+# %% ../../nbs/learn/08_sft_fit.ipynb #76b392ca
 def process_count() -> int:
     "Processes that train together, on all machines, as torch's launcher tells each of them."
     return int(os.environ.get("WORLD_SIZE", 1))

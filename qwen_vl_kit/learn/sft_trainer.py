@@ -91,13 +91,13 @@ def log(self: MeteredSFTTrainer, logs: dict, start_time: float | None = None) ->
     super(MeteredSFTTrainer, self).log(logs, start_time)
     self.throughput.restart()
 
-
+# %% ../../nbs/learn/07_sft_trainer.ipynb #c4ce26aa
 @patch
 def _sum_over_processes(self: MeteredSFTTrainer, values: list[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
     return self.accelerator.reduce(sums, "sum").tolist()
 
-
+# %% ../../nbs/learn/07_sft_trainer.ipynb #069bc920
 @patch
 def _save_checkpoint(self: MeteredSFTTrainer, model, trial) -> None:
     super(MeteredSFTTrainer, self)._save_checkpoint(model, trial)

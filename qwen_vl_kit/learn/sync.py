@@ -8,6 +8,7 @@ __all__ = ['canary_requests', 'Sync', 'share_vision_cache']
 # %% ../../nbs/learn/15_sync.ipynb #a18afb0e
 import shutil
 import time
+from itertools import chain
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -85,7 +86,7 @@ def __call__(self: Sync, trained) -> tuple[str, float]:
 
 # %% ../../nbs/learn/15_sync.ipynb #d802e99f
 def _not_arrived(logprobs: list[list[float]]) -> TrainingStopped:
-    if len({logprob for row in logprobs for logprob in row}) == 1:
+    if len(set(chain(*logprobs))) == 1:
         return TrainingStopped("whatever is shown and said, the policy gives every token one probability: training has "
                                "diverged; lower learning_rate")
     return TrainingStopped("the engine answers as it did before its weights were changed: they do not reach it; "

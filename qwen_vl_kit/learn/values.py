@@ -22,11 +22,15 @@ _INDEX = {name: index for index, name in enumerate(KINDS)}
 _NEARNESS = 1 / (1 + np.abs(np.arange(63) % 9 - 4) + np.abs(np.arange(63) // 9 - 3))  # of 7 rows of 9 tiles
 
 # %% ../../nbs/learn/12_values.ipynb #a95848a0
+def _amounts(items: dict[str, int]) -> list[int]:
+    return [items.get(item, 0) for item in ITEMS]
+
+
 _RULES = {name: needs().get(name, ({}, [])) for name in ACHIEVEMENTS}  # name -> (items, kinds of tiles)
 _SOURCES = [needs().get(f"collect_{item}", ({}, []))[1] for item in ITEMS]
-_NEEDS = np.array([[items.get(item, 0) for item in ITEMS] for items, _ in _RULES.values()])  # (achievements, items)
-_AT = np.array([[kind in kinds for kind in KINDS] for _, kinds in _RULES.values()])  # (achievements, kinds)
-_FROM = np.array([[kind in kinds for kind in KINDS] for kinds in _SOURCES])  # (items, kinds)
+_NEEDS = np.array([_amounts(items) for items, _ in _RULES.values()])  # (achievements, items)
+_AT = np.array([np.isin(KINDS, kinds) for _, kinds in _RULES.values()])  # (achievements, kinds)
+_FROM = np.array([np.isin(KINDS, kinds) for kinds in _SOURCES])  # (items, kinds)
 
 # %% ../../nbs/learn/12_values.ipynb #9c38856d
 def achievement_features(held: np.ndarray, done: np.ndarray, *places: np.ndarray) -> np.ndarray:
@@ -39,8 +43,8 @@ def achievement_features(held: np.ndarray, done: np.ndarray, *places: np.ndarray
     missing = _NEEDS > held
     able = (1 - done) * ~missing.any(1)
     sources = missing @ _FROM
-    where_done = [able * _AT.any(1) * np.where(_AT, place, 1).min(1) for place in places]
-    where_missing = [(1 - done) * (sources * place).max(1) for place in places]
+    where_done = [able * _AT.any(1) * np.where(_AT, kinds, 1).min(1) for kinds in places]
+    where_missing = [(1 - done) * (sources * kinds).max(1) for kinds in places]
     return np.concatenate([able, *where_done, *where_missing])
 
 # %% ../../nbs/learn/12_values.ipynb #e05e0967
@@ -78,7 +82,7 @@ def _products(features: list[np.ndarray], returns: list[np.ndarray], width: int)
     table = np.column_stack([np.concatenate(features), np.concatenate(returns)])
     return table.T @ table
 
-
+# %% ../../nbs/learn/12_values.ipynb #97a3e793
 def _ridge(products: np.ndarray, ridge: float) -> np.ndarray:
     "The weights (width,) that minimise the squared error plus `ridge` times their square."
     return np.linalg.solve(products[:-1, :-1] + ridge * np.eye(len(products) - 1), products[:-1, -1])
@@ -103,7 +107,7 @@ class Critic:
         weights = [_ridge(sum(self.past, start=products[1 - h]), self.ridge) for h in (0, 1)]
         values = [rows @ weights[h] for rows, h in zip(features, half)]
         self.past.append(products[0] + products[1])
-        self.explained = _explained(np.concatenate(returns), np.concatenate(values))
+        self.explained = _explained_share(np.concatenate(returns), np.concatenate(values))
         return values
 
     def _of_half(self, features, returns, chosen: np.ndarray) -> np.ndarray:
@@ -117,8 +121,8 @@ def _halves(episodes: list[Episode]) -> np.ndarray:
     half = {seed: number % 2 for number, seed in enumerate(seeds)}
     return np.array([half[episode.seed] for episode in episodes])
 
-
-def _explained(returns: np.ndarray, values: np.ndarray) -> float:
+# %% ../../nbs/learn/12_values.ipynb #060b0b45
+def _explained_share(returns: np.ndarray, values: np.ndarray) -> float:
     "1 minus the share of the returns' variance that the values leave."
     variance = np.var(returns)
     return float(1 - np.mean((returns - values) ** 2) / variance) if variance > 0 else 0.0

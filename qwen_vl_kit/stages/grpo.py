@@ -18,7 +18,7 @@ from ..learn.checkpoints import find_grpo_checkpoint, report_oom, truncate_metri
 from ..learn.devices import device_name, plan_serving, threads
 from ..learn.grpo_fit import GRPOJob, fit
 from ..learn.player import seeds_to_play, updates_per_iteration
-from ..learn.trackers import tracked
+from ..learn.trackers import use_tracker
 from ..model.cards import base_notices, mismatched_base, missing_facts, training_seeds, write_card
 from ..model.checkpoint import LoadedModel
 from ..model.loading import load_model, model_notices
@@ -40,8 +40,8 @@ def _find_checkpoint(config: GRPOConfig, out: Path, adapter: Path) -> Path | Non
                                       "settings": digest(config.model_dump(mode="json", exclude=_FREE))})
     updates = updates_per_iteration(config)
     if updates_of(last) > updates * config.iterations:
-        made = updates_of(last) // updates
-        raise InputError(f"there are {made} iterations already, and iterations = {config.iterations}", last.parent,
+        done = updates_of(last) // updates
+        raise InputError(f"there are {done} iterations already, and iterations = {config.iterations}", last.parent,
                          "ask for as many or more, or begin anew in another folder")
     return last
 
@@ -56,11 +56,40 @@ def _check(config: GRPOConfig, adapter: Path) -> dict:
         access(config.judge_model)
     return card
 
-# %% ../../nbs/stages/04_grpo.ipynb #4c0d696a
+# %% ../../nbs/stages/04_grpo.ipynb #33aadae5
 GRPO_OOM_FIX = ("lower batch_size (and raise gradient_accumulation_steps), groups or gpu_memory_utilization, "
                 "set gradient_checkpointing = true or variety = \"qlora\"")
 
 
+def _train(job: GRPOJob) -> list[dict]:
+    "Train, from the last checkpoint on; the rows of metrics. Episodes of the iteration that comes next are forgotten."
+    config, out = job.config, job.out
+    with (threads(config.threads), use_tracker(config.report_to, out), Store(out / "rollouts.db") as store,
+          report_oom(out, GRPO_OOM_FIX), contextlib.closing(job.meter)):
+        store.begin("grpo", config, {"model": config.model, "adapter": str(job.adapter), "seeds": config.seeds})
+        store.forget("grpo", f"grpo-{updates_of(job.last) // updates_per_iteration(config):04d}")
+        return fit(job, store)
+
+# %% ../../nbs/stages/04_grpo.ipynb #3d0e7865
+def _write_card(config: GRPOConfig, out: Path, loaded: LoadedModel, card: dict) -> None:
+    "Write the card of the trained adapter, which began from one with `card`."
+    incomplete = {"seeds_incomplete": True} if "seeds" in missing_facts(card) else {}
+    write_card(out / "adapter", loaded, turns.prompt_hash(config), stage="grpo", iterations=config.iterations,
+               protocol=config.fields(), seeds=seed_spec([*training_seeds(card), *seeds_to_play(config)]), **incomplete)
+
+# %% ../../nbs/stages/04_grpo.ipynb #9f5a3236
+def _numbers(config: GRPOConfig, loaded: LoadedModel, card: dict, rows: list[dict]) -> dict:
+    "The headline figures, and what a reader of them should know of model and adapter."
+    replies = Replies(int(sum(row["turns"] for row in rows)), int(sum(row.get("cut_off", 0) for row in rows)))
+    notices = model_notices(loaded, config) + [f"adapter: {line}" for line in base_notices(loaded, card)]
+    notices += replies.notices()
+    remarks = {"unknown_of_adapter": missing_facts(card), "adapter_names_base": mismatched_base(loaded, card),
+               "notices": notices}
+    return {**loaded.identity, "iterations": config.iterations, "prompt_hash": turns.prompt_hash(config),
+            "return_first": rows[0]["return_mean"], "return_last": rows[-1]["return_mean"],
+            "turns": sum(row["turns"] for row in rows), **{name: remark for name, remark in remarks.items() if remark}}
+
+# %% ../../nbs/stages/04_grpo.ipynb #4c0d696a
 def run(config: GRPOConfig, out: str | Path) -> Result:
     """Train from the SFT adapter by playing: `out/adapter`, `out/checkpoints`, `out/rollouts.db` with every iteration's
     episodes, `out/metrics.jsonl`.
@@ -86,32 +115,3 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
         numbers["not_applied"] = not_applied
     usage = estimate.rent(device_name(), seconds, 1 + serving_gpus) + meter.usage()
     return Result("grpo", out, seconds, numbers, {"adapter": adapter}, usage)
-
-# %% ../../nbs/stages/04_grpo.ipynb #33aadae5
-def _train(job: GRPOJob) -> list[dict]:
-    "Train, from the last checkpoint on; the rows of metrics. Episodes of the iteration that comes next are forgotten."
-    config, out = job.config, job.out
-    with (threads(config.threads), tracked(config.report_to, out), Store(out / "rollouts.db") as store,
-          report_oom(out, GRPO_OOM_FIX), contextlib.closing(job.meter)):
-        store.begin("grpo", config, {"model": config.model, "adapter": str(job.adapter), "seeds": config.seeds})
-        store.forget("grpo", f"grpo-{updates_of(job.last) // updates_per_iteration(config):04d}")
-        return fit(job, store)
-
-# %% ../../nbs/stages/04_grpo.ipynb #3d0e7865
-def _write_card(config: GRPOConfig, out: Path, loaded: LoadedModel, card: dict) -> None:
-    "Write the card of the trained adapter, which began from one with `card`."
-    incomplete = {"seeds_incomplete": True} if "seeds" in missing_facts(card) else {}
-    write_card(out / "adapter", loaded, turns.prompt_hash(config), stage="grpo", iterations=config.iterations,
-               protocol=config.fields(), seeds=seed_spec([*training_seeds(card), *seeds_to_play(config)]), **incomplete)
-
-
-def _numbers(config: GRPOConfig, loaded: LoadedModel, card: dict, rows: list[dict]) -> dict:
-    "The headline figures, and what a reader of them should know of model and adapter."
-    replies, cut_off = (int(sum(row.get(name, 0) for row in rows)) for name in ("turns", "cut_off"))
-    notices = model_notices(loaded, config) + [f"adapter: {line}" for line in base_notices(loaded, card)]
-    notices += Replies(replies, cut_off).notices()
-    remarks = {"unknown_of_adapter": missing_facts(card), "adapter_names_base": mismatched_base(loaded, card),
-               "notices": notices}
-    return {**loaded.identity, "iterations": config.iterations, "prompt_hash": turns.prompt_hash(config),
-            "return_first": rows[0]["return_mean"], "return_last": rows[-1]["return_mean"],
-            "turns": sum(row["turns"] for row in rows), **{name: remark for name, remark in remarks.items() if remark}}

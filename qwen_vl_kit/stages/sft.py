@@ -15,7 +15,7 @@ from ..learn.checkpoints import find_sft_checkpoint, truncate_metrics, updates_o
 from ..learn.devices import describe_sharding, device_name, plan_processes, threads
 from ..learn.sft_fit import fit, sft_rows
 from ..learn.launch import launch, rendezvous_options
-from ..learn.trackers import check_tracker, tracked
+from ..learn.trackers import check_tracker, use_tracker
 from ..model.loading import load_without_weights
 from ..model.processor import make_processor
 from ..model.tiny import make_tiny, tiny_tokenizer
@@ -53,7 +53,7 @@ def run(config: SFTConfig, out: str | Path) -> Result:
     if all_processes > 1:
         numbers = launch(config, out, processes, earlier)
     else:
-        with threads(config.threads), tracked(config.report_to, out):
+        with threads(config.threads), use_tracker(config.report_to, out):
             numbers = fit(config, out, earlier, (train, val), processor)
     if not_applied:
         numbers["not_applied"] = not_applied
