@@ -106,6 +106,21 @@ def test_a_room_imports_only_from_below(room):
             assert imported in RANKS and RANKS[imported] < RANKS[room], f"{room} imports {imported}"
 
 
+OF_THE_GAME = {"description": {"GAME"}, "images": None, "world": {"World", "Observation", "View"}}  # World and so on as types
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if FLOORS.index(room.split(".")[0]) > FLOORS.index("game")
+                                  and not room.startswith("expert.")])
+def test_above_its_floor_the_game_is_one_description(room):
+    tree = ast.parse((root() / "qwen_vl_kit" / f"{room.replace('.', '/')}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and re.search(r"(^|\.)game(\.|$)", node.module or ""):
+            names, allowed = {alias.name for alias in node.names}, OF_THE_GAME.get(node.module.split(".")[-1], set())
+            assert allowed is None or names <= allowed, f"{room} imports {names} from {node.module}: ask GAME"
+    calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert "World" not in calls, f"{room} makes a World: ask GAME.world"
+
+
 def test_importing_the_package_and_the_command_loads_nothing_heavy():
     import subprocess
     import sys

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..config import Protocol
 from ..core import InputError, resolve
 from ..game.images import png_size
-from ..game.rules import ACHIEVEMENTS, ACTIONS
+from ..game.description import GAME
 from ..protocol.episodes import Decision, Episode, Turn
 from ..protocol.turns import prompt_hash
 from ..store.merge import whole_or_absent
@@ -57,7 +57,7 @@ def tool_actions(calls) -> list[str]:
 
 # %% ../../nbs/foreign/03_synth.ipynb #ffbf5df4
 def _are_actions(names: list[str]) -> bool:
-    return bool(names) and all(name in ACTIONS for name in names)
+    return bool(names) and all(name in GAME.actions for name in names)
 
 
 def _call_usage(call: dict) -> dict:
@@ -106,7 +106,7 @@ def user_content(content: str) -> tuple[bytes | None, str]:
 
 # %% ../../nbs/foreign/03_synth.ipynb #0ce503ce
 def _known_achievements(names) -> list[str]:
-    return [name for name in names if name in ACHIEVEMENTS] if isinstance(names, list) else []
+    return [name for name in names if name in GAME.achievements] if isinstance(names, list) else []
 
 
 def read_state(event: dict, when: str) -> tuple[list[str], int | None]:

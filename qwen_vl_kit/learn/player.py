@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..config import GRPOConfig, horizon
 from ..core import InputError, TrainingStopped, parse_seeds
 from ..engine.base import EngineDied, Sampling
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from .advantages import CREDITS, GroupRewards, advantages
 from .checkpoints import updates_of
 from .judge import RemoteJudge, TrainingReward
@@ -125,7 +125,7 @@ def play_metrics(groups: list[Group], terms: list[dict], rewards: list[list[list
     achievements = [len(episode.achievements) for episode, start in zip(all_episodes(groups), starts) if not start]
     metrics = {"return_mean": float(returns.mean()), "return_std": float(returns.std()),
                "episodes": float(sum(map(len, rewards))),
-               "achievement_rate": float(np.mean(achievements) / len(ACHIEVEMENTS)),
+               "achievement_rate": float(np.mean(achievements) / len(GAME.achievements)),
                "groups_alike": float(np.mean([len(set(map(sum, group))) == 1 for group in rewards]))}
     for name in whole[0]:
         metrics[f"reward_{name}"] = float(np.mean([sum(columns[name]) for columns in whole]))

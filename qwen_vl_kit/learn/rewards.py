@@ -13,7 +13,7 @@ from itertools import chain
 
 from ..core import InputError, nearest
 from ..expert.reasons import reason_target
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from ..game.world import World
 from ..protocol.episodes import Episode, Turn, replay
 
@@ -29,9 +29,9 @@ def game_reward(turn: Turn, invalid_penalty: float = 0.0, health_weight: float =
     return len(turn.unlocked) + health_weight * health - invalid_penalty * (not turn.decision.valid)
 
 # %% ../../nbs/learn/10_rewards.ipynb #f4d95dd8
-TOOLS = [name for name in ACHIEVEMENTS if name.startswith("make_")]
+TOOLS = [name for name in GAME.achievements if name.startswith("make_")]
 MEASURES = {
-    "achievement_progression": lambda e: len(set(e.achievements)) / len(ACHIEVEMENTS),
+    "achievement_progression": lambda e: len(set(e.achievements)) / len(GAME.achievements),
     "tools": lambda e: len(set(e.achievements) & set(TOOLS)) / len(TOOLS),
     "survival": lambda e: 0.0 if e.died else 1.0,
     "validity": lambda e: sum(turn.decision.valid for turn in e.turns) / max(len(e.turns), 1),

@@ -18,7 +18,7 @@ from ..config import BenchmarkConfig, Protocol, SFTConfig
 from ..core import parse_seeds, stage_folder
 from ..engine.base import Sampling
 from ..engine.hf import HFEngine
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from .callbacks import StopAtMaxSteps
 from .throughput import ThroughputMeter
 from ..model.loading import load_model
@@ -150,4 +150,4 @@ class DevSeedsCallback(TrainerCallback):
         what = f"dev seeds, update {state.global_step}"
         episodes = rollout(self.policy, self.protocol, self.seeds, seed=self.seed, what=what)
         achievements = sum(len(episode.achievements) for episode in episodes)
-        metrics["eval_dev.achievement_rate"] = achievements / len(ACHIEVEMENTS) / len(episodes)
+        metrics["eval_dev.achievement_rate"] = achievements / len(GAME.achievements) / len(episodes)

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..config import GRPOConfig
 from ..core import TrainingStopped
 from ..engine.base import Request, Sampling
-from ..game.world import World
+from ..game.description import GAME
 from .samples import Sample
 from ..model.cards import weights_digest, write_card
 from ..model.checkpoint import LoadedModel
@@ -26,7 +26,7 @@ from ..protocol import turns
 # %% ../../nbs/learn/15_sync.ipynb #9bdfe974
 def canary_requests(config: GRPOConfig, count: int = 4) -> list[Request]:
     "The same questions every time: the first frames of the worlds of seeds 0, 1, ..."
-    frames = [World(config.render_size).reset(seed).frame for seed in range(count)]
+    frames = [GAME.world(config.render_size).reset(seed).frame for seed in range(count)]
     return [Request(turns.prompt(config, [], frame, urls=False), ("canary", i)) for i, frame in enumerate(frames)]
 
 # %% ../../nbs/learn/15_sync.ipynb #f7a46a46

@@ -11,7 +11,7 @@ from collections import deque
 import numpy as np
 
 from ..config import horizon
-from ..game.rules import ACHIEVEMENTS, ITEMS, needs
+from ..game.description import GAME
 from ..game.world import World
 from ..protocol.episodes import Episode, replay, returns_to_go
 
@@ -23,11 +23,11 @@ _NEARNESS = 1 / (1 + np.abs(np.arange(63) % 9 - 4) + np.abs(np.arange(63) // 9 -
 
 # %% ../../nbs/learn/12_values.ipynb #a95848a0
 def _amounts(items: dict[str, int]) -> list[int]:
-    return [items.get(item, 0) for item in ITEMS]
+    return [items.get(item, 0) for item in GAME.items]
 
 
-_RULES = {name: needs().get(name, ({}, [])) for name in ACHIEVEMENTS}  # name -> (items, kinds of tiles)
-_SOURCES = [needs().get(f"collect_{item}", ({}, []))[1] for item in ITEMS]
+_RULES = {name: GAME.needs.get(name, ({}, [])) for name in GAME.achievements}  # name -> (items, kinds of tiles)
+_SOURCES = [GAME.needs.get(f"collect_{item}", ({}, []))[1] for item in GAME.items]
 _NEEDS = np.array([_amounts(items) for items, _ in _RULES.values()])  # (achievements, items)
 _AT = np.array([np.isin(KINDS, kinds) for _, kinds in _RULES.values()])  # (achievements, kinds)
 _FROM = np.array([np.isin(KINDS, kinds) for kinds in _SOURCES])  # (items, kinds)
@@ -58,8 +58,8 @@ def state_features(world: World, left: float) -> np.ndarray:
     """What is held, done, ahead and near in a world, `achievement_features`, and whether sleep pays; and the same times
     `left` and times e^(-5 left). `left` is the share of the episode to come."""
     view, tiles = world.view(), [_INDEX[name] for name in world.tiles()]
-    held = np.array([view.inventory[name] for name in ITEMS])
-    done = np.array([float(view.achievements[name] > 0) for name in ACHIEVEMENTS])
+    held = np.array([view.inventory[name] for name in GAME.items])
+    done = np.array([float(view.achievements[name] > 0) for name in GAME.achievements])
     ahead, near = np.zeros((2, len(KINDS)))
     dx, dy = view.facing
     ahead[tiles[(dy + 3) * 9 + dx + 4]] = 1

@@ -8,7 +8,7 @@ __all__ = ['SPECIAL_TOKENS', 'MAP_WORDS', 'PROMPT_WORDS', 'tiny_tokenizer', 'tin
 # %% ../../nbs/model/04_tiny.ipynb #07856330
 from ..core import InputError
 from ..expert.reasons import GOAL_NAMES
-from ..game.rules import ACHIEVEMENTS, ACTIONS
+from ..game.description import GAME
 from .processor import make_processor
 
 # %% ../../nbs/model/04_tiny.ipynb #054d8789
@@ -27,8 +27,8 @@ def _corpus() -> list[str]:
     "What the tokenizer is trained on: each word alone and after a space, often enough to become one token."
     goals = " ".join(GOAL_NAMES).replace("_", " ").split()
     signs = ["->", ";", ",", ":"]
-    words = list(dict.fromkeys([*ACTIONS, *MAP_WORDS, *PROMPT_WORDS, *goals, *"0123456789", *signs]))
-    things = sorted({name.split("_", 1)[1] for name in ACHIEVEMENTS})
+    words = list(dict.fromkeys([*GAME.actions, *MAP_WORDS, *PROMPT_WORDS, *goals, *"0123456789", *signs]))
+    things = sorted({name.split("_", 1)[1] for name in GAME.achievements})
     forms = []
     for word in (*words, *things):
         forms += [word, " " + word]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import append_jsonl
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 
 # %% ../../nbs/show/02_invented.ipynb #438b48dd
 ARM_STRENGTHS = {"random": 0.03, "base": 0.04, "sft": 0.2, "grpo": 0.22, "expert": 0.35}
@@ -22,14 +22,14 @@ def invent_episodes(episodes: int = 40, seed: int = 0):
     "Invented rows of benchmark/episodes.csv, `episodes` of each arm of `ARM_STRENGTHS`, as a DataFrame."
     import pandas as pd
 
-    rng, ease = np.random.default_rng(seed), np.linspace(2.4, 0, len(ACHIEVEMENTS))
+    rng, ease = np.random.default_rng(seed), np.linspace(2.4, 0, len(GAME.achievements))
     rows = []
     for arm, strength in ARM_STRENGTHS.items():
         for episode in range(episodes):
-            unlocked = rng.random(len(ACHIEVEMENTS)) < np.clip(strength * ease, 0, 1)
+            unlocked = rng.random(len(GAME.achievements)) < np.clip(strength * ease, 0, 1)
             row = {"arm": arm, "horizon": "s50", "seed": episode, "achievements": unlocked.sum(),
                    "reward": unlocked.sum() - 0.1, "steps": 50, "turns": 50, "died": 0}
-            rows.append(row | dict(zip(ACHIEVEMENTS, unlocked.astype(int))))
+            rows.append(row | dict(zip(GAME.achievements, unlocked.astype(int))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/show/02_invented.ipynb #1ea9dc88
@@ -39,9 +39,9 @@ def invent_benchmark(run: str | Path) -> Path:
 
     folder, played = Path(run) / "benchmark", invent_episodes()
     folder.mkdir(parents=True, exist_ok=True)
-    rates = played.groupby("arm").achievements.mean() / len(ACHIEVEMENTS)
+    rates = played.groupby("arm").achievements.mean() / len(GAME.achievements)
     arms = [{"arm": arm, "horizon": "s50", "episodes": 40, "achievement_rate": rates[arm], "low": rates[arm] - 0.01,
-             "high": rates[arm] + 0.01, "crafter_score": 100 * rates[arm] / 3, "reward": len(ACHIEVEMENTS) * rates[arm],
+             "high": rates[arm] + 0.01, "crafter_score": 100 * rates[arm] / 3, "reward": len(GAME.achievements) * rates[arm],
              "invalid_rate": 0.002, "turns": 2000, "steps": 2000, "seconds": 7.25, "usd": 0.0}
             for arm in ("sft", "random", "expert", "grpo", "base")]
     pd.DataFrame(arms).to_csv(folder / "arms.csv", index=False)
@@ -64,5 +64,5 @@ def invent_training(run: str | Path, seed: int = 0) -> None:
     for step in range(1, 25):
         value = 4 + step / 30 + rng.normal(0, 0.25)
         append_jsonl(run / "grpo/metrics.jsonl", {
-            "step": step, "return_mean": value, "return_std": 1.1, "achievement_rate": value / len(ACHIEVEMENTS),
+            "step": step, "return_mean": value, "return_std": 1.1, "achievement_rate": value / len(GAME.achievements),
             "entropy": 0.6 - step / 100, "clip_fraction": rng.uniform(0, 0.02)})

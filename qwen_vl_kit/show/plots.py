@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, read_jsonl, resolve, stage_folder
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from .stats import Interval, wilson
 from .tables import ARM_COLOURS, CURVE_COLOURS, Html, html_table, read_arms, read_table
 
@@ -94,7 +94,7 @@ SPEED_PANELS = (
 GRPO_PANELS = (
     Panel("Return", "reward an episode", {"return": ("return_mean",)}, ("return_std",),
           "± standard deviation of episodes"),
-    Panel("Achievements", f"% of {len(ACHIEVEMENTS)}", {"achievements": ("achievement_rate",)}, scale=100),
+    Panel("Achievements", f"% of {len(GAME.achievements)}", {"achievements": ("achievement_rate",)}, scale=100),
     Panel("Entropy", "nats a token", {"entropy": ("entropy",)}),
     Panel("Importance ratio out of its range", "% of tokens", {"clipped": ("clip_fraction",)}, scale=100),
 )
@@ -226,7 +226,7 @@ class PublishedResult:
     source: str
 
 # %% ../../nbs/show/04_plots.ipynb #2a379685
-_RATE = f"achievements of {len(ACHIEVEMENTS)}"
+_RATE = f"achievements of {len(GAME.achievements)}"
 _LONG, _CUT = "up to 2,000 steps", "first 50 steps"
 _BALROG = "BALROG, Paglieri et al. 2024 (arXiv:2411.13543) and its leaderboard"
 _CUT_BALROG = "computed from the episodes that BALROG publishes"
@@ -298,7 +298,7 @@ def arms_plot(path: str | Path, published: bool = True) -> Plot:
     if theirs:
         _draw_dots(axes[1], theirs, hollow=True)
         style_axes(axes[1], title="Figures of others, under other protocols: not results of this kit")
-    axes[-1].set_xlabel(f"achievements, % of {len(ACHIEVEMENTS)}")
+    axes[-1].set_xlabel(f"achievements, % of {len(GAME.achievements)}")
     axes[-1].set_xlim(0, 1.1 * max(row[3] for row in ours + theirs))
     table = published_table(_RATE) if theirs else None
     return render(figure, table, "Figures of others, ± as they published them", "achievement rate of each arm")
@@ -309,11 +309,11 @@ def achievement_rates(path: str | Path, horizon: str | None = None):
     first. `horizon` defaults to the first of the file."""
     import pandas as pd
 
-    played = read_table(path, ("arm", "horizon", "seed", *ACHIEVEMENTS))
+    played = read_table(path, ("arm", "horizon", "seed", *GAME.achievements))
     played = played[played.horizon == (horizon or played.horizon.iloc[0])]
     rows = []
     for arm, group in played.groupby("arm", sort=False):
-        for name in sorted(ACHIEVEMENTS, key=lambda name: -played[name].mean()):
+        for name in sorted(GAME.achievements, key=lambda name: -played[name].mean()):
             successes = int((group[name] > 0).sum())
             rows.append((arm, name, successes, len(group), *wilson(successes, len(group))))
     return pd.DataFrame(rows, columns=["arm", "achievement", "successes", "episodes", "rate", "low", "high"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import STAGES
 from ..core import InputError, read_json, resolve
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from .stats import (Interval, crafter_score_interval, mean_interval, paired_interval,
                                     probability_of_improvement)
 from ..store.prices import gpu_cost, synth_equivalent
@@ -159,9 +159,9 @@ def _arm_columns(arms):
 # %% ../../nbs/show/03_tables.ipynb #433d20d8
 def _headline_intervals(path: Path, arms) -> list[tuple[Interval, Interval]]:
     "Crafter score and reward of each row of `arms`, with intervals over the episodes in episodes.csv."
-    played = read_table(path, ("arm", "horizon", "reward", *ACHIEVEMENTS))
+    played = read_table(path, ("arm", "horizon", "reward", *GAME.achievements))
     parts = [played[(played.arm == a.arm) & (played.horizon == a.horizon)] for a in arms.itertuples()]
-    return [(crafter_score_interval(part[list(ACHIEVEMENTS)]), mean_interval(part.reward)) for part in parts]
+    return [(crafter_score_interval(part[list(GAME.achievements)]), mean_interval(part.reward)) for part in parts]
 
 # %% ../../nbs/show/03_tables.ipynb #feac8589
 def arms_table(path: str | Path):
@@ -189,7 +189,7 @@ def differences(path: str | Path, pairs: tuple = PAIRS):
     played, rows = read_table(path, ("arm", "horizon", "seed", "achievements")), []
     for horizon, group in played.groupby("horizon", sort=False):
         by_arm = group.pivot_table(index="seed", columns="arm", values="achievements", aggfunc="mean")
-        by_arm /= len(ACHIEVEMENTS)
+        by_arm /= len(GAME.achievements)
         for before, after in pairs:
             if before in by_arm and after in by_arm:
                 both = by_arm[[before, after]].dropna()

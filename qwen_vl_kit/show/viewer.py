@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError, digest, read_json, resolve
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from ..model.cards import read_card
 from ..protocol.turns import data_url
 from .plots import Plot, new_figure, render
@@ -133,7 +133,7 @@ def _viewer_rows(episode, every: int) -> list[dict]:
     for i, turn in enumerate(episode.turns):
         unlocked, reward = unlocked + turn.unlocked, reward + turn.reward
         if i % every == 0:
-            achieved = f"{len(unlocked)} of {len(ACHIEVEMENTS)}" + (f": {', '.join(unlocked)}" if unlocked else "")
+            achieved = f"{len(unlocked)} of {len(GAME.achievements)}" + (f": {', '.join(unlocked)}" if unlocked else "")
             rows.append({"turn": turn.turn, "step": turn.step, "reason": turn.decision.reason,
                          "did": _describe_action(turn), "achieved": achieved, "unlocked": turn.unlocked,
                          "reward": f"{reward:.1f}", "frame": data_url(turn.frame)})
@@ -212,7 +212,7 @@ def films(run: str | Path, n: int = 8) -> DisplayList:
     seed = typical_seed(folder / "episodes.csv")
     strips = DisplayList()
     for a in read_arms(folder / "arms.csv").itertuples():
-        mean = len(ACHIEVEMENTS) * a.achievement_rate
+        mean = len(GAME.achievements) * a.achievement_rate
         title = f"{a.arm}, seed {seed} (the arm's mean is {mean:.1f})"
         strips.append(film(episode_of(folder / "rollouts.db", a.arm, seed), n, title))
     return strips

@@ -23,7 +23,7 @@ from ..engine.base import Engine, Sampling
 from ..engine.factory import choose_engine, create_engine
 from ..engine.vllm import check_engine, language_only
 from ..engine.weights import checked_adapter
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from ..learn.devices import threads
 from ..model.cards import (base_notices, matching_card, mismatched_base, missing_facts, read_card,
                                      training_seeds, weights_digest)
@@ -170,7 +170,7 @@ def episode_row(arm: str, episode: Episode) -> dict:
     unlocked = set(episode.achievements)
     return {"arm": arm, "horizon": episode.horizon, "seed": episode.seed, "achievements": len(unlocked),
             "reward": round(episode.reward, 4), "steps": episode.steps, "turns": len(episode.turns),
-            "died": int(episode.died), **{name: int(name in unlocked) for name in ACHIEVEMENTS}}
+            "died": int(episode.died), **{name: int(name in unlocked) for name in GAME.achievements}}
 
 # %% ../../nbs/stages/05_benchmark.ipynb #b2a5de30
 def _all_turns(episodes: list[Episode]) -> list:
@@ -192,8 +192,8 @@ def arm_row(arm: str, episodes: list[Episode], metered: bool = False) -> dict:
     `seconds` are those of deciding, `usd` is None where it is not known, see `dollars`.
     """
     rows, turns = [episode_row(arm, episode) for episode in episodes], _all_turns(episodes)
-    rate = mean_interval([row["achievements"] / len(ACHIEVEMENTS) for row in rows])
-    success_rates = np.array([list(map(row.get, ACHIEVEMENTS)) for row in rows]).mean(0)
+    rate = mean_interval([row["achievements"] / len(GAME.achievements) for row in rows])
+    success_rates = np.array([list(map(row.get, GAME.achievements)) for row in rows]).mean(0)
     valid_rate = float(np.mean([turn.decision.valid for turn in turns]))
     return {"arm": arm, "horizon": rows[0]["horizon"], "episodes": len(rows),
             "achievement_rate": round(rate.value, 6), "low": round(rate.low, 6), "high": round(rate.high, 6),

@@ -21,8 +21,7 @@ from ..engine.base import Sampling
 from ..engine.factory import create_engine
 from ..engine.hf import HFEngine
 from ..engine.server import ServerEngine
-from ..game.rules import ACHIEVEMENTS
-from ..game.world import World
+from ..game.description import GAME
 from ..model.cards import base_and_revision
 from ..model.loading import load_model, model_notices
 from ..play.policies import (DaggerPolicy, EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy, Situation,
@@ -118,7 +117,7 @@ def forecast(policy: ServerPolicy, config: CollectConfig, seeds: list[int]) -> d
 
     When they are not all seeds of the config, the names say that calls and dollars are `of_the_rest`.
     """
-    world = World(size=config.render_size)
+    world = GAME.world(size=config.render_size)
     used = policy.probe(Situation(Episode(seeds[0], config.horizon, config.model), world.reset(seeds[0]), world))
     calls = len(seeds) * horizon(config.horizon).turns
     usd = None
@@ -239,7 +238,7 @@ def _totals(db: Path) -> dict:
 def _numbers(policy, config: CollectConfig, out: Path, plan: dict, meter: Meter | None) -> dict:
     "The numbers of the result."
     totals = _totals(out / "rollouts.db")
-    rate = round(totals["achievements"] / len(ACHIEVEMENTS) / totals["episodes"], 6)
+    rate = round(totals["achievements"] / len(GAME.achievements) / totals["episodes"], 6)
     numbers = {**totals, "achievement_rate": rate, "teacher": policy.name, "prompt_hash": prompt_hash(config), **plan,
                **(meter.numbers() if meter else {})}
     if loaded := getattr(getattr(policy, "engine", None), "loaded", None):  # a teacher in this process

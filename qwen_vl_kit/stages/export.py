@@ -22,7 +22,7 @@ from ..core import (InputError, Result, append_jsonl, atomic, digest, dumps, nea
 from ..foreign.formats import dataset_info, parquet_writer, sharegpt, sharegpt_folder
 from ..foreign.synth import timestamp
 from ..game.images import png_size
-from ..game.rules import ACHIEVEMENTS
+from ..game.description import GAME
 from ..protocol.episodes import Episode, Turn
 from ..protocol.turns import answer, parse, prompt, prompt_hash
 from ..store import traces
@@ -72,7 +72,7 @@ def _outcome_rules(c: ExportConfig) -> dict[str, tuple[object, Rule]]:
         "min_reward": (c.min_reward is not None, lambda s, e: e.reward >= c.min_reward),
         "max_reward": (c.max_reward is not None, lambda s, e: e.reward <= c.max_reward),
         "min_achievements": (c.min_achievements, lambda s, e: len(e.achievements) >= c.min_achievements),
-        "max_achievements": (c.max_achievements < len(ACHIEVEMENTS),
+        "max_achievements": (c.max_achievements < len(GAME.achievements),
                              lambda s, e: len(e.achievements) <= c.max_achievements),
         "required_achievements": (required, lambda s, e: required <= set(e.achievements)),
         "excluded_achievements": (excluded, lambda s, e: not excluded & set(e.achievements)),
@@ -104,8 +104,8 @@ def _check_rules(config: ExportConfig) -> None:
     "Raise `InputError` for achievements that do not exist, and for bounds of a judge who is not named."
     for field in ("required_achievements", "excluded_achievements"):
         for name in getattr(config, field):
-            if name not in ACHIEVEMENTS:
-                raise InputError(f"key '{field}': no achievement is called '{name}'", fix=nearest(name, ACHIEVEMENTS))
+            if name not in GAME.achievements:
+                raise InputError(f"key '{field}': no achievement is called '{name}'", fix=nearest(name, GAME.achievements))
     if not config.scored_by and (config.min_judge_score, config.max_judge_score) != (None, None):
         raise InputError("key 'scored_by' is empty: whose score is meant?", fix="name a judge, such as rubric")
 
