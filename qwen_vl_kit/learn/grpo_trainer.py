@@ -75,7 +75,7 @@ def turn_batch(samples: list[Sample], advantages: list[float], parts: int, pad_t
 
 # %% ../../nbs/learn/17_grpo_trainer.ipynb #278dc00b
 def mean_gap(logprobs: np.ndarray, samples: list[Sample]) -> float:
-    "Mean distance in nats of log-probabilities (samples, width) from those that the samples' tokens were drawn with."
+    "Mean distance in nats of log-probabilities (samples, width) from those that the tokens were sampled with."
     gaps = [row[:len(sample.token_ids)] - np.array(sample.logprobs) for row, sample in zip(logprobs, samples)]
     return float(np.abs(np.concatenate(gaps)).mean())
 
