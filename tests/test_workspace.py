@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -13,7 +14,7 @@ from commands import SMALL, one_line
 from stores import noise_store
 
 from qwen_vl_kit.config import GRPOConfig
-from qwen_vl_kit.core import InputError, Result, root
+from qwen_vl_kit.core import MANIFEST, WORK, InputError, Result, root
 from qwen_vl_kit.runner import notebook, run, workspace
 from qwen_vl_kit.runner.commands import main
 from qwen_vl_kit.runner.notebook import RunFailed
@@ -308,3 +309,26 @@ def test_no_file_of_a_finished_stage_names_the_folder_it_was_written_in(collecte
     notebook_json = json.loads(files[Path("collect/run.ipynb")])
     parameters = "".join("".join(cell["source"]) for cell in notebook_json["cells"] if "injected-parameters" in cell["metadata"].get("tags", []))
     assert f'out = "{collected / "collect"}"' in parameters
+
+
+@pytest.mark.parametrize("name", [MANIFEST, f"{WORK}/{CONFIG}"])
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"config": 5, "inputs": {}, "outputs": {}, "began_with": {}}'])
+def test_a_record_that_was_damaged_by_hand_is_one_line(trained, name, text):
+    "It is refused with what to do, and no traceback."
+    out, config = trained
+    (out / WORK / "checkpoints").mkdir(parents=True)
+    (out / name).write_text(text)
+    with pytest.raises(InputError, match=f"{re.escape(name)}: .*--force"):
+        state("grpo", config, out)
+
+
+def test_verify_says_that_a_move_was_interrupted(trained, capsys):
+    "What the manifests say cannot be compared with files that are on their way."
+    out, config = trained
+    prepare("grpo", config, out)
+    (out / WORK / CONFIG).unlink()
+    (out / MANIFEST).rename(out / WORK / MANIFEST)
+    assert main(["verify", str(out.parent)]) == 2
+    assert "its files have not all moved up; give the command that was interrupted again" in one_line(capsys.readouterr().err)
+    settle(out)
+    assert main(["verify", str(out)]) == 0

@@ -17,7 +17,8 @@ from typing import Any
 
 import qwen_vl_kit
 from ..config import STAGES, horizon, to_toml
-from ..core import InputError, as_input_error, display_path, notify, parse_seeds, resolve, site
+from ..core import (MANIFEST, WORK, InputError, as_input_error, display_path, notify, parse_seeds, resolve,
+                              site)
 from . import new, synth
 from .arguments import resolve_cli_path, resolve_model, resolve_new_path, resolve_set, set_environment
 from .configs import config_file, load_config, stage_of
@@ -102,10 +103,13 @@ def _check(args) -> int:
 def _verify(args) -> int:
     from qwen_vl_kit.store.manifest import verify
 
+    for mark in sorted(resolve(args.path).rglob(f"{WORK}/{MANIFEST}")):
+        fix = "give the command that was interrupted again, which moves them"
+        raise InputError("has succeeded, and its files have not all moved up", display_path(mark.parents[1]), fix)
     problems = verify(resolve(args.path))
     for problem in problems:
         print(problem)
-    result = f"{len(problems)} differences" if problems else "all outputs are what their manifests say"
+    result = f"{len(problems)} difference{'s' * (len(problems) > 1)}" if problems else "all outputs are what their manifests say"
     print(f"{args.path}: {result}")
     return 1 if problems else 0
 

@@ -38,7 +38,7 @@ class State(StrEnum):
 
     NEW = "new"
     DONE = "done"
-    STALE = "stale"  # made from inputs that are others now
+    STALE = "stale"  # made from inputs that have changed since
     INCOMPLETE = "incomplete"  # to be resumed
 
 # %% ../../nbs/runner/02_workspace.ipynb #a8df0787
@@ -53,7 +53,7 @@ def claim(out: Path, option: str = "--out"):
     from filelock import FileLock, Timeout
 
     with reporting_os_errors(out):
-        made = missing_parents(out)
+        new_folders = missing_parents(out)
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / LOCK)
         try:
@@ -63,9 +63,9 @@ def claim(out: Path, option: str = "--out"):
     try:
         yield
     finally:
-        (out / LOCK).unlink(missing_ok=True)  # filelock: who has just opened it sees that it is gone, and tries again
+        (out / LOCK).unlink(missing_ok=True)  # a process that has just opened it notices, and tries again
         lock.release()
-        remove_empty(made)
+        remove_empty(new_folders)
 
 # %% ../../nbs/runner/02_workspace.ipynb #b6049e42
 def is_held(out: Path) -> bool:
@@ -98,7 +98,18 @@ def resumable_work(stage: str, folder: Path) -> dict:
             work["episodes"] = sum(1 for _ in load_episodes(db, frames=False))
     except (InputError, LookupError) as error:
         work["unreadable"] = str(error)
-    return {name: found for name, found in work.items() if found}
+    return {name: value for name, value in work.items() if value}
+
+# %% ../../nbs/runner/02_workspace.ipynb #55c7d122
+def _read_record(path: Path, kind: str, keys: tuple, fix: str) -> dict:
+    "The JSON object in a file of ours that holds an object under each of `keys`. Raises `InputError` for any other."
+    try:
+        record = read_json(path)
+    except InputError as error:
+        raise InputError(error.what, display_path(path), fix) from None
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in keys):
+        raise InputError(f"is not a {kind} of this kit", display_path(path), fix)
+    return record
 
 # %% ../../nbs/runner/02_workspace.ipynb #34a0125b
 def unfinished_config(stage: str, out: Path) -> dict | None:
@@ -106,8 +117,9 @@ def unfinished_config(stage: str, out: Path) -> dict | None:
     work = out / WORK
     if not (work / CONFIG).is_file():
         return None
-    begun = read_json(work / CONFIG)
-    return begun["config"] if resumable_work(stage, work) != begun["began_with"] else None
+    fix = "delete its folder, or give --force"
+    mark = _read_record(work / CONFIG, "mark", ("config", "began_with"), fix)
+    return mark["config"] if resumable_work(stage, work) != mark["began_with"] else None
 
 # %% ../../nbs/runner/02_workspace.ipynb #d9616d7d
 def extends(settings: Stage, earlier: dict, changed: list[str]) -> bool:
@@ -138,21 +150,19 @@ def _finished_state(settings: Stage, out: Path, fix: str) -> State:
     "The state of a folder with a manifest. Raises `InputError` for one of another config, and for edited outputs."
     from qwen_vl_kit.store.manifest import changed_fields, changes, config_hash, content_hash
 
-    made, name = read_json(out / MANIFEST), display_path(out)
-    if not {"config", "config_hash", "inputs", "outputs"} <= set(made):
-        raise InputError("is not a manifest of this kit", display_path(out / MANIFEST), fix)
-    fields = changed_fields(settings, made["config"]) if made["config_hash"] != config_hash(settings) else []
-    if fields and not extends(settings, made["config"], fields):
+    record, name = _read_record(out / MANIFEST, "manifest", ("config", "inputs", "outputs"), fix), display_path(out)
+    fields = changed_fields(settings, record["config"]) if record.get("config_hash") != config_hash(settings) else []
+    if fields and not extends(settings, record["config"], fields):
         raise InputError(f"an output folder of another run, whose config differs ({_join_names(fields)})", name, fix)
-    found = changes(out, made)
-    if edited := [change for change in found if change.kind == "changed"]:
+    differences = changes(out, record)
+    if edited := [change for change in differences if change.kind == "changed"]:
         raise InputError(f"{edited[0]} since it was written", name, fix)
     if fields and not any((out / "checkpoints").glob("checkpoint-*")):
         what = f"its config differs ({_join_names(fields)}), and the checkpoints to resume from are gone"
         raise InputError(what, name, fix)
-    if found:
+    if differences:
         return State.INCOMPLETE
-    inputs = [(out.parent / given["path"], given["sha256"]) for given in made["inputs"].values()]
+    inputs = [(out.parent / source["path"], source["sha256"]) for source in record["inputs"].values()]
     if not all(path.exists() and content_hash(path) == sha256 for path, sha256 in inputs):
         return State.STALE
     return State.INCOMPLETE if fields else State.DONE
@@ -162,8 +172,11 @@ def _is_made_by(settings: Stage, out: Path) -> bool:
     "Whether the manifest in `out` is of exactly this config."
     from qwen_vl_kit.store.manifest import config_hash
 
-    made = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else None
-    return isinstance(made, dict) and made.get("config_hash") == config_hash(settings)
+    try:
+        record = _read_record(out / MANIFEST, "manifest", ("config",), "")
+    except InputError:  # none, or a damaged one
+        return False
+    return record.get("config_hash") == config_hash(settings)
 
 # %% ../../nbs/runner/02_workspace.ipynb #304805e0
 def state(stage: str, settings: Stage, out: Path, option: str = "--out") -> State:
@@ -179,16 +192,16 @@ def state(stage: str, settings: Stage, out: Path, option: str = "--out") -> Stat
     fields = [] if unfinished is None else changed_fields(settings, unfinished)
     if unfinished is not None and not fields:
         return State.INCOMPLETE
-    if _is_made_by(settings, out) and (found := _finished_state(settings, out, fix)) == State.DONE:
-        return found
+    if _is_made_by(settings, out) and _finished_state(settings, out, fix) == State.DONE:
+        return State.DONE
     if unfinished is not None:
         if extends(settings, unfinished, fields):
             return State.INCOMPLETE
         raise InputError(f"holds an unfinished run with another config ({_join_names(fields)})", display_path(out), fix)
     if (out / MANIFEST).is_file():
         return _finished_state(settings, out, fix)
-    if found := [name for name in OUTPUTS if (out / name).exists()]:
-        what = f"an output folder of another run (it holds {found[0]}, and no manifest)"
+    if outputs := [name for name in OUTPUTS if (out / name).exists()]:
+        what = f"an output folder of another run (it holds {outputs[0]}, and no manifest)"
         raise InputError(what, display_path(out), fix)
     return State.NEW
 
@@ -249,7 +262,7 @@ def has_succeeded(out: Path) -> bool:
 
 # %% ../../nbs/runner/02_workspace.ipynb #541e991c
 def publish(out: Path) -> None:
-    "Move what a run that has succeeded wrote in `.work` up to `out`, in place of what stands there."
+    "Move what a run that has succeeded wrote in `.work` up to `out`, in place of what is there."
     work = out / WORK
     if (work / CONFIG).exists():
         names = [path.name for path in work.iterdir() if path.name != CONFIG]
@@ -266,7 +279,7 @@ def publish(out: Path) -> None:
 
 # %% ../../nbs/runner/02_workspace.ipynb #cdc661fd
 def settle(out: Path, option: str = "--out") -> None:
-    "End a moving or a removal that was cut short in `out`. Raises `InputError` while another process writes there."
+    "Finish the moves or the removal that a kill interrupted in `out`. Raises `InputError` while a process writes there."
     if is_held(out):
         raise _in_use(out, option)
     if (out / WORK).is_dir() and (has_succeeded(out) or not (out / WORK / CONFIG).exists()):
