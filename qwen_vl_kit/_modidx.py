@@ -2060,6 +2060,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'qwen_vl_kit/runner/workspace.py'),
                                               'qwen_vl_kit.runner.workspace._link': ( 'runner/workspace.html#_link',
                                                                                       'qwen_vl_kit/runner/workspace.py'),
+                                              'qwen_vl_kit.runner.workspace._read_record': ( 'runner/workspace.html#_read_record',
+                                                                                             'qwen_vl_kit/runner/workspace.py'),
                                               'qwen_vl_kit.runner.workspace.claim': ( 'runner/workspace.html#claim',
                                                                                       'qwen_vl_kit/runner/workspace.py'),
                                               'qwen_vl_kit.runner.workspace.conflict_hint': ( 'runner/workspace.html#conflict_hint',

@@ -9,7 +9,7 @@ __all__ = ['EXAMPLES', 'new_run']
 import shutil
 from pathlib import Path
 
-from ..core import InputError, nearest, reporting_os_errors
+from ..core import InputError, display_path, nearest, reporting_os_errors
 from .notebook import packaged_file
 
 # %% ../../nbs/runner/06_new.ipynb #b178f032
@@ -23,6 +23,6 @@ def new_run(target: str | Path, like: str = "demo") -> Path:
         raise InputError(f"no configs are called {like!r}", "--like", nearest(like, EXAMPLES))
     with reporting_os_errors(target):
         if target.is_file() or target.is_dir() and any(target.iterdir()):
-            raise InputError("exists already", target, "name a new folder")
+            raise InputError("exists already", display_path(target), "name a new folder")
         shutil.copytree(packaged_file("configs", like, "configs"), target, dirs_exist_ok=True)
     return target

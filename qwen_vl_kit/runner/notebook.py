@@ -49,9 +49,10 @@ def finish(result: Result, settings: Stage) -> Result:
 def packaged_file(kind: str, name: str, place: str) -> Path:
     "A file or folder among the package's `forms` or `configs` (`kind`); in the project's folder they are in `place`."
     folders = [root() / place, Path(qwen_vl_kit.__file__).parent / kind]
-    if not (found := [folder / name for folder in folders if (folder / name).exists()]):
-        raise InputError(f"not found in {' or '.join(map(str, folders))}", name, "install qwen_vl_kit again")
-    return found[0]
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    raise InputError(f"not found in {' or '.join(map(str, folders))}", name, "install qwen_vl_kit again")
 
 # %% ../../nbs/runner/01_notebook.ipynb #2570e98d
 def form(stage: str) -> Path:
@@ -154,7 +155,7 @@ class RunFailed(RuntimeError):
 
 # %% ../../nbs/runner/01_notebook.ipynb #2d06fe10
 def describe_error(error: BaseException) -> dict:
-    "What has to be known of an error outside its process, as plain values."
+    "What another process has to know of an error, as plain values."
     facts: dict = {"kind": type(error).__name__, "message": str(error), "expected": isinstance(error, StageError)}
     if isinstance(error, InputError):
         where = None if error.where is None else str(error.where)
@@ -169,7 +170,8 @@ def restore_error(facts: dict, executed: Path) -> Exception:
     if "input" in facts:
         return InputError(**facts["input"])
     if "os" in facts:
-        return OSError(*facts["os"])
+        number, reason, *path = facts["os"]
+        return OSError(number, reason, *(path or [display_path(stage_folder(executed.parent))]))
     last = (facts["message"].strip().splitlines() or [""])[-1]
     return RunFailed(last if facts["expected"] else f"{facts['kind']}: {last}", executed)
 

@@ -205,9 +205,8 @@ def run_stage(stage: str, settings: Stage, out: str | Path, force: bool = False,
     noted
         the config's notices have been printed
 
-    Raises `InputError` on bad input, `RunFailed` when it broke and `OSError` when the disk was full. What stood in
-    `out` stands there still; what the run has played, trained or paid for is resumed by the next call with the same
-    config.
+    Raises `InputError` on bad input, `RunFailed` when it broke and `OSError` when the disk was full. Then `out` is
+    as it was, and what the run has played, trained or paid for is resumed by the next call with the same config.
     """
     out = resolve(out)
     found = _check_state(stage, settings, out, option, force, renew)
@@ -269,7 +268,7 @@ def _states(loaded: dict[str, Stage], run: Path, force: bool) -> dict[str, State
 # %% ../../nbs/runner/03_run.ipynb #3945b591
 def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides=(), force: bool = False) -> Path:
     """Run the stages of a config folder in order, and return the run's folder. Stages that are done are passed over,
-    stale ones begin anew, incomplete ones resume."""
+    stale ones start again, incomplete ones resume."""
     from qwen_vl_kit.store.prices import check_prices
 
     stages, run = stage_range(first, last), run_folder(path, out)
