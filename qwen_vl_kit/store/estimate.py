@@ -147,10 +147,10 @@ JUDGE_TURNS = 100        # of an episode, that it reads
 JUDGE_REPLY = 40         # tokens
 
 
-def _judge_cost(stage: str, config: Stage, completion: int, book: dict[str, Price]) -> tuple[float, str]:
-    "US dollars of a remote judge and what they are for; a judge without a price costs 0, and the words say so."
+def _judge_cost(stage: str, config: Stage, completion: int, book: dict[str, Price]) -> tuple[float, dict]:
+    "US dollars of a remote judge, and what is assumed of it; a judge without a price costs 0, and the words say so."
     if getattr(config, "judge", "") != "remote":
-        return 0.0, ""
+        return 0.0, {}
     if stage == "grpo":
         calls = config.iterations * config.groups * config.group_size
     else:
@@ -159,8 +159,9 @@ def _judge_cost(stage: str, config: Stage, completion: int, book: dict[str, Pric
     words = f"{calls} calls of {prompt} + {JUDGE_REPLY} tokens to judge {config.judge_model!r}"
     name = book_name(config.judge_model, book)
     if not name:
-        return 0.0, words + ", which has no price and is not in the sum"
-    return float(book[f"{name}/input"](calls * prompt) + book[f"{name}/output"](calls * JUDGE_REPLY)), words
+        return 0.0, {"judge": words + ", which has no price and is not in the sum"}
+    usd = book[f"{name}/input"](calls * prompt) + book[f"{name}/output"](calls * JUDGE_REPLY)
+    return float(usd), {"judge": words}
 
 # %% ../../nbs/store/08_estimate.ipynb #a49b3957
 def _teacher_cost(name: str, config: CollectConfig, turns: int, tokens: dict,
@@ -180,8 +181,6 @@ def estimate(stage: str, config: Any, protocol: Protocol | None = None, rows: in
 
     Parameters
     ----------
-    config
-        the stage's
     protocol
         for sft, which has none of its own: that of the traces (default: collect's defaults)
     rows
@@ -201,8 +200,7 @@ def estimate(stage: str, config: Any, protocol: Protocol | None = None, rows: in
     protocol = protocol or (CollectConfig() if stage == "sft" else config)
     tokens, book = turn_tokens(protocol, completion), prices()
     turns, flops, seconds = _work(stage, config, protocol, rows, tokens, mfu)
-    judge_usd, judge_words = _judge_cost(stage, config, completion, book)
-    judge = {"judge": judge_words} if judge_words else {}
+    judge_usd, judge = _judge_cost(stage, config, completion, book)
     teacher = book_name(config.model, book) if stage == "collect" else None
     if teacher:
         prompt, usd = _teacher_cost(teacher, config, turns, tokens, book)

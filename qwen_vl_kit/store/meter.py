@@ -25,7 +25,8 @@ from .prices import BOOK, IMAGE_TOKENS, Price, book_name, prices, require_prices
 # %% ../../nbs/store/07_meter.ipynb #025a21a0
 def image_bound(model: str, detail: str, render_size: int) -> int:
     "The most tokens that one square image can be billed as, before the endpoint has reported any."
-    rates = IMAGE_TOKENS.get(book_name(model, BOOK) or "", IMAGE_TOKENS["gpt-4o-mini"])  # of those on record, the highest
+    highest = IMAGE_TOKENS["gpt-4o-mini"]  # of those on record
+    rates = IMAGE_TOKENS.get(book_name(model, BOOK) or "", highest)
     tiles = math.ceil(min(render_size, 768) / 512) ** 2
     return rates["low"] + (0 if detail == "low" else rates["tile"] * tiles)
 

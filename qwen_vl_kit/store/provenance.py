@@ -33,8 +33,8 @@ def _commit() -> tuple[str | None, bool | None]:
     return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
 
 # %% ../../nbs/store/01_provenance.ipynb #f5354ea5
-PACKAGES = ("qwen_vl_kit", "torch", "transformers", "trl", "peft", "accelerate", "vllm", "bitsandbytes", "crafter", "numpy",
-            "pandas")
+PACKAGES = ("qwen_vl_kit", "torch", "transformers", "trl", "peft", "accelerate", "vllm", "bitsandbytes", "crafter",
+            "numpy", "pandas")
 
 
 def _versions() -> dict[str, str]:
@@ -49,8 +49,11 @@ def _versions() -> dict[str, str]:
 
 # %% ../../nbs/store/01_provenance.ipynb #e5ee0b57
 def provenance(**more) -> dict:
-    """Where a run comes from: `commit` and `dirty` (tracked files differ from it; None outside of a checkout), `python`, `platform`, `versions`
-    of packages; and `more`, as given."""
+    """Where a run comes from.
+
+    `commit` and `dirty` (tracked files differ from it; None outside of a checkout), `python`, `platform`, `versions` of
+    packages; and `more`, as given.
+    """
     commit, dirty = _commit()
     return {"commit": commit, "dirty": dirty, "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}", "versions": _versions(), **more}
