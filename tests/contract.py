@@ -1,4 +1,5 @@
-"What every engine has to keep, asked of a real one: `tests/test_engines.py` asks hf, `tests/test_vllm.py` vllm and a vLLM server."
+"""What every engine has to keep, asked of a real one: `tests/test_engines.py` asks hf, `tests/test_vllm.py` vllm and
+a vLLM server."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,9 @@ def adapter(folder: Path, seed: int, base: str = "tiny", targets: str = "languag
     with torch.no_grad():
         for number, (name, weight) in enumerate(peft.named_parameters()):
             if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1000 * seed + number)) * std)
+                weight.copy_(
+                    torch.randn(weight.shape, generator=torch.Generator().manual_seed(1000 * seed + number)) * std
+                )
     peft.save_pretrained(folder)
     write_card(folder, loaded, prompt_hash(BRIEF))
     return folder
@@ -70,13 +73,18 @@ class Reference:
         with torch.no_grad():
             inputs = {k: v.to(self.model.device) for k, v in batch.items() if k not in ("labels", "where")}
             logits = self.model(**inputs).logits[0].cpu()
-        plain = torch.log_softmax(logits / temperature, -1)[n - 1:-1].gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        plain = torch.log_softmax(logits / temperature, -1)[n - 1 : -1].gather(
+            1, torch.tensor(output.token_ids)[:, None]
+        )[:, 0]
         return (plain - torch.tensor(output.logprobs)).abs().max().item()
 
 
 def close(first, second) -> bool:
     "Whether the same tokens came with the same log-probabilities."
-    return all(a.token_ids == b.token_ids and np.allclose(a.logprobs, b.logprobs, atol=1e-4) for a, b in zip(first, second, strict=True))
+    return all(
+        a.token_ids == b.token_ids and np.allclose(a.logprobs, b.logprobs, atol=1e-4)
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 def check(engine, tmp_path: Path, limit: float = 1e-4) -> None:
@@ -89,7 +97,9 @@ def check(engine, tmp_path: Path, limit: float = 1e-4) -> None:
     assert max(map(base.gap, asked, cold)) < limit
     assert close(engine.generate(asked, SAMPLING), cold)  # caches are warm
     assert close(engine.generate(asked[3:4], SAMPLING), cold[3:4])  # whoever shares the batch
-    twins = engine.generate([asked[3], replace(asked[4], key=asked[3].key)], SAMPLING)  # the same text, and another frame
+    twins = engine.generate(
+        [asked[3], replace(asked[4], key=asked[3].key)], SAMPLING
+    )  # the same text, and another frame
     assert close(twins[:1], cold[3:4]) and twins[0].logprobs != twins[1].logprobs
     assert {o.finish_reason for o in cold} <= {"stop", "length"}
     greedy = engine.generate(asked, Sampling(0.0, 6))
@@ -100,7 +110,10 @@ def check(engine, tmp_path: Path, limit: float = 1e-4) -> None:
     for answer in range(2):  # caches cold and warm
         mixed = engine.generate(many, SAMPLING, speaks)
         for name, reference in zip(["", *names], [base, *trained]):
-            assert max(reference.gap(many[i], mixed[i]) for i in range(len(many)) if speaks[i] == name) < limit, (answer, name)
+            assert max(reference.gap(many[i], mixed[i]) for i in range(len(many)) if speaks[i] == name) < limit, (
+                answer,
+                name,
+            )
     canary = engine.generate(asked, SAMPLING, names[1])
     newest = engine.set_policy(2, folders[2])
     after = engine.generate(asked, SAMPLING, newest)

@@ -1,4 +1,5 @@
-"""An endpoint that answers as no endpoint should: a table of faults, each of which ends a request in its own way, down to the bytes on the wire."""
+"""An endpoint that answers as no endpoint should: a table of faults, each of which ends a request in its own way,
+down to the bytes on the wire."""
 
 import gzip
 import json
@@ -11,15 +12,27 @@ from email.utils import formatdate
 from urllib.parse import quote
 
 KEY, TEAM = 'sk-planted/0123"456+789', "team-planted-0123456789"  # the key looks otherwise in JSON and in addresses
-SPELLINGS = [spelling for secret in (KEY, TEAM) for spelling in (secret, json.dumps(secret)[1:-1], quote(secret, safe=""))]
+SPELLINGS = [
+    spelling for secret in (KEY, TEAM) for spelling in (secret, json.dumps(secret)[1:-1], quote(secret, safe=""))
+]
 SAID = "grass ahead -> do"
-READ, AGAIN, LOST, ENDS = "read", "again", "lost", "ends"  # at once; the call is made again; its episode is lost; the run ends
+READ, AGAIN, LOST, ENDS = (
+    "read",
+    "again",
+    "lost",
+    "ends",
+)  # at once; the call is made again; its episode is lost; the run ends
 
 
 def http(body: bytes | str = b"", status="200 OK", *headers: str, length: bool = True, version="HTTP/1.1") -> bytes:
     "A response as bytes."
     body = body.encode() if isinstance(body, str) else body
-    lines = [f"{version} {status}", *headers, "Connection: close", *([f"Content-Length: {len(body)}"] if length else [])]
+    lines = [
+        f"{version} {status}",
+        *headers,
+        "Connection: close",
+        *([f"Content-Length: {len(body)}"] if length else []),
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
 
 
@@ -33,7 +46,10 @@ def completion(content=SAID, finish="stop", usage=None, choice=None, **message) 
     usage = {"prompt_tokens": 900, "completion_tokens": 12} if usage is None else usage
     return {
         "id": "1",
-        "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}} | (choice or {})],
+        "choices": [
+            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}
+            | (choice or {})
+        ],
         "usage": usage,
     }
 
@@ -43,7 +59,12 @@ def says(*args, **more) -> bytes:
 
 
 def calls(arguments, **function) -> bytes:
-    return says(None, tool_calls=[{"id": "1", "type": "function", "function": {"name": "interact_many", "arguments": arguments} | function}])
+    return says(
+        None,
+        tool_calls=[
+            {"id": "1", "type": "function", "function": {"name": "interact_many", "arguments": arguments} | function}
+        ],
+    )
 
 
 def error(status: str, message="no", *headers: str, **fields) -> bytes:
@@ -67,7 +88,13 @@ DO = {"reason": "grass", "actions": ["do"]}
 
 def replies() -> dict:
     "Completions that are read at once, however they come."
-    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "left"}]}, {"type": "text", "text": "grass "}, "ahead -> do", None, 7]
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "left"}]},
+        {"type": "text", "text": "grass "},
+        "ahead -> do",
+        None,
+        7,
+    ]
     return {
         "parts": says(parts),
         "one part": says({"type": "text", "text": SAID}),
@@ -106,7 +133,9 @@ def replies() -> dict:
         "no usage": value({"choices": completion()["choices"]}),
         "usage in words": says(usage={"prompt_tokens": KEY, "completion_tokens": "12"}),
         "usage of booleans": says(usage={"prompt_tokens": True, "completion_tokens": False}),
-        "odd details of usage": says(usage={"prompt_tokens": 900, "completion_tokens": 12, "prompt_tokens_details": [KEY]}),
+        "odd details of usage": says(
+            usage={"prompt_tokens": 900, "completion_tokens": 12, "prompt_tokens_details": [KEY]}
+        ),
         "gzip": packed(gzip.compress(GOOD), "gzip"),
         "deflate": packed(zlib.compress(GOOD), "deflate"),
         "identity": packed(GOOD, "identity"),
@@ -119,7 +148,8 @@ def replies() -> dict:
         "no content type": http(GOOD),
         "HTTP/1.0": http(GOOD, version="HTTP/1.0"),
         "HTTP/9.9": http(GOOD, version="HTTP/9.9"),
-        "after 100 and 103": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + http(GOOD),
+        "after 100 and 103": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+        + http(GOOD),
         "201": http(GOOD, "201 Created"),
         "206": http(GOOD, "206 Partial Content"),
         "no reason phrase": http(GOOD, "200"),
@@ -141,7 +171,9 @@ def replies() -> dict:
         "a key in content": says(f"header Bearer {KEY} {TEAM} {quote(KEY, safe='')} -> do"),
         "a key in parts": says([KEY[:7], KEY[7:], " -> do"]),
         "a key in arguments": calls({"reason": f"key {KEY}", "actions": ["do"]}),
-        "a key in other letters": calls('{"reason": "' + "".join(f"\\u{ord(letter):04x}" for letter in KEY + TEAM) + '", "actions": ["do"]}'),
+        "a key in other letters": calls(
+            '{"reason": "' + "".join(f"\\u{ord(letter):04x}" for letter in KEY + TEAM) + '", "actions": ["do"]}'
+        ),
         "a key in a header": http(GOOD, "200 OK", f"X-Your-Key: {KEY}", f"Authorization: Bearer {KEY}"),
     }
 
@@ -166,7 +198,9 @@ def unusable() -> dict:
         "deep arguments": calls(DEEP),
         "a deep reason": calls('{"actions": [], "reason": ' + "[" * 500 + "]" * 500 + "}"),
         "deep arguments as an object": http(
-            json.dumps(completion(None, tool_calls=[{"function": {"arguments": "HERE"}}])).replace('"HERE"', "[" * 700 + "]" * 700)
+            json.dumps(completion(None, tool_calls=[{"function": {"arguments": "HERE"}}])).replace(
+                '"HERE"', "[" * 700 + "]" * 700
+            )
         ),
         "blanks in a call": says("<tool_call>a" + " " * 2**21 + "b"),
         "blanks": says(" " * 2**21),
@@ -192,7 +226,10 @@ def unusable() -> dict:
 
 def broken() -> dict:
     "Answers that are none, and faults on the wire: the call is made again."
-    again = {f"{status}": error(f"{status} Oops", KEY) for status in (408, 409, 425, 429, 500, 501, 502, 503, 504, 511, 529, 599, 600, 999)}
+    again = {
+        f"{status}": error(f"{status} Oops", KEY)
+        for status in (408, 409, 425, 429, 500, 501, 502, 503, 504, 511, 529, 599, 600, 999)
+    }
     again |= {
         f"429, wait {wait}": error("429 No", KEY, f"Retry-After: {wait}")
         for wait in ("0", "-5", "nan", "inf", "soon", "1e-9", "", formatdate(0), "Mon, 99 Foo", "0, 7200")
@@ -302,7 +339,10 @@ def refusals() -> dict:
         "of tags": "<" * 2**21,
     }
     lost = {f"400 {name}": error("400 Bad Request", text) for name, text in texts.items()}
-    lost |= {f"{status}": error(f"{status} Oops", KEY) for status in (300, 303, 304, 305, 400, 406, 410, 413, 415, 418, 422, 431, 451, 499)}
+    lost |= {
+        f"{status}": error(f"{status} Oops", KEY)
+        for status in (300, 303, 304, 305, 400, 406, 410, 413, 415, 418, 422, 431, 451, 499)
+    }
     lost |= {
         f"400 as {str(fault)[:30]}": value(fault, status="400 Bad")
         for fault in (
@@ -326,7 +366,9 @@ def refusals() -> dict:
         "400 of a page": http("<html><title>Bad</title>" + "<" * 99_999, "400 Bad Request"),
         "400 cut": http(json.dumps({"error": KEY}), "400 Bad Request", f"X: {KEY}"),
         "400 with every parameter": error(
-            "400 Bad", "temperature, seed, tools, tool_choice, logprobs, max_tokens, max_completion_tokens and 'detail' are not supported"
+            "400 Bad",
+            "temperature, seed, tools, tool_choice, logprobs, max_tokens, max_completion_tokens and 'detail' "
+            "are not supported",
         ),
     }
 
@@ -339,7 +381,9 @@ def ends(elsewhere: str = "http://localhost:9") -> dict:
         for wait in ("7200", "99999999999", "1" * 300, "Fri, 31 Dec 9999 23:59:59 GMT", formatdate(4e9, usegmt=True))
     }
     over |= {
-        f"{status} to another host": http(b"", f"{status} Moved", f"Location: {elsewhere}/v1/chat/completions?key={quote(KEY, safe='')}")
+        f"{status} to another host": http(
+            b"", f"{status} Moved", f"Location: {elsewhere}/v1/chat/completions?key={quote(KEY, safe='')}"
+        )
         for status in (301, 302, 307, 308)
     }
     over |= {
@@ -367,9 +411,9 @@ def ends(elsewhere: str = "http://localhost:9") -> dict:
 
 
 class Hostile(socketserver.ThreadingTCPServer):
-    """`with Hostile(choose) as endpoint`: serves at `endpoint.url` what `choose(number)` gives: bytes, or a list of bytes, pauses in seconds, and
-    None for a connection that is reset. `asked` counts the requests that came whole, `paths` and `opened` are
-    where they went and what Authorization they had."""
+    """`with Hostile(choose) as endpoint`: serves at `endpoint.url` what `choose(number)` gives: bytes, or a list of
+    bytes, pauses in seconds, and None for a connection that is reset. `asked` counts the requests that came whole,
+    `paths` and `opened` are where they went and what Authorization they had."""
 
     allow_reuse_address, daemon_threads, request_queue_size = True, True, 64
 

@@ -1,4 +1,5 @@
-"""An OpenAI-compatible server on loopback, for tests: real HTTP, scripted answers, and its own count of what it was asked and has said."""
+"""An OpenAI-compatible server on loopback, for tests: real HTTP, scripted answers, and its own count of what it was
+asked and has said."""
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,9 +9,16 @@ ANSWER = "grass ahead; go on -> move_right"
 
 def says(text=ANSWER, finish="stop", prompt=900, completion=12, **message):
     "A chat completion that says `text`."
-    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                 "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}],
-                 "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}}
+    return 200, {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [
+            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+        ],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
+    }
 
 
 def calls(name="interact_many", arguments='{"reason": "grass", "actions": ["move_right"]}', **more):
@@ -40,9 +48,8 @@ def counted(reply):
 class Endpoint:
     """`with Endpoint(answer) as endpoint`: serves `answer(number, body)` at `endpoint.url`, numbers from 0.
 
-    An answer is what `says`, `calls` and `refuses` give, or "hang" (until the server ends), "drop" (closes the connection), "cut" (half of
-    a JSON text), "short" (fewer bytes than its header promises), "page" (HTML).
-    """
+    An answer is what `says`, `calls` and `refuses` give, or "hang" (until the server ends), "drop" (closes the
+    connection), "cut" (half of a JSON text), "short" (fewer bytes than its header promises), "page" (HTML)."""
 
     def __init__(self, answer=lambda number, body: says()):
         self.answer, self.lock, self.ended = answer, threading.Lock(), threading.Event()

@@ -103,7 +103,8 @@ def _write_turn(connection, session, turn, size, states, by_metadata, text):
         )
     connection.execute(
         "INSERT INTO events (session_id, timestep_id, event_type, model_name, provider, input_tokens, output_tokens, "
-        "cost_usd, latency_ms, call_records, metadata) VALUES (?, ?, 'cais', 'gpt-4o-mini', 'custom', 3800, 21, 0, 900, ?, ?)",
+        "cost_usd, latency_ms, call_records, metadata) "
+        "VALUES (?, ?, 'cais', 'gpt-4o-mini', 'custom', 3800, 21, 0, 900, ?, ?)",
         (session, step, json.dumps(record), where),
     )
 
@@ -124,7 +125,8 @@ def _write_turn(connection, session, turn, size, states, by_metadata, text):
     ).lastrowid
     if turn == 1:
         connection.execute(
-            "INSERT INTO event_rewards (event_id, session_id, turn_number, reward_value, reward_type, annotation, created_at) "
+            "INSERT INTO event_rewards (event_id, session_id, turn_number, reward_value, reward_type, annotation, "
+            "created_at) "
             "VALUES (?, ?, 1, 1, 'unique_achievement_delta', ?, '2025')",
             (event, session, json.dumps({"achievements": ["collect_wood"]})),
         )

@@ -1,4 +1,5 @@
-"""Adapters that others have made: each part is played as PEFT plays it, or refused by its name; and QLoRA's base in 4 bits."""
+"""Adapters that others have made: each part is played as PEFT plays it, or refused by its name; and QLoRA's base in 4
+bits."""
 
 import gc
 import json
@@ -77,7 +78,10 @@ def gap(folder: Path, outputs: list) -> float:
     from peft import PeftModel
 
     processor, model = load_without_weights("tiny")[0].processor, PeftModel.from_pretrained(stock(), folder).eval()
-    return max(contract.Reference.gap(_Stock(model, processor), *pair, SAMPLING.temperature) for pair in zip(ASKED, outputs, strict=True))
+    return max(
+        contract.Reference.gap(_Stock(model, processor), *pair, SAMPLING.temperature)
+        for pair in zip(ASKED, outputs, strict=True)
+    )
 
 
 class _Stock:
@@ -92,15 +96,29 @@ def engine():
 
 
 PLAYED = {
-    "plain": {}, "one scale a layer": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 3}, "use_rslora": True},
-    "DoRA": {"use_dora": True, "rank_pattern": {"q_proj": 8}}, "DoRA on all": {"use_dora": True, "target_modules": "all-linear"},
-    "a norm": {"modules_to_save": ["norm"]}, "an embedding, its head as before": {"modules_to_save": ["embed_tokens"]},
+    "plain": {},
+    "one scale a layer": {
+        "rank_pattern": {"q_proj": 8},
+        "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 3},
+        "use_rslora": True,
+    },
+    "DoRA": {"use_dora": True, "rank_pattern": {"q_proj": 8}},
+    "DoRA on all": {"use_dora": True, "target_modules": "all-linear"},
+    "a norm": {"modules_to_save": ["norm"]},
+    "an embedding, its head as before": {"modules_to_save": ["embed_tokens"]},
     "a head, its embedding as before": {"modules_to_save": ["lm_head"]},
     "an embedding and its head": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "biases": {"target_modules": QUERIES, "bias": "all"}, "biases of adapted layers": {"target_modules": r".*(qkv|q_proj)", "bias": "lora_only"},
-    "LoRA on the embedding": {"target_modules": WORDS}, "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
-    "some words": {"trainable_token_indices": [1, 2, 40]}, "OLoRA": {"init_lora_weights": "olora"}, "PiSSA": {"init_lora_weights": "pissa"},
-    "EVA": {"init_lora_weights": "eva"}, "patches": {"target_modules": r".*patch_embed\.proj"}, "no task": {"task_type": None}}
+    "biases": {"target_modules": QUERIES, "bias": "all"},
+    "biases of adapted layers": {"target_modules": r".*(qkv|q_proj)", "bias": "lora_only"},
+    "LoRA on the embedding": {"target_modules": WORDS},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "some words": {"trainable_token_indices": [1, 2, 40]},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "EVA": {"init_lora_weights": "eva"},
+    "patches": {"target_modules": r".*patch_embed\.proj"},
+    "no task": {"task_type": None},
+}
 
 
 @pytest.mark.parametrize("kind", PLAYED)
@@ -120,28 +138,52 @@ def test_a_model_that_carries_an_adapter_computes_what_peft_computes(kind, tmp_p
 
 
 REFUSED = {
-    "lora_bias": {"lora_bias": True}, "target_parameters": {"target_modules": ["q_proj"], "target_parameters": ["k_proj.weight"]},
-    "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]}, 'init_lora_weights = "pissa_niter_4"': {"init_lora_weights": "pissa_niter_4"},
-    'init_lora_weights = "mica"': {"init_lora_weights": "mica"}, 'task_type = "SEQ_CLS"': {"task_type": "SEQ_CLS"}}
+    "lora_bias": {"lora_bias": True},
+    "target_parameters": {"target_modules": ["q_proj"], "target_parameters": ["k_proj.weight"]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
+    'init_lora_weights = "pissa_niter_4"': {"init_lora_weights": "pissa_niter_4"},
+    'init_lora_weights = "mica"': {"init_lora_weights": "mica"},
+    'task_type = "SEQ_CLS"': {"task_type": "SEQ_CLS"},
+}
 WORDED = {  # where PEFT cannot make one here
-    'init_lora_weights = "corda"': {"init_lora_weights": "corda"}, 'init_lora_weights = "loftq"': {"init_lora_weights": "loftq"},
-    "layer_replication": {"layer_replication": [[0, 2], [1, 3]]}, "megatron_config": {"megatron_config": {"a": 1}},
-    "of_a_later_peft": {"of_a_later_peft": True}, 'peft_type = "ADALORA"': {"peft_type": "ADALORA"}, 'peft_type = "IA3"': {"peft_type": "IA3"}}
+    'init_lora_weights = "corda"': {"init_lora_weights": "corda"},
+    'init_lora_weights = "loftq"': {"init_lora_weights": "loftq"},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
+    "megatron_config": {"megatron_config": {"a": 1}},
+    "of_a_later_peft": {"of_a_later_peft": True},
+    'peft_type = "ADALORA"': {"peft_type": "ADALORA"},
+    'peft_type = "IA3"': {"peft_type": "IA3"},
+}
 
 
 @pytest.mark.parametrize("part", [*REFUSED, *WORDED])
 def test_what_cannot_be_played_is_refused_by_its_name(part, engine, tmp_path):
     folder = described(lora(tmp_path / "adapter", **REFUSED.get(part, {})), **WORDED.get(part, {}))
-    for way in (lambda: engine.set_policy(10**6, folder), lambda: load_model("tiny", adapter=folder), lambda: benchmark.run(
-            BenchmarkConfig(model="tiny", arms=["random", "sft"], sft_adapter=str(folder), seeds="7", **PLAY), tmp_path / "benchmark")):
+    for way in (
+        lambda: engine.set_policy(10**6, folder),
+        lambda: load_model("tiny", adapter=folder),
+        lambda: benchmark.run(
+            BenchmarkConfig(model="tiny", arms=["random", "sft"], sft_adapter=str(folder), seeds="7", **PLAY),
+            tmp_path / "benchmark",
+        ),
+    ):
         with pytest.raises(InputError) as refused:
             way()
         assert part in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "benchmark").exists()
 
 
-@pytest.mark.parametrize("kind, part", [("DoRA", "use_dora"), ("one scale a layer", "alpha_pattern"), ("a norm", "modules_to_save"),
-                                        ("biases", "bias"), ("LoRA on the head", "embeddings"), ("OLoRA", "olora")])
+@pytest.mark.parametrize(
+    "kind, part",
+    [
+        ("DoRA", "use_dora"),
+        ("one scale a layer", "alpha_pattern"),
+        ("a norm", "modules_to_save"),
+        ("biases", "bias"),
+        ("LoRA on the head", "embeddings"),
+        ("OLoRA", "olora"),
+    ],
+)
 def test_vllm_is_given_nothing_that_it_would_play_otherwise(kind, part, tmp_path):
     with pytest.raises(InputError, match=part):
         language_only(lora(tmp_path / "adapter", **PLAYED[kind]))
@@ -164,12 +206,20 @@ def _narrow(held: dict) -> None:
     held[name] = held[name][:, :64].clone()
 
 
-@pytest.mark.parametrize("change, says", [(_cut, r"of its tensors are missing \(.*layers\.2\.mlp\.down_proj"),
-                                          (_narrow, r"\[4, 64\], not \[4, 128\]"), (_added, r"1 of its tensors belong to nothing .*layers\.7"),
-                                          (_resized, "the vocabulary was resized")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (_cut, r"of its tensors are missing \(.*layers\.2\.mlp\.down_proj"),
+        (_narrow, r"\[4, 64\], not \[4, 128\]"),
+        (_added, r"1 of its tensors belong to nothing .*layers\.7"),
+        (_resized, "the vocabulary was resized"),
+    ],
+)
 def test_tensors_are_those_that_the_config_asks_for(change, says, engine, tmp_path):
     folder = tensors(lora(tmp_path / "adapter"), change)
-    played = BenchmarkConfig(model="tiny", arms=["random", "sft"], sft_adapter=str(folder), seeds="7", bf16=False, engine="hf", **PLAY)
+    played = BenchmarkConfig(
+        model="tiny", arms=["random", "sft"], sft_adapter=str(folder), seeds="7", bf16=False, engine="hf", **PLAY
+    )
     for way in (lambda: engine.set_policy(10**6, folder), lambda: load_model("tiny", adapter=folder, trainable=True),
                 lambda: benchmark.run(played, tmp_path / "benchmark")):
         with pytest.raises(InputError, match=says):
@@ -203,8 +253,21 @@ def test_training_does_not_go_on_from_what_the_trainer_would_leave_out(kind, par
 
 def trained(tmp_path: Path, adapter: Path, **more):
     "One iteration of GRPO from an adapter."
-    settings = dict(model="tiny", adapter=str(adapter), groups=2, group_size=2, branch_share=0.0, iterations=1, batch_size=16, max_new_tokens=8,
-                    seeds="50-99", sequence_length=128, bf16=False, engine="hf", threads=1)
+    settings = dict(
+        model="tiny",
+        adapter=str(adapter),
+        groups=2,
+        group_size=2,
+        branch_share=0.0,
+        iterations=1,
+        batch_size=16,
+        max_new_tokens=8,
+        seeds="50-99",
+        sequence_length=128,
+        bf16=False,
+        engine="hf",
+        threads=1,
+    )
     return grpo.run(GRPOConfig(**settings | PLAY | more), tmp_path / "grpo")
 
 
@@ -212,7 +275,9 @@ def trained(tmp_path: Path, adapter: Path, **more):
 def test_grpo_goes_on_from_parts_that_are_merged_to_be_played(kind, beta, tmp_path):
     result = trained(tmp_path, lora(tmp_path / "adapter", **PLAYED[kind]), beta=beta)
     [row] = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
-    assert row["logprob_gap"] < 1e-5 and set(adapter_parts(result.out / "adapter")) == set(adapter_parts(tmp_path / "adapter"))
+    assert row["logprob_gap"] < 1e-5 and set(adapter_parts(result.out / "adapter")) == set(
+        adapter_parts(tmp_path / "adapter")
+    )
 
 
 def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_knows_is_reported(tmp_path):
@@ -220,11 +285,24 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     result = trained(tmp_path, foreign)
     assert result.numbers["unknown_of_adapter"] == ["base weights", "prompt", "seeds"]
     assert result.numbers["adapter_names_base"] == "somebody/else"
-    assert "adapter: its adapter_config.json names somebody/else as its base, and it is put on tiny" in result.numbers["notices"]
+    assert (
+        "adapter: its adapter_config.json names somebody/else as its base, and it is put on tiny"
+        in result.numbers["notices"]
+    )
     card = read_card(result.out)
     assert card["base"] == "tiny" and missing_facts(card) == ["seeds"] and training_seeds(card) == [50, 51]
-    config = BenchmarkConfig(model="tiny", arms=["sft", "grpo"], sft_adapter=str(foreign), grpo_adapter=str(result.out / "checkpoints/checkpoint-1"),
-                             seeds="7-8", bf16=False, engine="hf", threads=1, max_new_tokens=8, **PLAY)
+    config = BenchmarkConfig(
+        model="tiny",
+        arms=["sft", "grpo"],
+        sft_adapter=str(foreign),
+        grpo_adapter=str(result.out / "checkpoints/checkpoint-1"),
+        seeds="7-8",
+        bf16=False,
+        engine="hf",
+        threads=1,
+        max_new_tokens=8,
+        **PLAY,
+    )
     numbers = benchmark.run(config, tmp_path / "benchmark").numbers
     assert numbers["seeds_not_told"] == ["sft", "grpo"] and numbers["adapters_name_base"] == {"sft": "somebody/else"}
     assert numbers["unknown_of_adapters"]["grpo"] == ["base weights", "prompt", "seeds"]
@@ -292,11 +370,18 @@ def test_a_base_in_4_bits_plays_an_adapter_as_peft_does_and_takes_it_away_again(
         carrying = load_model("tiny", adapter=folder, qlora=True, trainable=True)
         reference = _Stock(carrying.model.train(), carrying.processor)  # as GRPO's trainer holds it
         outputs = engine.generate(ASKED, SAMPLING, engine.set_policy(version, folder))
-        assert max(contract.Reference.gap(reference, *pair, SAMPLING.temperature) for pair in zip(ASKED, outputs)) < 1e-4
+        assert (
+            max(contract.Reference.gap(reference, *pair, SAMPLING.temperature) for pair in zip(ASKED, outputs)) < 1e-4
+        )
         assert outputs[0].logprobs != base[0].logprobs
         assert [o.logprobs for o in engine.generate(ASKED, SAMPLING)] == [o.logprobs for o in base]
-    assert base[0].logprobs != create_engine("hf", "tiny", bf16=False).generate(ASKED, SAMPLING)[0].logprobs  # else it is none in 4 bits
-    for made, words in (({"quantization": "nf4"}, []), ({}, ["it was trained on a base in 16 bits, and is put on one in 4"])):
+    assert (
+        base[0].logprobs != create_engine("hf", "tiny", bf16=False).generate(ASKED, SAMPLING)[0].logprobs
+    )  # else it is none in 4 bits
+    for made, words in (
+        ({"quantization": "nf4"}, []),
+        ({}, ["it was trained on a base in 16 bits, and is put on one in 4"]),
+    ):
         lines = base_notices(carrying, {"base": "tiny", "base_weights": "0", **made})
         assert [line.partition(", which")[0] for line in lines] == words
     with pytest.raises(InputError, match="a base in 4 bits cannot take this part of an adapter: use_dora"):
@@ -312,16 +397,28 @@ def test_a_base_in_4_bits_is_not_for_the_other_engines():
     assert plan_serving(GRPOConfig(variety="qlora", gpus_for_vllm=2))[0] == 0
 
 
-@pytest.mark.parametrize("key, value", [("base_model_name_or_path", 5), ("base_model_name_or_path", ["x"]), ("arrow_config", {}),
-                                        ("rank_pattern", [1]), ("target_parameters", ""), ("use_bdlora", False),
-                                        ("layers_to_transform", "x"), ("r", "8")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("base_model_name_or_path", 5),
+        ("base_model_name_or_path", ["x"]),
+        ("arrow_config", {}),
+        ("rank_pattern", [1]),
+        ("target_parameters", ""),
+        ("use_bdlora", False),
+        ("layers_to_transform", "x"),
+        ("r", "8"),
+    ],
+)
 def test_a_config_with_a_value_of_another_type_is_refused_in_a_line(key, value, tmp_path):
     folder = described(lora(tmp_path / "adapter"), **{key: value})
     with pytest.raises(InputError):
         load_model("tiny", adapter=folder)
 
 
-@pytest.mark.parametrize("key, value", [("base", 5), ("base", None), ("base_weights", 7), ("base_digest", []), ("prompt_hash", {})])
+@pytest.mark.parametrize(
+    "key, value", [("base", 5), ("base", None), ("base_weights", 7), ("base_digest", []), ("prompt_hash", {})]
+)
 def test_a_card_with_a_value_of_another_type_is_refused_in_a_line(key, value, tmp_path):
     folder = lora(tmp_path / "adapter")
     write_json(folder / "qvk.json", {"base": "tiny", "base_weights": None, "prompt_hash": None, key: value})

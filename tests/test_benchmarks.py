@@ -36,7 +36,10 @@ def test_perf_is_the_benchmarks_command():
 @pytest.mark.process
 def test_without_a_clone_perf_says_where_benchmarks_are(tmp_path):
     shutil.copytree(root() / "qwen_vl_kit", tmp_path / "qwen_vl_kit", ignore=shutil.ignore_patterns("__pycache__"))
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from qwen_vl_kit.runner.cli import main; sys.exit(main(['perf', 'store']))"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+        "from qwen_vl_kit.runner.cli import main; sys.exit(main(['perf', 'store']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1) and "clone" in done.stderr
 

@@ -22,7 +22,13 @@ pytestmark = pytest.mark.process
 
 def test_a_stage_leaves_its_notebook_page_metrics_and_manifest(collected):
     folder = collected / "collect"
-    assert {path.name for path in folder.iterdir()} == {"rollouts.db", "metrics.jsonl", "run.ipynb", "run.html", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "rollouts.db",
+        "metrics.jsonl",
+        "run.ipynb",
+        "run.html",
+        "manifest.json",
+    }
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["config"]["horizon"], manifest["numbers"]["episodes"]) == ("s5", 3)
     assert "iVBOR" in (folder / "run.html").read_text()  # pictures are in the page itself
@@ -37,17 +43,23 @@ def test_a_finished_stage_is_passed_over_and_another_config_refused(collected):
     assert (collected / "collect" / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("sets", [['teacher="model"', 'model="tinyy"'], ['student="outputs/none"', 'teacher="expert"'], ['judge_model="x"']])
+@pytest.mark.parametrize(
+    "sets", [['teacher="model"', 'model="tinyy"'], ['student="outputs/none"', 'teacher="expert"'], ['judge_model="x"']]
+)
 def test_force_deletes_nothing_while_the_input_is_bad(collected, sets):
     before = {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()}
-    code, _, error = qvk("collect", *SMALL, "--force", *(word for one in sets for word in ("--set", one)), "--out", collected)
+    code, _, error = qvk(
+        "collect", *SMALL, "--force", *(word for one in sets for word in ("--set", one)), "--out", collected
+    )
     assert code == 2 and one_line(error)
     assert {path: path.read_bytes() for path in collected.rglob("*") if path.is_file()} == before
 
 
 def test_the_run_of_all_stages_does_a_stale_one_again(tmp_path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(run, "run_stage", lambda stage, *args, **_: bool(ran.append((stage, args[3]))) or stage == "benchmark")
+    monkeypatch.setattr(
+        run, "run_stage", lambda stage, *args, **_: bool(ran.append((stage, args[3]))) or stage == "benchmark"
+    )
     monkeypatch.setattr(run, "state", lambda stage, *_: "stale" if stage == "benchmark" else "done")
     run_all("configs/demo", str(tmp_path))
     assert ran == [(stage, stage in ("benchmark", "report")) for stage in STAGES]
@@ -63,7 +75,9 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_in_the_way(tmp_path):
 def test_a_truncated_store_is_bad_input_and_leaves_nothing(collected, tmp_path):
     torn = tmp_path / "rollouts.db"
     torn.write_bytes((collected / "collect" / "rollouts.db").read_bytes()[:5000])
-    code, said, error = qvk("export", "--config", "configs/demo", "--set", f'traces="{torn}"', "--out", tmp_path / "run")
+    code, said, error = qvk(
+        "export", "--config", "configs/demo", "--set", f'traces="{torn}"', "--out", tmp_path / "run"
+    )
     assert (code, said) == (2, "") and str(torn) in one_line(error)
     assert not (tmp_path / "run" / "export").exists()
 
@@ -72,7 +86,10 @@ def test_a_row_whose_image_does_not_decode_is_bad_input(tmp_path):
     from qwen_vl_kit.protocol.turns import answer, messages, prompt_hash
     from qwen_vl_kit.runner.configs import load_config
     protocol = load_config("configs/demo", "collect")
-    said = [*messages(protocol, ["data:image/png;base64,AAAA"], []), {"role": "assistant", "content": answer(protocol, ["do"], "x")}]
+    said = [
+        *messages(protocol, ["data:image/png;base64,AAAA"], []),
+        {"role": "assistant", "content": answer(protocol, ["do"], "x")},
+    ]
     shown = protocol.model_dump(include=set(type(protocol).__mro__[1].model_fields))
     row = {"messages": said, "metadata": {"prompt_hash": prompt_hash(protocol), "protocol": shown, "seed": 1}}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
@@ -83,8 +100,20 @@ def test_a_row_whose_image_does_not_decode_is_bad_input(tmp_path):
 
 
 def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
-    command = ["collect", "--config", "configs/demo", "--set", "seeds=0-99", "--set", "concurrency=4", "--out", str(tmp_path)]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, do not hear Ctrl-C
+    command = [
+        "collect",
+        "--config",
+        "configs/demo",
+        "--set",
+        "seeds=0-99",
+        "--set",
+        "concurrency=4",
+        "--out",
+        str(tmp_path),
+    ]
+    heard = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs, and so their children, do not hear Ctrl-C
     started = subprocess.Popen([*QVK, *command], cwd=root(), stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     metrics = tmp_path / "collect" / ".work" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n")):
@@ -102,39 +131,75 @@ def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
 
 
 def test_ctrl_c_while_the_command_loads_is_no_traceback(tmp_path):
-    (tmp_path / "pydantic.py").write_text("import signal; print('loading', flush=True); signal.pause()")  # the longest to load, and longer
+    (tmp_path / "pydantic.py").write_text(
+        "import signal; print('loading', flush=True); signal.pause()"
+    )  # the longest to load, and longer
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    started = subprocess.Popen([*QVK, "check", "configs/demo"], cwd=root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=heard, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root())])})
+    started = subprocess.Popen(
+        [*QVK, "check", "configs/demo"],
+        cwd=root(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root())])},
+    )
     assert started.stdout.readline() == "loading\n"
     started.send_signal(signal.SIGINT)
     assert (started.wait(60), started.stderr.read()) == (130, "qvk: interrupted; nothing was begun\n")
 
 
-@pytest.mark.parametrize("args, says", [
-    (["run", "configs/none"], "configs/none: no such folder"),
-    (["run", "configs/demo", "--from", "grpo", "--to", "sft"], "grpo comes after sft"),
-    (["run", "configs/demo", "--set", "sft.lerning_rate=1"], "did you mean 'learning_rate'?"),
-    (["run", "configs/demo", "--set", "grpo.group_size=1"], "--set: key 'group_size'"),
-    (["sft", "--config", "configs/demo/stf.toml"], "no such file; did you mean 'sft.toml'?"),
-    (["sft", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml"], "is for grpo, not for sft"),
-    (["check", "configs/demo/sft.toml", "--set", "epochs"], "write --set key=value"),
-    (["show", "outputs/none"], "no such folder"),
-    (["verify", "outputs/none"], "no such folder"),
-    (["benchmrk"], "see qvk --help"),
-    (["sft", "--env-file", "keys", "--config", "configs/demo"], "unrecognized arguments: --env-file keys; see qvk --help"),
-    (["train", "--type", "rl", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml", "--dataset", "x"], "--dataset: GRPO plays the game itself"),
-    (["sft"], "required: --config"),
-    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--env-file", "/path/to/.env"], "/path/to/.env: cannot be read"),
-    (["train", "--type", "rl", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"], "is for sft, not for grpo"),
-    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", ""], "--seeds: cannot read seeds from ''"),
-    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-99999999999"], "--seeds: seeds '0-99999999999' are more"),
-    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--trace-db", "rollouts.db"], "put a folder before it"),
-    (["eval", "--config", "nowhere.toml"], f"{root()}/nowhere.toml: no such file"),
-    (["collect", "--config", "configs/demo", "--env-file", "no.env"], f"{root()}/no.env: cannot be read"),
-    (["collect", "--config", "configs/demo", "--out", "settings.ini/x"], "is a file; name another folder"),
-    (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--trace-db", "x.sqlite"], "always called rollouts.db"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["run", "configs/none"], "configs/none: no such folder"),
+        (["run", "configs/demo", "--from", "grpo", "--to", "sft"], "grpo comes after sft"),
+        (["run", "configs/demo", "--set", "sft.lerning_rate=1"], "did you mean 'learning_rate'?"),
+        (["run", "configs/demo", "--set", "grpo.group_size=1"], "--set: key 'group_size'"),
+        (["sft", "--config", "configs/demo/stf.toml"], "no such file; did you mean 'sft.toml'?"),
+        (["sft", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml"], "is for grpo, not for sft"),
+        (["check", "configs/demo/sft.toml", "--set", "epochs"], "write --set key=value"),
+        (["show", "outputs/none"], "no such folder"),
+        (["verify", "outputs/none"], "no such folder"),
+        (["benchmrk"], "see qvk --help"),
+        (
+            ["sft", "--env-file", "keys", "--config", "configs/demo"],
+            "unrecognized arguments: --env-file keys; see qvk --help",
+        ),
+        (
+            ["train", "--type", "rl", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml", "--dataset", "x"],
+            "--dataset: GRPO plays the game itself",
+        ),
+        (["sft"], "required: --config"),
+        (
+            ["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--env-file", "/path/to/.env"],
+            "/path/to/.env: cannot be read",
+        ),
+        (
+            ["train", "--type", "rl", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"],
+            "is for sft, not for grpo",
+        ),
+        (
+            ["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", ""],
+            "--seeds: cannot read seeds from ''",
+        ),
+        (
+            ["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-99999999999"],
+            "--seeds: seeds '0-99999999999' are more",
+        ),
+        (
+            ["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--trace-db", "rollouts.db"],
+            "put a folder before it",
+        ),
+        (["eval", "--config", "nowhere.toml"], f"{root()}/nowhere.toml: no such file"),
+        (["collect", "--config", "configs/demo", "--env-file", "no.env"], f"{root()}/no.env: cannot be read"),
+        (["collect", "--config", "configs/demo", "--out", "settings.ini/x"], "is a file; name another folder"),
+        (
+            ["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--trace-db", "x.sqlite"],
+            "always called rollouts.db",
+        ),
+    ],
+)
 def test_bad_input_exits_2_with_one_line(args, says, capsys, monkeypatch):
     monkeypatch.chdir(root())
     assert main(args) == 2
@@ -152,17 +217,31 @@ def test_a_teacher_without_its_key_names_the_variable(tmp_path):
 def test_the_seeds_lines_reach_the_stages(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(root())
     called = []
-    monkeypatch.setattr(run, "run_stage", lambda stage, settings, out, *_, **__: called.append((stage, settings, Path(out))))
+    monkeypatch.setattr(
+        run, "run_stage", lambda stage, settings, out, *_, **__: called.append((stage, settings, Path(out)))
+    )
     db = tmp_path / "traces" / "rollouts.db"
-    for args in (["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-99", "--trace-db", str(db)],
-                 ["filter", "--config", "configs/seed/filter_vision_test.toml"],
-                 ["train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"],
-                 ["train", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml"]):
+    for args in (
+        ["eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-99", "--trace-db", str(db)],
+        ["filter", "--config", "configs/seed/filter_vision_test.toml"],
+        ["train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"],
+        ["train", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml"],
+    ):
         assert main(args) == 0
     (eval_, collect, traces), (filter_, _, rows), (sft, settings, adapter), (rl, rl_settings, rl_adapter) = called
     assert (eval_, filter_, sft, rl) == ("collect", "export", "sft", "grpo")
-    assert (collect.seeds, collect.teacher, collect.model, collect.horizon, traces) == ("0-99", "model", "gpt-4o-mini", "t50", db.parent)
-    assert rows == Path(settings.train).parent if Path(settings.train).is_absolute() else rows == root() / Path(settings.train).parent
+    assert (collect.seeds, collect.teacher, collect.model, collect.horizon, traces) == (
+        "0-99",
+        "model",
+        "gpt-4o-mini",
+        "t50",
+        db.parent,
+    )
+    assert (
+        rows == Path(settings.train).parent
+        if Path(settings.train).is_absolute()
+        else rows == root() / Path(settings.train).parent
+    )
     assert adapter == root() / rl_settings.adapter
     assert rl_adapter.name == "qwen3vl_2b_crafter_rl_iter20"
 
@@ -201,9 +280,12 @@ def test_a_crash_exits_1_and_keeps_the_notebook(tmp_path, collected, capsys, mon
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    "A project of its own with a subfolder `work`, in which the user stands; what would run is noted as (stage, settings, out)."
+    """A project of its own with a subfolder `work`, in which the user stands; what would run is noted as (stage,
+    settings, out)."""
     called = []
-    monkeypatch.setattr(run, "run_stage", lambda stage, settings, out, *_, **__: called.append((stage, settings, Path(out))))
+    monkeypatch.setattr(
+        run, "run_stage", lambda stage, settings, out, *_, **__: called.append((stage, settings, Path(out)))
+    )
     monkeypatch.delenv("QVK_ROOT", raising=False)
     (tmp_path / "configs").symlink_to(root() / "configs")
     (tmp_path / "desk" / "rows").mkdir(parents=True)
@@ -213,27 +295,61 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_paths_of_a_command_are_seen_from_where_it_is_given(elsewhere, tmp_path):
-    work, rows = tmp_path / "desk", "desk/rows"  # told from the project's folder, so that a config is the same from everywhere
+    work, rows = (
+        tmp_path / "desk",
+        "desk/rows",
+    )  # told from the project's folder, so that a config is the same from everywhere
     for name in ("rows/train.jsonl", "rows/val.jsonl", "rows/a.db", "other.db"):
         (work / name).write_text("")
     (tmp_path / "other.db").write_text("")
     sft = "configs/seed/crafter_qwen3vl_2b_gpt4o.toml"
     for line, stage, out, fields in (
-            ("collect --config ../configs/demo --out here", "collect", work / "here/collect", {}),
-            ("collect --config configs/demo --out ./new/../here/", "collect", work / "here/collect", {}),
-            ("collect --config configs/demo", "collect", tmp_path / "50% off/demo/collect", {"student": ""}),
-            ("eval --config configs/seed/eval_gpt4o_vision_proper.toml --trace-db t/rollouts.db", "collect", work / "t", {"model": "gpt-4o-mini"}),
-            (f"train --config {sft} --dataset rows/train.jsonl", "sft", tmp_path / "lora_adapters/qwen3vl_2b_crafter_gpt4o",
-             {"train": f"{rows}/train.jsonl", "val": ""}),
-            (f"train --config {sft}", "sft", tmp_path / "lora_adapters/qwen3vl_2b_crafter_gpt4o",  # a TOML's paths are the project's
-             {"train": "traces/gpt4o_vision_100/sft/train.jsonl"}),
-            ("sft --config configs/demo --set train=rows/train.jsonl --set val=../desk/rows/val.jsonl", "sft", tmp_path / "50% off/demo/sft",
-             {"train": f"{rows}/train.jsonl", "val": f"{rows}/val.jsonl", "model": "tiny"}),
-            ("export --config configs/demo --set traces=['rows/a.db','other.db']", "export", tmp_path / "50% off/demo/export",
-             {"traces": [f"{rows}/a.db", "desk/other.db"]}),
-            ("benchmark --config configs/demo --set sft_adapter=rows --set grpo_adapter=none", "benchmark", tmp_path / "50% off/demo/benchmark",
-             {"sft_adapter": rows, "grpo_adapter": str(tmp_path / "none")}),
-            ("collect --config configs/demo --set student=configs", "collect", tmp_path / "50% off/demo/collect", {"student": "configs"})):
+        ("collect --config ../configs/demo --out here", "collect", work / "here/collect", {}),
+        ("collect --config configs/demo --out ./new/../here/", "collect", work / "here/collect", {}),
+        ("collect --config configs/demo", "collect", tmp_path / "50% off/demo/collect", {"student": ""}),
+        (
+            "eval --config configs/seed/eval_gpt4o_vision_proper.toml --trace-db t/rollouts.db",
+            "collect",
+            work / "t",
+            {"model": "gpt-4o-mini"},
+        ),
+        (
+            f"train --config {sft} --dataset rows/train.jsonl",
+            "sft",
+            tmp_path / "lora_adapters/qwen3vl_2b_crafter_gpt4o",
+            {"train": f"{rows}/train.jsonl", "val": ""},
+        ),
+        (
+            f"train --config {sft}",
+            "sft",
+            tmp_path / "lora_adapters/qwen3vl_2b_crafter_gpt4o",  # a TOML's paths are the project's
+            {"train": "traces/gpt4o_vision_100/sft/train.jsonl"},
+        ),
+        (
+            "sft --config configs/demo --set train=rows/train.jsonl --set val=../desk/rows/val.jsonl",
+            "sft",
+            tmp_path / "50% off/demo/sft",
+            {"train": f"{rows}/train.jsonl", "val": f"{rows}/val.jsonl", "model": "tiny"},
+        ),
+        (
+            "export --config configs/demo --set traces=['rows/a.db','other.db']",
+            "export",
+            tmp_path / "50% off/demo/export",
+            {"traces": [f"{rows}/a.db", "desk/other.db"]},
+        ),
+        (
+            "benchmark --config configs/demo --set sft_adapter=rows --set grpo_adapter=none",
+            "benchmark",
+            tmp_path / "50% off/demo/benchmark",
+            {"sft_adapter": rows, "grpo_adapter": str(tmp_path / "none")},
+        ),
+        (
+            "collect --config configs/demo --set student=configs",
+            "collect",
+            tmp_path / "50% off/demo/collect",
+            {"student": "configs"},
+        ),
+    ):
         assert main(line.split()) == 0, line
         did, settings, place = elsewhere.pop()
         assert (did, place, {name: getattr(settings, name) for name in fields}) == (stage, out, fields), line
@@ -244,11 +360,21 @@ def test_a_store_is_made_where_the_user_stands(collected, tmp_path):
     store = os.path.relpath(collected / "collect" / "rollouts.db", tmp_path / "x")
     done = subprocess.run([*QVK, "merge", "new/all.db", store], cwd=tmp_path / "x", capture_output=True, text=True,
                           env=os.environ | {"QVK_ROOT": str(root()), "PYTHONPATH": str(root())})
-    assert done.returncode == 0 and "3 episodes copied" in done.stdout and (tmp_path / "x/new/all.db").is_file(), done.stderr
+    assert done.returncode == 0 and "3 episodes copied" in done.stdout and (tmp_path / "x/new/all.db").is_file(), (
+        done.stderr
+    )
 
 
-@pytest.mark.parametrize("out, says", [("a\udcff", "not UTF-8"), ("x" * 300, "file name too long; give it a shorter name"),
-                                       ("circle", "symbolic links"), ("file", "is a file; name another folder"), ("nowhere", "there is a file of that name")])
+@pytest.mark.parametrize(
+    "out, says",
+    [
+        ("a\udcff", "not UTF-8"),
+        ("x" * 300, "file name too long; give it a shorter name"),
+        ("circle", "symbolic links"),
+        ("file", "is a file; name another folder"),
+        ("nowhere", "there is a file of that name"),
+    ],
+)
 def test_names_that_cannot_be_are_one_line(tmp_path, out, says, capsys, monkeypatch):
     monkeypatch.setattr(notebook, "execute", None)
     (tmp_path / "file").write_text("")
@@ -260,12 +386,20 @@ def test_names_that_cannot_be_are_one_line(tmp_path, out, says, capsys, monkeypa
     assert says in one_line(capsys.readouterr().err) and sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.skipif(subprocess.run(["sh", "-c", "unshare -rm true"], capture_output=True).returncode != 0, reason="no disk can be mounted here")
+@pytest.mark.skipif(
+    subprocess.run(["sh", "-c", "unshare -rm true"], capture_output=True).returncode != 0,
+    reason="no disk can be mounted here",
+)
 def test_a_finished_stage_needs_no_disk_that_can_be_written(collected, tmp_path):
     mounted = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && ! touch "$0/x" 2>/dev/null && exec "$@"'
-    for words in (["collect", *SMALL, "--out", collected], ["verify", collected],
-                  ["export", "--config", "configs/demo", "--set", f"traces={collected}/collect/rollouts.db", "--out", tmp_path]):
-        done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted, collected, *QVK, *words], cwd=root(), capture_output=True, text=True)
+    for words in (
+        ["collect", *SMALL, "--out", collected],
+        ["verify", collected],
+        ["export", "--config", "configs/demo", "--set", f"traces={collected}/collect/rollouts.db", "--out", tmp_path],
+    ):
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", mounted, collected, *QVK, *words], cwd=root(), capture_output=True, text=True
+        )
         assert done.returncode == 0 and (words[0] != "collect" or "already done" in done.stderr), done.stderr
 
 

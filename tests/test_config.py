@@ -151,9 +151,14 @@ def test_the_seeds_rl_toml_means_what_it_says():
 
 
 def test_keys_of_synth_ais_other_tomls_act(tmp_path):
-    rl = """[algorithm]\ntype = "online"\nmethod = "policy_gradient"\nvariety = "gspo"\n[policy]\nmodel_name = "tiny"\ntrainer_mode = "lora"
-        [training]\nnum_epochs = 2\niterations_per_epoch = 3\nmax_turns = 10\ngroup_size = 4\nlog_interval = 1\n[evaluation]\ninstances = 8
-        [training.weight_sync]\nenable = true\n[rollout]\nepisodes_per_batch = 2\n[rollout.policy_config]\ntemperature = 0.6\nmax_tokens = 99"""
+    rl = """
+        [algorithm]\ntype = "online"\nmethod = "policy_gradient"\nvariety = "gspo"
+        [policy]\nmodel_name = "tiny"\ntrainer_mode = "lora"
+        [training]\nnum_epochs = 2\niterations_per_epoch = 3\nmax_turns = 10\ngroup_size = 4\nlog_interval = 1
+        [evaluation]\ninstances = 8
+        [training.weight_sync]\nenable = true
+        [rollout]\nepisodes_per_batch = 2
+        [rollout.policy_config]\ntemperature = 0.6\nmax_tokens = 99"""
     loaded = load_config(written(tmp_path, rl, "rl.toml"), "grpo")
     assert (loaded.importance, loaded.model, loaded.iterations, loaded.horizon, loaded.group_size) == (
         "sequence",
@@ -171,12 +176,14 @@ def test_keys_of_synth_ais_other_tomls_act(tmp_path):
         ("instances", "the benchmark plays unseen seeds"),
     ):
         assert any(f"{key}:" in line and reason in line for line in loaded.notices), key
-    sft = '[algorithm]\nmethod = "sft"\n[job]\ndata = "x/train.jsonl"\n[hyperparameters.parallelism]\nload_best_model_at_end = false'
+    sft = """[algorithm]\nmethod = "sft"\n[job]\ndata = "x/train.jsonl"
+        [hyperparameters.parallelism]\nload_best_model_at_end = false"""
     loaded = load_config(written(tmp_path, sft), "sft")
     assert not loaded.keep_best and any(
         "load_best_model_at_end" in line and "[training.validation]" in line for line in loaded.notices
     )
-    seen = '[eval]\nmodel = "m"\nprovider = "openai"\nseeds = [3, 1]\nmax_steps_per_episode = 20\nparallel_episodes = 5\ntrace_db = "t/rollouts.db"'
+    seen = """[eval]\nmodel = "m"\nprovider = "openai"\nseeds = [3, 1]\nmax_steps_per_episode = 20
+        parallel_episodes = 5\ntrace_db = "t/rollouts.db\""""
     loaded = load_config(written(tmp_path, seen, "e.toml"), "collect")
     assert (loaded.seeds, loaded.horizon, loaded.concurrency, loaded.engine) == ("3,1", "t20", 5, "server")
 

@@ -1,4 +1,5 @@
-"The real collection against an endpoint of two hundred faults: what can be read is read, the rest is told in a line, no secret is written."
+"""The real collection against an endpoint of two hundred faults: what can be read is read, the rest is told in a
+line, no secret is written."""
 
 import base64
 import itertools
@@ -26,7 +27,12 @@ pytestmark = pytest.mark.process
 
 FAULTS = {
     (kind, name): answer
-    for kind, table in ((READ, hostile.replies()), (AGAIN, hostile.unusable() | hostile.broken()), (LOST, hostile.refusals()), (ENDS, hostile.ends()))
+    for kind, table in (
+        (READ, hostile.replies()),
+        (AGAIN, hostile.unusable() | hostile.broken()),
+        (LOST, hostile.refusals()),
+        (ENDS, hostile.ends()),
+    )
     for name, answer in table.items()
 }
 TOLD = (InputError, LostEpisodes, CallFailed)  # one line each
@@ -34,7 +40,8 @@ TOLD = (InputError, LostEpisodes, CallFailed)  # one line each
 
 @pytest.fixture
 def play(monkeypatch, capfd):
-    "Play against an endpoint; what was raised, the numbers, and the folder. Fails when a secret is written anywhere, or a request to no journal."
+    """Play against an endpoint; what was raised, the numbers, and the folder. Fails when a secret is written
+    anywhere, or a request to no journal."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith("OPENAI_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OPENAI_API_KEY", hostile.KEY)
@@ -69,13 +76,18 @@ def play(monkeypatch, capfd):
             raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
         words = str(raised or "") + "".join(capfd.readouterr())
         assert not [note for note in notes if note not in words], words
-        assert str(raised or "").isprintable() and len(str(raised or "")) < 1000 and "base64" not in words, (what, raised)
+        assert str(raised or "").isprintable() and len(str(raised or "")) < 1000 and "base64" not in words, (
+            what,
+            raised,
+        )
         written = [path for path in out.rglob("*") if path.is_file()]
         for spelling in hostile.SPELLINGS:
             assert spelling not in words, (what, words)
             assert not [path.name for path in written if spelling.encode() in path.read_bytes()], what
         journal = read_jsonl(out / "calls.jsonl") if (out / "calls.jsonl").exists() else ()
-        assert sum("model" in row for row in journal) >= endpoint.asked, what  # more where a connection broke before all of a request was sent
+        assert sum("model" in row for row in journal) >= endpoint.asked, (
+            what
+        )  # more where a connection broke before all of a request was sent
         return raised, numbers, out
 
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as place:
@@ -87,7 +99,8 @@ def test_there_are_as_many_faults_as_there_are_said_to_be():
 
 
 def test_each_fault_and_nothing_else(play):
-    "The endpoint never says anything else. Every run ends as it should, and with one of the kit's own errors if with any."
+    """The endpoint never says anything else. Every run ends as it should, and with one of the kit's own errors if
+    with any."""
     wrong = []
     for (kind, name), answer in FAULTS.items():
         if kind == READ:  # their turn comes below
@@ -105,19 +118,26 @@ def test_each_fault_and_nothing_else(play):
 
 
 def test_every_passing_fault_once_in_a_run(play):
-    "Each among usable replies: all turns are played with an action, and as many calls are made again as there were faults."
+    """Each among usable replies: all turns are played with an action, and as many calls are made again as there were
+    faults."""
     odd = {name: answer for (kind, name), answer in FAULTS.items() if kind in (READ, AGAIN)}
     again = sum(kind == AGAIN for kind, _ in FAULTS)
-    answers = dict(enumerate(odd.values(), 1))  # by half the number of the request: calls that are made again find usable ones between
+    answers = dict(
+        enumerate(odd.values(), 1)
+    )  # by half the number of the request: calls that are made again find usable ones between
     with Hostile(lambda number: answers.get(number / 2, says())) as endpoint:
-        raised, numbers, out = play(endpoint, seeds="0-79", horizon="s5", concurrency=16, retries=20, max_reprompts=20, episode_seconds=600.0)
+        raised, numbers, out = play(
+            endpoint, seeds="0-79", horizon="s5", concurrency=16, retries=20, max_reprompts=20, episode_seconds=600.0
+        )
         assert raised is None and (numbers["turns"], numbers["invalid"]) == (400, 0)
         assert endpoint.asked > 2 * len(odd)  # each had its turn
         assert numbers["calls"] == endpoint.asked == 401 + again
     for episode in load_episodes(out / "rollouts.db", frames=False):
         for turn in episode.turns:
             words = turn.decision.text + turn.decision.reason
-            assert not any(ord(letter) < 32 and letter not in "\t\n\r" or "\ud800" <= letter < "\ue000" for letter in words)
+            assert not any(
+                ord(letter) < 32 and letter not in "\t\n\r" or "\ud800" <= letter < "\ue000" for letter in words
+            )
             assert "think" not in turn.decision.reason.lower()
 
 
@@ -133,7 +153,11 @@ def test_a_judge_repeats_the_key(play):
 def test_a_page_in_place_of_an_answer_is_told_by_its_beginning(play):
     "It is what a web interface answers with, where the address lacks the API's path."
     page, stream = f"<!doctype html>\n<p>{hostile.KEY} Open WebUI", 'data: {"choices": []}\n\n'
-    for text, parts in ((page, ("begins with '<!doctype html> <p>***", "ends in /v1")), (stream, ("begins with 'data: {",)), ("", ("is empty",))):
+    for text, parts in (
+        (page, ("begins with '<!doctype html> <p>***", "ends in /v1")),
+        (stream, ("begins with 'data: {",)),
+        ("", ("is empty",)),
+    ):
         with Hostile(lambda number, text=text: hostile.http(text)) as endpoint:
             raised, _, _ = play(endpoint)
         assert not [part for part in parts if part not in str(raised)], raised
@@ -143,7 +167,9 @@ def test_an_endpoint_that_has_moved_on_its_host_is_followed(play):
     moved = hostile.http(b"", "308 Permanent Redirect", "Location: /v2/chat/completions")
     with Hostile(lambda number: moved if not number else says()) as endpoint:
         raised, numbers, _ = play(endpoint)
-        assert raised is None and numbers["calls"] == endpoint.asked == 3  # the one that was sent away is in the journal, too
+        assert (
+            raised is None and numbers["calls"] == endpoint.asked == 3
+        )  # the one that was sent away is in the journal, too
 
 
 @pytest.mark.parametrize("address", ["/v1/", "/v1?api-version=1", "/v1/chat/completions", "/v1 \n"])
@@ -165,7 +191,9 @@ def test_a_user_and_a_password_in_the_address(play, monkeypatch):
         monkeypatch.delenv("OPENAI_API_KEY")
         raised, numbers, out = play(endpoint)
         assert raised is None and not numbers["invalid"] and endpoint.opened == {f"Basic {basic}"}
-    assert not [path for path in out.rglob("*") if b"pass-word" in path.read_bytes() or basic.encode() in path.read_bytes()]
+    assert not [
+        path for path in out.rglob("*") if b"pass-word" in path.read_bytes() or basic.encode() in path.read_bytes()
+    ]
 
 
 def test_what_is_refused_in_any_words_is_left_out(play):
@@ -179,7 +207,9 @@ def test_what_is_refused_in_any_words_is_left_out(play):
     with Hostile(lambda number: dict(enumerate(refused)).get(number, says())) as endpoint:
         raised, numbers, out = play(endpoint, form="tool")
         assert raised is None and numbers["calls"] == endpoint.asked == len(refused) + 2
-    left_out = dict.fromkeys(("seed", "detail", "temperature", "tools", "tool_choice")) | {"max_tokens": "max_completion_tokens"}
+    left_out = dict.fromkeys(("seed", "detail", "temperature", "tools", "tool_choice")) | {
+        "max_tokens": "max_completion_tokens"
+    }
     [source] = sources(out / "rollouts.db").source
     assert source["parameters_changed"] == left_out
 
@@ -187,7 +217,9 @@ def test_what_is_refused_in_any_words_is_left_out(play):
 def test_waits_are_reported_and_cut_replies_counted(play):
     waits = error("429 No", "slow down", "Retry-After: 5")
     with Hostile(lambda number: waits if number == 1 else says("grass", "length")) as endpoint:
-        raised, numbers, _ = play(endpoint, retries=1, notes=["asks to wait 5 s (429: slow down)", "1 of 1 turns: no usable action"])
+        raised, numbers, _ = play(
+            endpoint, retries=1, notes=["asks to wait 5 s (429: slow down)", "1 of 1 turns: no usable action"]
+        )
         assert raised is None and numbers["notices"] == ["1 of 1 replies were cut off; raise max_new_tokens"]
 
 
@@ -196,8 +228,23 @@ def certified():
     "A TLS context with a certificate that nobody has signed."
     with tempfile.TemporaryDirectory() as place:
         pair = ["-keyout", f"{place}/key.pem", "-out", f"{place}/certificate.pem"]
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=other.example", *pair],
-                       check=True, capture_output=True)
+        subprocess.run(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=other.example",
+                *pair,
+            ],
+            check=True,
+            capture_output=True,
+        )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(f"{place}/certificate.pem", f"{place}/key.pem")
         context.authority = f"{place}/certificate.pem"
@@ -205,8 +252,14 @@ def certified():
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
-@pytest.mark.parametrize("scheme, authority, expected", [("https", False, "certificate is not accepted (self-signed certificate)"),
-                                                         ("https", True, "certificate is not accepted"), ("http", False, "begins with https://")])
+@pytest.mark.parametrize(
+    "scheme, authority, expected",
+    [
+        ("https", False, "certificate is not accepted (self-signed certificate)"),
+        ("https", True, "certificate is not accepted"),
+        ("http", False, "begins with https://"),
+    ],
+)
 def test_faults_of_tls_are_told_as_such(play, monkeypatch, certified, scheme, authority, expected):
     "A certificate of nobody, one of another host, and TLS where plain HTTP was looked for."
     if authority:
@@ -221,7 +274,9 @@ def test_https_of_a_server_without_tls(play):
     with Hostile(lambda number: says()) as endpoint:
         endpoint.url = endpoint.url.replace("http:", "https:")
         raised, _, _ = play(endpoint)
-        assert isinstance(raised, InputError) and "the address of a server without TLS begins with http://" in str(raised)
+        assert isinstance(raised, InputError) and "the address of a server without TLS begins with http://" in str(
+            raised
+        )
 
 
 def test_proxies(play, monkeypatch):
@@ -233,8 +288,14 @@ def test_proxies(play, monkeypatch):
         assert raised is None and proxy.asked == numbers["calls"] == 2
         monkeypatch.setenv("HTTP_PROXY", "me:pass-word-7@127.0.0.1:9")
         raised, _, _ = play(far)
-        assert isinstance(raised, InputError) and str(raised).startswith("HTTP_PROXY: the proxy http://127.0.0.1:9 does not answer")
+        assert isinstance(raised, InputError) and str(raised).startswith(
+            "HTTP_PROXY: the proxy http://127.0.0.1:9 does not answer"
+        )
         assert play(near)[0] is None and near.asked == 2
         monkeypatch.setenv("HTTP_PROXY", "gopher://me:pass-word-7@127.0.0.1:9")
         raised, _, _ = play(far)
-        assert isinstance(raised, InputError) and str(raised).startswith("HTTP_PROXY: a proxy of the scheme 'gopher'") and "pass" not in str(raised)
+        assert (
+            isinstance(raised, InputError)
+            and str(raised).startswith("HTTP_PROXY: a proxy of the scheme 'gopher'")
+            and "pass" not in str(raised)
+        )

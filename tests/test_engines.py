@@ -79,7 +79,9 @@ def test_what_a_frozen_tower_has_seen_is_kept_until_an_adapter_changes_the_tower
     sight = engine.model.model.vision_cache
     first = engine.generate(asked, contract.SAMPLING)
     seen = sight.computed
-    assert contract.close(engine.generate(asked, contract.SAMPLING), first) and sight.computed == seen == 7  # six prompts with frames
+    assert (
+        contract.close(engine.generate(asked, contract.SAMPLING), first) and sight.computed == seen == 7
+    )  # six prompts with frames
     name = engine.set_policy(0, folder := contract.adapter(tmp_path / "tower", 1, targets="all-linear"))
     for reference, adapter in ((contract.Reference(folder), name), (contract.Reference(), "")):
         assert max(map(reference.gap, asked, engine.generate(asked, contract.SAMPLING, adapter))) < 1e-4

@@ -38,7 +38,8 @@ def episode(seed, others=()):
                 other.reset(other.seed + 1)
             other.step(actions[0]).observation.frame
         step = world.step(actions.pop())
-        digest.update(step.observation.frame.tobytes() + f"{step.reward} {step.info} {step.unlocked} {step.observation.text}".encode())
+        words = f"{step.reward} {step.info} {step.unlocked} {step.observation.text}"
+        digest.update(step.observation.frame.tobytes() + words.encode())
     return f"{step.observation.step} {digest.hexdigest()} {hashlib.sha256(world.snapshot()).hexdigest()}"
 """
 ALONE = EPISODE + "print(episode(10))"
@@ -293,7 +294,10 @@ def test_compiled_loops_give_the_same_bytes():
     "blocked", ["import os; os.environ['QVK_NUMBA'] = '0'", "import sys; sys.modules['numba'] = None"]
 )
 def test_it_works_without_numba(blocked):
-    code = f"{blocked}; from qwen_vl_kit.game import paint, world; print(paint.uses_numba(), world.World(18).reset(1).step)"
+    code = (
+        f"{blocked}; from qwen_vl_kit.game import paint, world; "
+        "print(paint.uses_numba(), world.World(18).reset(1).step)"
+    )
     assert subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.split() == ["False", "0"]

@@ -1,4 +1,5 @@
-"""GRPO as a user meets it: killed, overlapping, with nothing to learn, with weights that do not arrive; and what it relies on in TRL."""
+"""GRPO as a user meets it: killed, overlapping, with nothing to learn, with weights that do not arrive; and what it
+relies on in TRL."""
 
 import inspect
 import json
@@ -33,8 +34,21 @@ PLAY = dict(prompt="brief", render_size=144, horizon="s10")
 def settings(tmp_path_factory):
     "What the tests train with: from a student that has seen a few of the teacher's episodes."
     adapter = student(tmp_path_factory.mktemp("student"))
-    return dict(model="tiny", adapter=str(adapter), groups=2, group_size=3, iterations=3, batch_size=16, max_new_tokens=16,
-                seeds="50-99", sequence_length=128, learning_rate=1e-3, bf16=False, threads=1, **PLAY)
+    return dict(
+        model="tiny",
+        adapter=str(adapter),
+        groups=2,
+        group_size=3,
+        iterations=3,
+        batch_size=16,
+        max_new_tokens=16,
+        seeds="50-99",
+        sequence_length=128,
+        learning_rate=1e-3,
+        bf16=False,
+        threads=1,
+        **PLAY,
+    )
 
 
 def played(out: Path) -> list[tuple]:
@@ -51,7 +65,11 @@ def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
     db = tmp_path / "killed" / "rollouts.db"
 
     def third_is_under_way() -> bool:  # its episodes are stored, its updates are not yet made
-        return db.is_file() and (db.parent / "metrics.jsonl").is_file() and "grpo-0002" in set(traces.episodes(db).get("arm", ()))
+        return (
+            db.is_file()
+            and (db.parent / "metrics.jsonl").is_file()
+            and "grpo-0002" in set(traces.episodes(db).get("arm", ()))
+        )
 
     kill_when(third_is_under_way, [sys.executable, "-c", program])
     resumed = grpo.run(config, tmp_path / "killed")
@@ -69,8 +87,13 @@ def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
 
 def test_checkpoints_of_another_start_are_not_gone_on_with(settings, tmp_path):
     grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "first")
-    again = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "second")
-    other = grpo.run(GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "first" / "more")
+    again = grpo.run(
+        GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}), tmp_path / "second"
+    )
+    other = grpo.run(
+        GRPOConfig(**settings | {"iterations": 1, "adapter": str(tmp_path / "first" / "adapter")}),
+        tmp_path / "first" / "more",
+    )
     assert figures(again.out) == figures(other.out)
     grpo.run(GRPOConfig(**settings | {"iterations": 1}), tmp_path / "second")
     assert figures(tmp_path / "second") == figures(tmp_path / "first")
@@ -85,13 +108,19 @@ def test_at_a_learning_rate_of_nothing_the_ratio_stays_one(settings, tmp_path):
     out = grpo.run(GRPOConfig(**settings | {"learning_rate": 1e-30, "epochs": 2}), tmp_path / "still").out
     rows = figures(out)
     assert len(rows) == 3
-    assert all(row["ratio_mean"] == pytest.approx(1, abs=1e-5) and row["ratio_max"] == pytest.approx(1, abs=1e-4) for row in rows)
-    assert all(row["logprob_gap"] < 1e-5 and row["clip_fraction"] == 0 and row["effective_share"] > 0.9999 for row in rows)
+    assert all(
+        row["ratio_mean"] == pytest.approx(1, abs=1e-5) and row["ratio_max"] == pytest.approx(1, abs=1e-4)
+        for row in rows
+    )
+    assert all(
+        row["logprob_gap"] < 1e-5 and row["clip_fraction"] == 0 and row["effective_share"] > 0.9999 for row in rows
+    )
     alike(lora(Path(settings["adapter"]).parent), lora(out))
 
 
 def test_two_hundred_syncs_drift_nothing(settings, tmp_path):
-    "Policies that come and go, each of which speaks, leave the base as it was, and the last one is what it would have been alone."
+    """Policies that come and go, each of which speaks, leave the base as it was, and the last one is what it would
+    have been alone."""
     engine = HFEngine(load_model("tiny", bf16=True), bf16=True)
     folders, asked = [settings["adapter"], contract.adapter(tmp_path / "other", 1)], contract.requests()[:1]
 
@@ -117,8 +146,12 @@ def test_weights_that_do_not_reach_the_engine_stop_the_run(settings, tmp_path, m
 
 
 def test_on_a_base_in_4_bits_it_plays_what_it_trains(settings, tmp_path):
-    result = grpo.run(GRPOConfig(**settings | {"variety": "qlora", "engine": "auto", "gpus_for_vllm": 1, "beta": 0.1, "learning_rate": 1e-5}),
-                      tmp_path / "grpo")
+    result = grpo.run(
+        GRPOConfig(
+            **settings | {"variety": "qlora", "engine": "auto", "gpus_for_vllm": 1, "beta": 0.1, "learning_rate": 1e-5}
+        ),
+        tmp_path / "grpo",
+    )
     rows = figures(tmp_path / "grpo")
     assert len(rows) == 3 and all(row["logprob_gap"] < 1e-4 and row["ratio_max"] < 1.01 for row in rows)
     assert read_card(result.out)["quantization"] == "nf4"
@@ -132,18 +165,28 @@ def test_on_a_base_in_4_bits_it_plays_what_it_trains(settings, tmp_path):
 def test_ahead_of_the_updates(settings, tmp_path):
     config = GRPOConfig(**settings | {"overlap": True})
     one = grpo.run(config, tmp_path / "one").out
-    for iterations in (1, 2, 3):  # the second and third go on by weights that played while the one before was trained on
+    for iterations in (
+        1,
+        2,
+        3,
+    ):  # the second and third go on by weights that played while the one before was trained on
         two = grpo.run(GRPOConfig(**settings | {"overlap": True, "iterations": iterations}), tmp_path / "two").out
     assert figures(one) == figures(two) and played(one) == played(two)
     alike(lora(one), lora(two))
     rows = figures(one)
-    assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, False, False]  # played by the weights of one iteration before
+    assert [row["logprob_gap"] < 1e-4 for row in rows] == [
+        True,
+        False,
+        False,
+    ]  # played by the weights of one iteration before
     assert {arm for arm, *_ in played(one)} == {"grpo-0000", "grpo-0001", "grpo-0002"}
 
 
 def test_weights_that_arrive_wrongly_while_the_next_is_played_stop_the_run(settings, tmp_path, monkeypatch):
     first, other = HFEngine.set_policy, contract.adapter(tmp_path / "other", 1)
-    monkeypatch.setattr(HFEngine, "set_policy", lambda self, version, folder: first(self, version, folder if version < 3 else other))
+    monkeypatch.setattr(
+        HFEngine, "set_policy", lambda self, version, folder: first(self, version, folder if version < 3 else other)
+    )
     with pytest.raises(TrainingStopped, match="nats from the trainer's: it plays other weights"):
         grpo.run(GRPOConfig(**settings | {"overlap": True}), tmp_path / "grpo")
     assert len(figures(tmp_path / "grpo")) == 1
@@ -157,7 +200,9 @@ def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeyp
     monkeypatch.setattr(player, "merge_duplicates", lambda samples, weights: (samples, weights))
     [each] = figures(grpo.run(GRPOConfig(**whole), tmp_path / "each").out)
     assert one["turns_distinct"] < one["turns_with_advantage"] == each["turns_distinct"] == kept_near["turns_distinct"]
-    assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(0, abs=1e-6)
+    assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_nothing_to_learn_is_said(settings, tmp_path):
@@ -212,7 +257,11 @@ def test_divergence_and_a_lack_of_memory_are_told_and_state_is_kept(settings, tm
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
 def test_losses_of_trl(settings, tmp_path, loss_type):
-    more = {"loss_type": loss_type, "importance": "sequence" if loss_type == "luspo" else "token", "beta": 0.01 if loss_type == "grpo" else 0.0}
+    more = {
+        "loss_type": loss_type,
+        "importance": "sequence" if loss_type == "luspo" else "token",
+        "beta": 0.01 if loss_type == "grpo" else 0.0,
+    }
     out = grpo.run(GRPOConfig(**settings | more | {"iterations": 1}), tmp_path / "grpo").out
     row = figures(out)[0]
     assert row["grad_norm"] > 0 and ("kl" in row) == (loss_type == "grpo")
@@ -221,19 +270,24 @@ def test_losses_of_trl(settings, tmp_path, loss_type):
 
 
 def test_a_remote_judge_is_paid_once_for_an_episode(settings, tmp_path, monkeypatch):
-    "It scores nothing at first, then its budget ends, then all is well but one refused call; what it has said is not asked again."
+    """It scores nothing at first, then its budget ends, then all is well but one refused call; what it has said is
+    not asked again."""
     def play(number, body):
         if number < 12:
             return says("A fine game.")
         return refuses(400, "too long") if number == 30 else says('{"score": 40}', prompt=500, completion=10)
 
     def run_with(budget):
-        return grpo.run(GRPOConfig(**settings | {"iterations": 2, "judge": "remote", "budget_usd": budget}), tmp_path / "grpo")
+        return grpo.run(
+            GRPOConfig(**settings | {"iterations": 2, "judge": "remote", "budget_usd": budget}), tmp_path / "grpo"
+        )
 
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with Endpoint(play) as endpoint:
         monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
-        with pytest.raises(TrainingStopped, match="the judge has scored none of .* episodes .*goes on from the last checkpoint"):
+        with pytest.raises(
+            TrainingStopped, match="the judge has scored none of .* episodes .*goes on from the last checkpoint"
+        ):
             run_with(0.0)
         refused = len(endpoint.bodies)
         monkeypatch.setattr(endpoint, "answer", lambda number, body: play(number + 12 - refused, body))
@@ -254,7 +308,11 @@ def test_a_remote_judge_without_a_key_is_told_first(settings, tmp_path, monkeypa
     with pytest.raises(InputError, match="no key for model 'gpt-4o-mini'"):
         grpo.run(GRPOConfig(**settings | {"judge": "remote"}), tmp_path / "grpo")
     assert not (tmp_path / "grpo").exists()
-    assert config_hash(GRPOConfig(budget_usd=1.0)) == config_hash(GRPOConfig(budget_usd=2.0)) != config_hash(GRPOConfig(judge="remote"))
+    assert (
+        config_hash(GRPOConfig(budget_usd=1.0))
+        == config_hash(GRPOConfig(budget_usd=2.0))
+        != config_hash(GRPOConfig(judge="remote"))
+    )
 
 
 def test_bad_input(settings, tmp_path):
@@ -275,7 +333,9 @@ def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
     for name, iterations in (("parts", 1), ("parts", 2), ("whole", 2)):
         go(name, iterations)
     alike(lora(tmp_path / "parts"), lora(tmp_path / "whole"))
-    assert figures(tmp_path / "parts") == figures(tmp_path / "whole") and played(tmp_path / "parts") == played(tmp_path / "whole")
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole") and played(tmp_path / "parts") == played(
+        tmp_path / "whole"
+    )
     with pytest.raises(InputError, match="there are 2 iterations already"):
         go("parts", 1)
     assert state("grpo", GRPOConfig(**settings | {"iterations": 2}), tmp_path / "parts") == "done"
@@ -283,7 +343,10 @@ def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
 
 def test_the_benchmark_refuses_what_any_training_before_has_seen(settings, tmp_path):
     one = grpo.run(GRPOConfig(**settings | {"iterations": 1, "seeds": "60-99"}), tmp_path / "grpo").out
-    two = grpo.run(GRPOConfig(**settings | {"iterations": 1, "seeds": "70-99", "adapter": str(one)}), tmp_path / "elsewhere" / "grpo").out
+    two = grpo.run(
+        GRPOConfig(**settings | {"iterations": 1, "seeds": "70-99", "adapter": str(one)}),
+        tmp_path / "elsewhere" / "grpo",
+    ).out
     shown = {name: settings[name] for name in (*PLAY, "model")}
     for seed in (0, 60, 70):  # of the teacher's traces, of the first GRPO, of the second
         config = BenchmarkConfig(**shown, arms=["grpo"], grpo_adapter=str(two), seeds=str(seed))
@@ -317,7 +380,9 @@ def test_damaged_adapters_are_told_before_anything_is_written(settings, tmp_path
         from safetensors.numpy import load_file, save_file
         tensors = load_file(folder / weights)
         layer = min(tensors).partition(".lora_")[0]
-        save_file({name: tensor for name, tensor in tensors.items() if not name.startswith(layer + ".")}, folder / weights)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if not name.startswith(layer + ".")}, folder / weights
+        )
 
     def said(name, **more):
         return lambda folder: write_json(folder / name, read_json(folder / name) | more)
@@ -344,11 +409,27 @@ def test_trl_is_as_it_was_when_this_was_written():
     assert parameters("_compute_loss") == ["self", "model", "inputs"]
     assert parameters("_prepare_inputs") == ["self", "generation_batch"]
     assert parameters("log") == ["self", "logs", "start_time"]
-    assert parameters("_get_per_token_logps_and_entropies")[:8] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
-                                                                    "compute_entropy", "compute_aux_loss"]
+    assert parameters("_get_per_token_logps_and_entropies")[:8] == [
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+    ]
     assert "self._run_epoch(" in inspect.getsource(GRPOTrainer._inner_training_loop)
     loss = inspect.getsource(GRPOTrainer._compute_loss)
-    for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "ref_per_token_logps", "num_items_in_batch"):
+    for key in (
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "advantages",
+        "ref_per_token_logps",
+        "num_items_in_batch",
+    ):
         assert f'inputs["{key}"]' in loss, key
     assert 'inputs.get("old_per_token_logps")' in loss and 'self._metrics[mode]["entropy"]' in loss
     assert "_buffered_inputs" in inspect.getsource(GRPOTrainer._prepare_inputs)

@@ -143,7 +143,10 @@ def test_importing_the_package_and_the_command_loads_nothing_heavy():
         "safetensors",
         "bitsandbytes",
     ]
-    said = f"import sys, qwen_vl_kit, qwen_vl_kit.runner.cli, qwen_vl_kit.runner.commands; qwen_vl_kit.runner.commands.parser(); print([m for m in {heavy} if m in sys.modules])"
+    said = (
+        "import sys, qwen_vl_kit, qwen_vl_kit.runner.cli, qwen_vl_kit.runner.commands; "
+        f"qwen_vl_kit.runner.commands.parser(); print([m for m in {heavy} if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

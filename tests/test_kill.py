@@ -56,11 +56,13 @@ def live(out, statements=0):
     collect.run(config, out)
     os._exit(0)
 
-collect.rollout(collect.teacher_policy(config), config, [1000])  # whatever is loaded or compiled at first use is there for every life
+# whatever is loaded or compiled at first use is there for every life
+collect.rollout(collect.teacher_policy(config), config, [1000])
 deaths = []
 while len(deaths) < 20:
     if len(deaths) % 2:
-        wanted = 3 * len(deaths) // 2 + dice.randrange(4) - stored()  # at most 31 in all: the end is never reached before the last kill
+        # at most 31 in all: the end is never reached before the last kill
+        wanted = 3 * len(deaths) // 2 + dice.randrange(4) - stored()
         pid = live(killed)
         for _ in range(wanted):
             os.read(heard, 1)

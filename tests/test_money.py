@@ -1,4 +1,5 @@
-"What calls of endpoints cost: the journal, budgets, unknown prices and usage, a judge's paid answers. Real HTTP on loopback, real processes."
+"""What calls of endpoints cost: the journal, budgets, unknown prices and usage, a judge's paid answers. Real HTTP on
+loopback, real processes."""
 
 import json
 import math
@@ -31,7 +32,16 @@ from qwen_vl_kit.store.traces import read_sessions
 
 pytestmark = pytest.mark.process
 
-PLAY = dict(prompt="brief", render_size=64, horizon="s4", teacher="model", engine="server", model="gpt-4o-mini", noise=0.0, concurrency=4)
+PLAY = dict(
+    prompt="brief",
+    render_size=64,
+    horizon="s4",
+    teacher="model",
+    engine="server",
+    model="gpt-4o-mini",
+    noise=0.0,
+    concurrency=4,
+)
 JUDGED = dict(judge="remote", judge_model="judge-1", retries=0)
 SCORE = says('{"score": 40, "why": "wood"}', prompt=500, completion=10)
 
@@ -77,7 +87,8 @@ def both(judged=lambda number: SCORE):
 
 
 class Billing:
-    "A model that heeds what it is asked, and its bill: a picture is 2,833 tokens, four characters are one, a reply has at most `max_tokens`."
+    """A model that heeds what it is asked, and its bill: a picture is 2,833 tokens, four characters are one, a reply
+    has at most `max_tokens`."""
 
     def __init__(self, seed, faults=()):
         self.random, self.faults, self.usd, self.lock = random.Random(seed), faults, Decimal(0), threading.Lock()
@@ -89,8 +100,14 @@ class Billing:
             completion, fault = self.random.randint(1, body["max_tokens"]), self.random.random()
             if fault < 0.1 and self.faults:
                 return refuses(503, "busy", retry_after_ms="1")
-            self.usd += (prompt * Decimal("0.15") + completion * Decimal("0.6")) / 10**6  # whatever becomes of the reply
-            return self.random.choice(self.faults) if fault < 0.2 and self.faults else says(prompt=prompt, completion=completion)
+            self.usd += (
+                prompt * Decimal("0.15") + completion * Decimal("0.6")
+            ) / 10**6  # whatever becomes of the reply
+            return (
+                self.random.choice(self.faults)
+                if fault < 0.2 and self.faults
+                else says(prompt=prompt, completion=completion)
+            )
 
 
 # The journal
@@ -112,7 +129,9 @@ def test_a_request_stands_in_the_journal_before_it_is_sent(at, tmp_path):
 
 def test_nothing_is_sent_when_the_journal_has_closed(at, tmp_path):
     "One call is told that the key is wrong while others are about to be made again."
-    with Endpoint(lambda number, body: says() if number < 6 else refuses(401, "bad key") if number == 9 else refuses(500, "busy")) as endpoint:
+    with Endpoint(
+        lambda number, body: says() if number < 6 else refuses(401, "bad key") if number == 9 else refuses(500, "busy")
+    ) as endpoint:
         at(endpoint.url)
         with pytest.raises(InputError, match="refuses model"):
             collect.run(settings(seeds="0-99", concurrency=16), tmp_path)
@@ -143,11 +162,25 @@ def test_a_journal_that_is_taken_away_stops_the_run(at, tmp_path):
     assert len(endpoint.bodies) <= 10 + 1 + 4
 
 
-FOREIGN = ["hello", "[1]", "7", "null", "{}", '{"call": "1"}', '{"call": 9, "answered": true, "billed": true}', "\x00\x00", "[" * 10**5,
-           '{"call": 1, "model": "m", "worst": [1], "key": [], "again": 0}', '{"call": 2, "model": "m", "worst": null, "again": 0}',
-           '{"call": 1, "prompt_tokens": "9", "completion_tokens": 1}', '{"call": 1, "prompt_tokens": -9, "completion_tokens": 1}',
-           '{"call": 2, "model": ["m"], "worst": [9, 9], "again": 0}', '{"call": 2, "model": "gpt-4o-mini", "worst": [9, -10], "again": 0}',
-           '{"call": 2, "model": "m", "worst": [9, 9], "size": [1], "again": 0}', '{"call": 1, "answered": true}']
+FOREIGN = [
+    "hello",
+    "[1]",
+    "7",
+    "null",
+    "{}",
+    '{"call": "1"}',
+    '{"call": 9, "answered": true, "billed": true}',
+    "\x00\x00",
+    "[" * 10**5,
+    '{"call": 1, "model": "m", "worst": [1], "key": [], "again": 0}',
+    '{"call": 2, "model": "m", "worst": null, "again": 0}',
+    '{"call": 1, "prompt_tokens": "9", "completion_tokens": 1}',
+    '{"call": 1, "prompt_tokens": -9, "completion_tokens": 1}',
+    '{"call": 2, "model": ["m"], "worst": [9, 9], "again": 0}',
+    '{"call": 2, "model": "gpt-4o-mini", "worst": [9, -10], "again": 0}',
+    '{"call": 2, "model": "m", "worst": [9, 9], "size": [1], "again": 0}',
+    '{"call": 1, "answered": true}',
+]
 
 
 @pytest.mark.parametrize("line", FOREIGN)
@@ -163,10 +196,14 @@ def test_a_foreign_line_in_a_journal_is_told_and_nothing_is_sent(at, tmp_path, l
 
 def test_one_process_at_a_time_writes_a_journal(tmp_path):
     journal = tmp_path / "calls.jsonl"
-    script = f"from qwen_vl_kit.store.meter import Meter; m = Meter(journal=__import__('pathlib').Path({str(journal)!r})); " \
-             "m.send('m', 0, 9, 1); print('sent', flush=True); input(); m.settle(1, None); m.close()"
+    script = (
+        f"from qwen_vl_kit.store.meter import Meter; m = Meter(journal=__import__('pathlib').Path({str(journal)!r})); "
+        "m.send('m', 0, 9, 1); print('sent', flush=True); input(); m.settle(1, None); m.close()"
+    )
     early = Meter(budget_calls=2, journal=journal, book=BOOK)  # has read what there was: nothing
-    other = subprocess.Popen([sys.executable, "-c", script], cwd=root(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "sent\n"
     with pytest.raises(InputError, match="another run writes to it"):
         early.send("m", 0, 9, 1)
@@ -193,7 +230,11 @@ def test_threads_share_a_meter(tmp_path):
         numbers = list(pool.map(call, range(400)))
     meter.close()
     again = Meter(journal=tmp_path / "calls.jsonl", book=BOOK)
-    assert sorted(numbers)[100:] == list(range(1, 301)) and again.usd == meter.usd == 300 * Decimal("0.000156") and not meter.reserved
+    assert (
+        sorted(numbers)[100:] == list(range(1, 301))
+        and again.usd == meter.usd == 300 * Decimal("0.000156")
+        and not meter.reserved
+    )
 
 
 # Budgets
@@ -218,8 +259,13 @@ def test_who_bills_what_was_asked_is_not_paid_more_than_the_budget(at, tmp_path,
 
 def test_a_budget_holds_when_the_process_is_killed_again_and_again(at, tmp_path):
     "kill -9 while calls are in flight, and the last line is torn; the judge's calls are under the same budget."
-    config, billing, gate = settings(seeds="0-11", budget_usd=0.02, **JUDGED | {"judge_model": "gpt-4o-mini"}), Billing(0), threading.Event()
-    script = f"from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})"
+    config, billing, gate = (
+        settings(seeds="0-11", budget_usd=0.02, **JUDGED | {"judge_model": "gpt-4o-mini"}),
+        Billing(0),
+        threading.Event(),
+    )
+    script = "from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; " \
+        f"collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})"
 
     def answer(number, body):
         reply = billing(number, body)
@@ -254,8 +300,18 @@ def test_a_budget_for_nothing_but_the_first_call(at, tmp_path, budget):
         assert len(endpoint.bodies) == budget.get("budget_calls", 0)
 
 
-@pytest.mark.parametrize("bad", [{"budget_usd": -1.0}, {"budget_usd": float("nan")}, {"budget_usd": float("inf")}, {"budget_usd": "1"},
-                                 {"budget_calls": -1}, {"budget_calls": 1.5}, {"budget_calls": True}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"budget_usd": -1.0},
+        {"budget_usd": float("nan")},
+        {"budget_usd": float("inf")},
+        {"budget_usd": "1"},
+        {"budget_calls": -1},
+        {"budget_calls": 1.5},
+        {"budget_calls": True},
+    ],
+)
 def test_a_budget_is_a_number_from_0_up(bad):
     with pytest.raises(ValidationError):
         settings(**bad)
@@ -264,15 +320,21 @@ def test_a_budget_is_a_number_from_0_up(bad):
 def test_replies_longer_than_asked_stop_the_run_and_a_passed_budget_is_told(at, tmp_path):
     "The probe's reply is short; then 30,000 tokens come where 64 were asked for, to four calls at once."
     together = threading.Barrier(4)
-    with Endpoint(lambda number, body: says(completion=30_000 if number and (together.wait(30) or True) else 12)) as endpoint:
+    with Endpoint(
+        lambda number, body: says(completion=30_000 if number and (together.wait(30) or True) else 12)
+    ) as endpoint:
         at(endpoint.url)
         config = settings(seeds="0-19", budget_usd=0.03)
         for _ in range(2):
-            with pytest.raises(OverBudget, match=r"the budget of \$0.03 was passed by \$0.04.*; 0 of 20 episodes are stored"):
+            with pytest.raises(
+                OverBudget, match=r"the budget of \$0.03 was passed by \$0.04.*; 0 of 20 episodes are stored"
+            ):
                 collect.run(config, tmp_path)
         assert len(endpoint.bodies) == 5
     numbers = Meter(config.budget_usd, journal=tmp_path / "calls.jsonl").numbers()
-    assert numbers["usd_over_budget"] == pytest.approx(numbers["usd"] - 0.03) and "more than the budget" in spending(numbers)
+    assert numbers["usd_over_budget"] == pytest.approx(numbers["usd"] - 0.03) and "more than the budget" in spending(
+        numbers
+    )
 
 
 def test_what_was_learnt_of_long_replies_is_known_to_the_next_run(tmp_path):
@@ -290,7 +352,10 @@ def test_an_arm_of_the_benchmark_whose_dollars_are_unknown_did_not_cost_nothing(
     for model, known in (("gpt-4o-mini", True), ("my-model", False)):
         with Endpoint() as endpoint:
             at(endpoint.url)
-            benchmark.run(BenchmarkConfig(**shown, model=model, arms=["random", "base"], seeds="1000000-1000001"), tmp_path / model)
+            benchmark.run(
+                BenchmarkConfig(**shown, model=model, arms=["random", "base"], seeds="1000000-1000001"),
+                tmp_path / model,
+            )
         chance, base = read_arms(tmp_path / model / "arms.csv").usd
         assert chance == 0 and (base > 0 if known else math.isnan(base))
         assert text_table(arms_table(tmp_path / model / "arms.csv")).endswith("–") != known
@@ -309,8 +374,17 @@ def test_calls_of_a_probe_that_failed_count(at, tmp_path):
 # What is unknown
 
 
-ABSURD = [None, [900, 12], "900", {}, {"prompt_tokens": 0, "completion_tokens": 0},
-          *({"prompt_tokens": count, "completion_tokens": 12} for count in (None, "900", 900.0, -900, 2**63, True, {"text": 900}, float("nan")))]
+ABSURD = [
+    None,
+    [900, 12],
+    "900",
+    {},
+    {"prompt_tokens": 0, "completion_tokens": 0},
+    *(
+        {"prompt_tokens": count, "completion_tokens": 12}
+        for count in (None, "900", 900.0, -900, 2**63, True, {"text": 900}, float("nan"))
+    ),
+]
 
 
 @pytest.mark.parametrize("usage", ABSURD)
@@ -325,7 +399,9 @@ def test_dollars_are_unknown_where_an_answer_does_not_count_its_tokens(at, tmp_p
     assert (numbers["turns"], numbers["invalid"], numbers["usd"], numbers["answers_without_usage"]) == (12, 0, None, 2)
     assert "dollars unknown (2 answers did not say" in spending(numbers)
     made = json.loads(manifest.write(tmp_path, result, settings(seeds="0-2")).read_text())
-    assert made["usd"] is None and made["unpriced"] == [{"item": "gpt-4o-mini", "quantity": 2, "unit": "answers without usage"}]
+    assert made["usd"] is None and made["unpriced"] == [
+        {"item": "gpt-4o-mini", "quantity": 2, "unit": "answers without usage"}
+    ]
     unknown = [row["usd"] for row in read_jsonl(tmp_path / "metrics.jsonl")].count(None)
     assert unknown == traces.episodes(tmp_path / "rollouts.db").usd.isna().sum() > 0
 
@@ -340,12 +416,17 @@ def test_what_is_unknown_counts_at_its_worst_toward_a_budget(at, tmp_path):
 
 
 def test_a_dated_name_is_billed_as_its_model(at, tmp_path):
-    with Endpoint(lambda number, body: says('{"score": 9}') if body["model"].startswith("openai/") else says()) as endpoint:
+    with Endpoint(
+        lambda number, body: says('{"score": 9}') if body["model"].startswith("openai/") else says()
+    ) as endpoint:
         at(endpoint.url)
         names = dict(model="gpt-4o-mini-2024-07-18", judge_model="openai/gpt-4o-mini-2024-07-18")
         result = play(settings(seeds="0", budget_usd=1.0, **JUDGED | names), tmp_path)
         assert result.numbers["usd"] == pytest.approx(6 * 0.0001422) and result.numbers["judged"] == 1
-        assert sum(Decimal(row["usd"]) for row in ledger_rows(result)[0]) == 6 * Decimal("0.0001422") and not ledger_rows(result)[1]
+        assert (
+            sum(Decimal(row["usd"]) for row in ledger_rows(result)[0]) == 6 * Decimal("0.0001422")
+            and not ledger_rows(result)[1]
+        )
         with pytest.raises(InputError, match="no price for 'gpt-4o-2024-08-06/input'"):
             collect.run(settings(seeds="0", budget_usd=1.0, model="gpt-4o-2024-08-06"), tmp_path / "other")
     assert len(endpoint.bodies) == 6
@@ -354,8 +435,16 @@ def test_a_dated_name_is_billed_as_its_model(at, tmp_path):
 # A judge
 
 
-@pytest.mark.parametrize("fault, error", [(refuses(400, "image too large"), CallFailed), ("drop", CallFailed), (says("A fine game."), None),
-                                          (refuses(401, "bad key"), InputError), ("hang", CallFailed)])
+@pytest.mark.parametrize(
+    "fault, error",
+    [
+        (refuses(400, "image too large"), CallFailed),
+        ("drop", CallFailed),
+        (says("A fine game."), None),
+        (refuses(401, "bad key"), InputError),
+        ("hang", CallFailed),
+    ],
+)
 def test_a_judges_answers_are_kept_whatever_happens_to_others(at, tmp_path, fault, error):
     config, ill = settings(seeds="0-5", call_seconds=1.0, **JUDGED), True
     with Endpoint(both(lambda number: fault if ill and number == 5 else SCORE)) as endpoint:
@@ -366,15 +455,20 @@ def test_a_judges_answers_are_kept_whatever_happens_to_others(at, tmp_path, faul
         else:
             assert play(config, tmp_path).numbers["not_judged"] == 1
         asked, ill = len(of_judge(endpoint)), False
-        assert [len(session["scores"]) for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)].count(1) == 5
+        assert [len(session["scores"]) for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)].count(
+            1
+        ) == 5
         assert play(config, tmp_path).numbers["not_judged"] == 0 and len(of_judge(endpoint)) == asked + 1
         assert play(config, tmp_path).numbers["judged"] == 0 and len(of_judge(endpoint)) == asked + 1
 
 
 def test_a_judges_answers_outlive_the_process(at, tmp_path):
     config, full, gate = settings(seeds="0-5", concurrency=2, **JUDGED), threading.Event(), threading.Event()
-    script = f"from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; from qwen_vl_kit.learn import judge; c = config.CollectConfig(**{config.model_dump()}); " \
-             f"judge.judge_stores(collect.run(c, {str(tmp_path)!r}), c)"
+    script = (
+        "from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; from qwen_vl_kit.learn import judge; "
+        f"c = config.CollectConfig(**{config.model_dump()}); "
+        f"judge.judge_stores(collect.run(c, {str(tmp_path)!r}), c)"
+    )
 
     def judged(number):
         if number == 5:  # number 4 is in flight, too, and nothing else
@@ -400,14 +494,18 @@ def test_a_judges_answers_outlive_the_process(at, tmp_path):
 
 def test_a_budget_that_ends_keeps_a_judges_answers(at, tmp_path):
     "13 calls of the teacher cost $0.0018486, the judge's $0.000081 each and at most some $0.0002."
-    config = settings(seeds="0-5", horizon="s2", budget_usd=0.0022, **JUDGED | {"judge_model": "gpt-4o-mini-2024-07-18"})
+    config = settings(
+        seeds="0-5", horizon="s2", budget_usd=0.0022, **JUDGED | {"judge_model": "gpt-4o-mini-2024-07-18"}
+    )
 
     def answer(number, body):
         return SCORE if body["model"] == config.judge_model else says(f"grass {number} -> do")
 
     with Endpoint(answer) as endpoint:
         at(endpoint.url)
-        with pytest.raises(OverBudget, match=r"would be passed: .*; (\d) of 6 episodes are judged; with a larger budget"):
+        with pytest.raises(
+            OverBudget, match=r"would be passed: .*; (\d) of 6 episodes are judged; with a larger budget"
+        ):
             play(config, tmp_path)
         first = len(endpoint.bodies)
         play(settings(**config.model_dump() | {"budget_usd": 0.0}), tmp_path)
@@ -417,7 +515,10 @@ def test_a_budget_that_ends_keeps_a_judges_answers(at, tmp_path):
 def test_a_judge_heeds_the_limits_of_its_config(at, tmp_path):
     with Endpoint(both(lambda number: refuses(500, "busy", retry_after_ms="1"))) as endpoint:
         at(endpoint.url)
-        with pytest.raises(CallFailed, match=r"6 of 6 episodes are not judged \(CallFailed: 500: busy \(3 times\)\); the same command asks"):
+        with pytest.raises(
+            CallFailed,
+            match=r"6 of 6 episodes are not judged \(CallFailed: 500: busy \(3 times\)\); the same command asks",
+        ):
             play(settings(seeds="0-5", concurrency=2, **JUDGED | {"retries": 2}), tmp_path)
         assert len(of_judge(endpoint)) == 18 and endpoint.most <= 2
 
@@ -430,7 +531,9 @@ def test_a_judge_that_fails_again_and_again_is_not_asked_about_the_rest(at, tmp_
         assert 8 <= len(of_judge(endpoint)) <= 11
 
 
-@pytest.mark.parametrize("config", [settings(budget_usd=1.0, **JUDGED), settings(teacher="expert", model="", budget_usd=1.0, **JUDGED)])
+@pytest.mark.parametrize(
+    "config", [settings(budget_usd=1.0, **JUDGED), settings(teacher="expert", model="", budget_usd=1.0, **JUDGED)]
+)
 def test_a_judge_without_a_price_is_told_before_anything_is_played(at, tmp_path, config):
     with Endpoint() as endpoint:
         at(endpoint.url)
@@ -442,7 +545,11 @@ def test_a_judge_without_a_price_is_told_before_anything_is_played(at, tmp_path,
 def test_a_stage_that_is_yet_to_come_lacks_a_price_before_the_first_one_runs(at, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_stage", lambda *_, **__: pytest.fail("a stage ran"))
     with pytest.raises(InputError, match="no price for 'mine/input'"):
-        run_all("configs/demo", str(tmp_path), overrides=['grpo.judge="remote"', 'grpo.judge_model="mine"', "grpo.budget_usd=1.0"])
+        run_all(
+            "configs/demo",
+            str(tmp_path),
+            overrides=['grpo.judge="remote"', 'grpo.judge_model="mine"', "grpo.budget_usd=1.0"],
+        )
 
 
 def test_a_judge_that_scored_nothing_has_not_done_its_work(at, tmp_path):
@@ -450,7 +557,10 @@ def test_a_judge_that_scored_nothing_has_not_done_its_work(at, tmp_path):
     config = settings(seeds="0-1", horizon="s2", **JUDGED)
     with Endpoint(both(lambda number: says("A fine game.") if ill else SCORE)) as endpoint:
         at(endpoint.url)
-        with pytest.raises(RunFailed, match="the judge has scored none of 2 episodes .*no score from 0 to 100 in the reply 'A fine game"):
+        with pytest.raises(
+            RunFailed,
+            match="the judge has scored none of 2 episodes .*no score from 0 to 100 in the reply 'A fine game",
+        ):
             run_stage("collect", config, out)
         assert state("collect", config, out) == "incomplete"
         played, ill = len(endpoint.bodies), False
@@ -467,7 +577,12 @@ def test_a_judges_answers_count_when_there_is_no_room_to_keep_them(at, tmp_path)
         with pytest.raises(InputError, match="answers.jsonl: no space left on device"):
             play(settings(seeds="0-19", concurrency=2, **JUDGED), tmp_path)
         asked = len(of_judge(endpoint))
-        scored = [len(session["scores"]) for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)].count(1)
+        scored = [len(session["scores"]) for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)].count(
+            1
+        )
         assert 1 <= scored == asked <= 3
         (tmp_path / "answers.jsonl").unlink()
-        assert play(settings(seeds="0-19", **JUDGED), tmp_path).numbers["judged"] == 20 - scored and len(of_judge(endpoint)) == 20
+        assert (
+            play(settings(seeds="0-19", **JUDGED), tmp_path).numbers["judged"] == 20 - scored
+            and len(of_judge(endpoint)) == 20
+        )

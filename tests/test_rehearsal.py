@@ -1,7 +1,7 @@
-"""The real thing, rehearsed: a model that lies in the hub cache as Qwen3-VL-2B does, by its hub name, through `configs/h200` and the seed's commands.
+"""The real thing, rehearsed: a model that lies in the hub cache as Qwen3-VL-2B does, by its hub name, through
+`configs/h200` and the seed's commands.
 
-Only counts are lowered. What is compared is what transformers and PEFT make of the same files.
-"""
+Only counts are lowered. What is compared is what transformers and PEFT make of the same files."""
 
 import re
 import shutil
@@ -15,9 +15,20 @@ from qwen_vl_kit.core import read_json, read_jsonl, root
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
-SMALL = {"horizon": "s6", "collect.seeds": "0-5", "sft.max_steps": 2, "sft.eval_steps": 1, "sft.eval_rows": 4, "sft.batch_size": 4,
-         "grpo.iterations": 1, "grpo.groups": 2, "grpo.group_size": 2, "grpo.batch_size": 4, "grpo.gradient_accumulation_steps": 1,
-         "benchmark.seeds": "1000000-1000001"}
+SMALL = {
+    "horizon": "s6",
+    "collect.seeds": "0-5",
+    "sft.max_steps": 2,
+    "sft.eval_steps": 1,
+    "sft.eval_rows": 4,
+    "sft.batch_size": 4,
+    "grpo.iterations": 1,
+    "grpo.groups": 2,
+    "grpo.group_size": 2,
+    "grpo.batch_size": 4,
+    "grpo.gradient_accumulation_steps": 1,
+    "benchmark.seeds": "1000000-1000001",
+}
 
 
 def options(settings: dict) -> list[str]:
@@ -62,13 +73,21 @@ def test_h200_runs_to_its_report_and_says_which_commit_it_was(run):
     for stage in ("sft", "grpo"):
         assert read_json(run / stage / "adapter" / "qvk.json")["base_weights"] == rehearsal.COMMIT
     settings, *cut = read_json(run / "benchmark" / "manifest.json")["numbers"]["notices"]
-    assert "top_p 0.8, top_k 20" in settings  # the official ones; a frame of 288 pixels is a token a tile, of which there is nothing to say
-    assert cut == [f"{arm}: 12 of 12 replies were cut off; raise max_new_tokens" for arm in ("base", "sft", "grpo")]  # a random model never ends
-    assert re.search(r"(\d+) of \1 replies were cut off", " ".join(read_json(run / "grpo" / "manifest.json")["numbers"]["notices"]))
+    assert (
+        "top_p 0.8, top_k 20" in settings
+    )  # the official ones; a frame of 288 pixels is a token a tile, of which there is nothing to say
+    assert cut == [
+        f"{arm}: 12 of 12 replies were cut off; raise max_new_tokens" for arm in ("base", "sft", "grpo")
+    ]  # a random model never ends
+    assert re.search(
+        r"(\d+) of \1 replies were cut off", " ".join(read_json(run / "grpo" / "manifest.json")["numbers"]["notices"])
+    )
     assert "notices" not in read_json(run / "sft" / "manifest.json")["numbers"]  # which draws nothing
     arms = (run / "benchmark" / "arms.csv").read_text().splitlines()
     assert [line.partition(",")[0] for line in arms[1:]] == ["random", "base", "sft", "grpo", "expert"]
-    assert all(row["ratio_max"] < 1.02 and row["logprob_gap"] < 0.01 for row in read_jsonl(run / "grpo" / "metrics.jsonl"))  # nats a token, in bf16
+    assert all(
+        row["ratio_max"] < 1.02 and row["logprob_gap"] < 0.01 for row in read_jsonl(run / "grpo" / "metrics.jsonl")
+    )  # nats a token, in bf16
 
 
 def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
@@ -82,9 +101,20 @@ def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
     messages = rehearsal.prompt()
     sample = encode.encode(loaded.processor, messages)
     frame = Image.fromarray(sample.frames[0])
-    bare = [{**message, "content": [part if part["type"] == "text" else {"type": "image", "image": frame} for part in message["content"]]
-             if isinstance(message["content"], list) else message["content"]} for message in messages]
-    theirs = loaded.processor.apply_chat_template(bare, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    bare = [
+        {
+            **message,
+            "content": [
+                part if part["type"] == "text" else {"type": "image", "image": frame} for part in message["content"]
+            ]
+            if isinstance(message["content"], list)
+            else message["content"],
+        }
+        for message in messages
+    ]
+    theirs = loaded.processor.apply_chat_template(
+        bare, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
     assert sample.input_ids == theirs["input_ids"][0].tolist()
     assert sample.input_ids.count(rehearsal.IDS["<|image_pad|>"]) == 81
     kinds = (theirs["input_ids"] == rehearsal.IDS["<|image_pad|>"]).int()
@@ -94,7 +124,9 @@ def test_a_prompt_is_what_transformers_makes_of_it(loaded, stock):
     batch.pop("where"), batch.pop("labels")
     with torch.no_grad():
         ours = loaded.model(**batch).logits
-        plain = stock(**{name: theirs[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}, mm_token_type_ids=kinds).logits
+        plain = stock(
+            **{name: theirs[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}, mm_token_type_ids=kinds
+        ).logits
     assert (ours - plain).abs().max() < 1e-5
 
 
@@ -131,7 +163,11 @@ def test_the_adapter_is_plain_peft(run, stock):
     tuned = PeftModel.from_pretrained(stock, folder).eval()
     try:
         with torch.no_grad():
-            logits = tuned(input_ids=ids, mm_token_type_ids=(ids == rehearsal.IDS["<|image_pad|>"]).int(), **images).logits[0].log_softmax(-1)
+            logits = (
+                tuned(input_ids=ids, mm_token_type_ids=(ids == rehearsal.IDS["<|image_pad|>"]).int(), **images)
+                .logits[0]
+                .log_softmax(-1)
+            )
     finally:
         tuned.unload()
     wanted = logits[len(sample.input_ids) - 1:-1].gather(1, torch.tensor(played.token_ids)[:, None])[:, 0]
@@ -154,7 +190,10 @@ def test_by_name_by_commit_by_its_beginning_and_by_folder_it_is_one_model(hub, r
     (tmp_path / "link").symlink_to(snapshot)
     copied = shutil.copytree(snapshot, tmp_path / "copied")
     revisions = [(rehearsal.NAME, revision) for revision in ("", "main", rehearsal.COMMIT, rehearsal.COMMIT[:7])]
-    found = [load_without_weights(*how)[0] for how in (*revisions, (str(snapshot),), (str(tmp_path / "link"),), (str(copied),))]
+    found = [
+        load_without_weights(*how)[0]
+        for how in (*revisions, (str(snapshot),), (str(tmp_path / "link"),), (str(copied),))
+    ]
     assert [one.weights for one in found[:-1]] == [rehearsal.COMMIT] * 6
     assert len({one.digest for one in found}) == 1 and found[-1].weights == found[0].digest
     for one in found:  # an adapter that was trained by the name fits each of them
@@ -168,11 +207,25 @@ def test_other_forms_of_reply_and_several_actions_a_turn(hub, tmp_path, form):
 
     from qwen_vl_kit.runner.configs import load_config
 
-    values = SMALL | {"horizon": "t3", "collect.seeds": "0-2", "sft.max_steps": 1, "form": form, "sft.variety": "qlora", "grpo.max_new_tokens": 8,
-                      "benchmark.max_new_tokens": 8, "benchmark.seeds": "1000000", "benchmark.arms": ["base", "sft"]}
+    values = SMALL | {
+        "horizon": "t3",
+        "collect.seeds": "0-2",
+        "sft.max_steps": 1,
+        "form": form,
+        "sft.variety": "qlora",
+        "grpo.max_new_tokens": 8,
+        "benchmark.max_new_tokens": 8,
+        "benchmark.seeds": "1000000",
+        "benchmark.arms": ["base", "sft"],
+    }
     for stage in ("collect", "export", "sft", "grpo", "benchmark"):
-        result = importlib.import_module(f"qwen_vl_kit.{stage}").run(load_config("configs/h200", stage, values), tmp_path / stage)
-    assert any(line.startswith("sft: it was trained on a base in 4 bits, and is put on one in 16") for line in result.numbers["notices"])
+        result = importlib.import_module(f"qwen_vl_kit.{stage}").run(
+            load_config("configs/h200", stage, values), tmp_path / stage
+        )
+    assert any(
+        line.startswith("sft: it was trained on a base in 4 bits, and is put on one in 16")
+        for line in result.numbers["notices"]
+    )
     rows = list(read_jsonl(tmp_path / "benchmark" / "metrics.jsonl"))
     assert [row["arm"] for row in rows] == ["base", "sft"] and (tmp_path / "grpo" / "adapter" / "qvk.json").is_file()
 
@@ -193,8 +246,18 @@ def test_the_seed_documents_six_commands(hub, tmp_path):
         command("eval", "--config", "configs/seed/eval_gpt4o_vision_proper.toml", "--seeds", "0-3", "--trace-db", store,
             *options({"horizon": "t3"}), **access)
         command("filter", "--config", "configs/seed/filter_vision_test.toml", *options({"val_fraction": 0.5}), **access)
-        command("train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml", *options(sft), **access)
-        command("train", "--type", "rl", "--config", "configs/seed/crafter_rl_qwen3vl_2b.toml", *options(grpo | {"horizon": "t3"}), **access)
+        command(
+            "train", "--type", "sft", "--config", "configs/seed/crafter_qwen3vl_2b_gpt4o.toml", *options(sft), **access
+        )
+        command(
+            "train",
+            "--type",
+            "rl",
+            "--config",
+            "configs/seed/crafter_rl_qwen3vl_2b.toml",
+            *options(grpo | {"horizon": "t3"}),
+            **access,
+        )
         command("benchmark", "--config", "configs/seed/benchmark.toml",
             *options({"horizon": "t3", "seeds": "1000000", "max_new_tokens": 8,
                       "grpo_adapter": "lora_adapters/qwen3vl_2b_crafter_rl_iter1"}), **access)

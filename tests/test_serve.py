@@ -1,4 +1,5 @@
-"A folder that the kit saves, behind `transformers serve`: a stock server, a real process, and the kit plays against it."
+"""A folder that the kit saves, behind `transformers serve`: a stock server, a real process, and the kit plays against
+it."""
 
 import os
 import socket
@@ -26,7 +27,8 @@ from qwen_vl_kit.store.traces import load_episodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
-# transformers wants torchvision for the video half of the processor only. Where it is missing, that half is left out; the rest is stock.
+# transformers wants torchvision for the video half of the processor only. Where it is missing, that half is left out;
+# the rest is stock.
 START = "" if find_spec("torchvision") else """
 from transformers import Qwen3VLProcessor, processing_utils
 checked = Qwen3VLProcessor.check_argument_for_proper_class
@@ -93,13 +95,27 @@ class Server:
 
 
 def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
-    "Its count of each prompt's tokens is the kit's, its greedy replies are the kit's, and the bill is usage times price."
+    """Its count of each prompt's tokens is the kit's, its greedy replies are the kit's, and the bill is usage times
+    price."""
     base = load_model("tiny")
     folder = save_model(base.model, base.processor, tmp_path / "model")
     (tmp_path / "settings.ini").write_text("[qvk]\nprices = prices.toml\n")
     (tmp_path / "prices.toml").write_text(PRICES.format(model=folder))
-    config = CollectConfig(teacher="model", engine="server", model=str(folder), seeds="0-2", horizon="s3", render_size=144, prompt="brief",
-                           frames=2, temperature=0.0, max_new_tokens=8, max_reprompts=0, noise=1.0, concurrency=3)  # the base only says what it sees
+    config = CollectConfig(
+        teacher="model",
+        engine="server",
+        model=str(folder),
+        seeds="0-2",
+        horizon="s3",
+        render_size=144,
+        prompt="brief",
+        frames=2,
+        temperature=0.0,
+        max_new_tokens=8,
+        max_reprompts=0,
+        noise=1.0,
+        concurrency=3,
+    )  # the base only says what it sees
     monkeypatch.setenv("QVK_ROOT", str(tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("OPENAI_HEADERS", "")
@@ -110,7 +126,11 @@ def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
         asked = turns.messages(config, [next(load_episodes(tmp_path / "collect" / "rollouts.db")).turns[0].frame], [])
         warm = engine.generate([Request(asked, (n,)) for n in range(6)], Sampling(1.5, 8))
         engine.close()
-    assert (first.numbers["episodes"], first.numbers["turns"], first.numbers["calls"]) == (3, 9, 10)  # and one call to probe
+    assert (first.numbers["episodes"], first.numbers["turns"], first.numbers["calls"]) == (
+        3,
+        9,
+        10,
+    )  # and one call to probe
     assert len({output.text for output in warm}) > 1  # a temperature is heeded
 
     kit, counts = HFEngine(load_model(str(folder))), []

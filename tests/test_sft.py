@@ -28,7 +28,16 @@ from qwen_vl_kit.store import traces
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 PLAY = dict(prompt="brief", render_size=144, horizon="s12")
-FAST = dict(model="random:tiny", sequence_length=128, bf16=False, threads=1, batch_size=8, max_steps=6, eval_steps=2, eval_rows=8)
+FAST = dict(
+    model="random:tiny",
+    sequence_length=128,
+    bf16=False,
+    threads=1,
+    batch_size=8,
+    max_steps=6,
+    eval_steps=2,
+    eval_rows=8,
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,9 @@ def test_validation_rows_are_those_beside_the_training_rows(rows, tmp_path):
     for settings in (rows | {"val": ""}, rows):
         train, val = sft_rows(SFTConfig(**settings), tmp_path / "sft")
         assert (str(train.path), str(val.path)) == (rows["train"], rows["val"])
-    (tmp_path / "train.jsonl").write_text("\ufeff" + Path(rows["train"]).read_text(), encoding="utf-8")  # a mark, as some editors leave one
+    (tmp_path / "train.jsonl").write_text(
+        "\ufeff" + Path(rows["train"]).read_text(), encoding="utf-8"
+    )  # a mark, as some editors leave one
     assert len(Rows(tmp_path / "train.jsonl").rows) == len(Rows(rows["train"]).rows)
     with pytest.raises(InputError, match=f"{tmp_path}/val.jsonl: no such file"):
         sft_rows(SFTConfig(train=str(tmp_path / "train.jsonl")), Path(rows["train"]).parents[1] / "sft")
@@ -87,7 +98,10 @@ def same_curves(one: Path, two: Path) -> None:
     assert ours.keys() == theirs.keys() and all(abs(ours[name] - theirs[name]).max() < 1e-5 for name in ours)
 
 
-TAUGHT = FAST | {"model": "tiny", "eval_rows": 13}  # 12 of 24: no multiple of 2 x 8; and it has something right from the start
+TAUGHT = FAST | {
+    "model": "tiny",
+    "eval_rows": 13,
+}  # 12 of 24: no multiple of 2 x 8; and it has something right from the start
 
 
 def test_two_processes_learn_what_one_does(rows, tmp_path):
@@ -104,7 +118,10 @@ def test_two_processes_learn_what_one_does(rows, tmp_path):
 def test_with_deepspeed_two_processes_learn_what_one_does(rows, tmp_path, stage):
     pytest.importorskip("deepspeed")
     one = sft.run(SFTConfig(**TAUGHT, **rows), tmp_path / "one")
-    two = sft.run(config := SFTConfig(**TAUGHT | {"batch_size": 4, "processes": 2, "deepspeed_stage": stage}, **rows), tmp_path / "two")
+    two = sft.run(
+        config := SFTConfig(**TAUGHT | {"batch_size": 4, "processes": 2, "deepspeed_stage": stage}, **rows),
+        tmp_path / "two",
+    )
     same_curves(one.out, two.out)
     assert list((two.out / "checkpoints").glob("checkpoint-6/global_step6/*optim*")), "DeepSpeed was not at work"
     shutil.rmtree(two.out / "checkpoints" / "checkpoint-6")  # as if it had been killed while it wrote
@@ -117,8 +134,11 @@ def test_what_cannot_be_shared_is_refused_before_anything_starts(rows, tmp_path,
     for module in (devices, trackers):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     monkeypatch.setattr(devices, "gpu_count", lambda: 0)
-    for values, expected in (({"deepspeed_stage": 3}, "DeepSpeed, which is not installed; make gpu"), ({"fsdp": True}, "this machine has none"),
-                             ({"report_to": "wandb"}, "the package wandb, which is not installed; pip install wandb")):
+    for values, expected in (
+        ({"deepspeed_stage": 3}, "DeepSpeed, which is not installed; make gpu"),
+        ({"fsdp": True}, "this machine has none"),
+        ({"report_to": "wandb"}, "the package wandb, which is not installed; pip install wandb"),
+    ):
         with pytest.raises(InputError, match=expected) as caught:
             sft.run(SFTConfig(**FAST | {"processes": 2}, **values, **rows), tmp_path / "sft")
         assert "\n" not in str(caught.value) and not (tmp_path / "sft").exists()
@@ -138,7 +158,11 @@ def test_fsdp_divides_the_layers(monkeypatch, tmp_path):
     assert plan_processes(config) == (2, [])
     args = trl.SFTConfig(**sft_arguments(config, tmp_path, 5), **sharding_arguments(config, 2))
     plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True and plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert (
+        plugin.fsdp_version == 2
+        and plugin.reshard_after_forward is True
+        and plugin.state_dict_type.name == "FULL_STATE_DICT"
+    )
     model = get_peft_model(load_model("random:tiny").model, lora_config(4, 8))
     plugin.set_auto_wrap_policy(model)
     wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
@@ -162,8 +186,18 @@ def test_a_tracker_gets_the_figures(rows, tmp_path, name):
     program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.stages import sft\n" \
         f"sft.run(config.SFTConfig(**{config.model_dump()!r}), {str(out)!r})"
     (tmp_path / "here").mkdir()
-    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(out / "tracker"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "here", check=True, capture_output=True, env=os.environ | environment)
+    environment = {
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(out / "tracker"),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "here",
+        check=True,
+        capture_output=True,
+        env=os.environ | environment,
+    )
     written = b"".join(path.read_bytes() for path in (out / "tracker").rglob("*") if path.is_file())
     assert all(word in written for word in (b"tokens_per_second", b"action_accuracy", b"loss", b"usd"))
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["sft"]
@@ -180,9 +214,14 @@ def test_accumulated_batches_are_one_batch(rows, tmp_path):
 def test_turns_of_an_episode_are_one_conversation(rows, tmp_path):
     processor = load_model("random:tiny").processor
     for window, length, counts in ((3, 512, {3}), (0, 2048, {12}), (0, 512, {4})):  # 12 turns of about 115 tokens
-        found = [[m["role"] for m in row["messages"]].count("assistant") for row in Rows(rows["train"]).join(processor, length, window).rows]
+        found = [
+            [m["role"] for m in row["messages"]].count("assistant")
+            for row in Rows(rows["train"]).join(processor, length, window).rows
+        ]
         assert sum(found) == len(Rows(rows["train"]).rows) and max(found) in counts, found
-    result = sft.run(SFTConfig(**FAST | {"window": 3, "sequence_length": 1024, "batch_size": 4}, **rows), tmp_path / "sft")
+    result = sft.run(
+        SFTConfig(**FAST | {"window": 3, "sequence_length": 1024, "batch_size": 4}, **rows), tmp_path / "sft"
+    )
     assert result.numbers["rows"] == len(Rows(rows["train"]).rows) and 0 <= result.numbers["val_action_accuracy"] <= 1
 
 
@@ -192,24 +231,40 @@ def test_a_row_that_does_not_fit_is_told_before_the_model_is_loaded(rows, tmp_pa
     long = tmp_path / "train.jsonl"
     long.write_text("\n\n".join(lines))
     monkeypatch.setattr(sft_fit, "load_model", None)
-    with pytest.raises(InputError, match=r"train.jsonl:13: a row of \d+ tokens does not fit a sequence of 128; raise sequence_length"):
+    with pytest.raises(
+        InputError, match=r"train.jsonl:13: a row of \d+ tokens does not fit a sequence of 128; raise sequence_length"
+    ):
         sft.run(SFTConfig(**FAST, **rows | {"train": str(long)}), tmp_path / "sft")
     assert not (tmp_path / "sft").exists()
 
 
 def test_rows_of_other_makers_are_trained_on(rows, tmp_path):
-    "Without a picture, with two of another size, with one as flat as can be, with an answer in parts and with a tool call: all in one batch."
+    """Without a picture, with two of another size, with one as flat as can be, with an answer in parts and with a
+    tool call: all in one batch."""
     def made(*pictures, **answer):
         shown = [{"type": "image", "image": data_url(np.zeros(shape, np.uint8))} for shape in pictures]
-        messages = [{"role": "system", "content": "play"}, {"role": "user", "content": [*shown, {"type": "text", "text": "now"}] if shown else "now"},
-                    {"role": "assistant", **answer}]
+        messages = [
+            {"role": "system", "content": "play"},
+            {"role": "user", "content": [*shown, {"type": "text", "text": "now"}] if shown else "now"},
+            {"role": "assistant", **answer},
+        ]
         return json.dumps({"messages": messages, "metadata": {"prompt_hash": "theirs"}})
 
     call = {"function": {"name": "act", "arguments": {"actions": ["do"]}}}
     file = tmp_path / "theirs.jsonl"
-    file.write_text("\n".join([made(content="do"), made((100, 75, 3), (32, 32, 3), content=[{"type": "text", "text": "do"}]),
-                               made((1, 1, 3), content="noop"), made((3, 90, 3), content=None, tool_calls=[call])]))
-    done = sft.run(SFTConfig(**FAST | {"batch_size": 4, "max_steps": 1, "train": str(file), "val": str(file)}), tmp_path / "sft")
+    file.write_text(
+        "\n".join(
+            [
+                made(content="do"),
+                made((100, 75, 3), (32, 32, 3), content=[{"type": "text", "text": "do"}]),
+                made((1, 1, 3), content="noop"),
+                made((3, 90, 3), content=None, tool_calls=[call]),
+            ]
+        )
+    )
+    done = sft.run(
+        SFTConfig(**FAST | {"batch_size": 4, "max_steps": 1, "train": str(file), "val": str(file)}), tmp_path / "sft"
+    )
     assert done.numbers["rows"] == 4 and done.numbers["prompt_hash"] == "theirs" and done.numbers["val_loss"] > 0
 
 
@@ -230,7 +285,10 @@ def test_whole_weights_are_trained_and_played(rows, tmp_path):
     assert all(not a.equal(b) for a, b in pairs if a.ndim > 1)
     with pytest.raises(InputError, match="whole weights"):
         load_model("random:tiny", adapter=tmp_path / "sft" / "adapter", trainable=True)
-    played = benchmark.run(BenchmarkConfig(**PLAY, model="random:tiny", arms=["sft"], seeds="1000000-1000001", bf16=False), tmp_path / "benchmark")
+    played = benchmark.run(
+        BenchmarkConfig(**PLAY, model="random:tiny", arms=["sft"], seeds="1000000-1000001", bf16=False),
+        tmp_path / "benchmark",
+    )
     assert played.numbers
     weights = tmp_path / "sft" / "adapter" / "model.safetensors"
     held = load_file(weights)
@@ -244,8 +302,13 @@ def test_a_student_plays_and_the_expert_says_what_it_would_do(rows, tmp_path):
     config = CollectConfig(seeds="40-43", student=str(adapter), noise=0.0, **PLAY)
     collect.run(config, tmp_path / "dagger" / "collect")
     turns = traces.turns(tmp_path / "dagger" / "collect" / "rollouts.db")
-    assert set(turns.reason.str.len() > 0) == {True} and (turns.actions.map(tuple) != turns.executed.map(tuple)).mean() > 0.5
-    written = list(read_jsonl(export.run(ExportConfig(val_fraction=0.25), tmp_path / "dagger" / "export").out / "train.jsonl"))
+    assert (
+        set(turns.reason.str.len() > 0) == {True}
+        and (turns.actions.map(tuple) != turns.executed.map(tuple)).mean() > 0.5
+    )
+    written = list(
+        read_jsonl(export.run(ExportConfig(val_fraction=0.25), tmp_path / "dagger" / "export").out / "train.jsonl")
+    )
     said = {(row["metadata"]["seed"], row["metadata"]["turn"]): row["messages"][2]["content"] for row in written}
     answers = {(turn.seed, turn.turn): "-> " + ", ".join(turn.actions) for turn in turns.itertuples()}
     assert said and all(text.endswith(answers[key]) for key, text in said.items())
@@ -267,16 +330,25 @@ def test_the_kept_adapter_is_the_one_that_played_best(rows, tmp_path):
 
 
 def test_training_that_diverges_stops_and_keeps_its_checkpoints(rows, tmp_path):
-    config = SFTConfig(**FAST | {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0, "scheduler": "constant"}, **rows)
+    config = SFTConfig(
+        **FAST | {"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_ratio": 0.0, "scheduler": "constant"}, **rows
+    )
     with pytest.raises(TrainingStopped, match=r"not a finite number at step \d+.*lower learning_rate"):
         sft.run(config, tmp_path / "sft")
     assert not (tmp_path / "sft" / "adapter").exists() and figures(tmp_path / "sft")
 
 
-@pytest.mark.parametrize("spoil, expected", [
-    (lambda row: row["messages"][1]["content"].pop(0), "0 images where 1 is promised"),
-    (lambda row: row["messages"][1]["content"].insert(0, row["messages"][1]["content"][0]), "2 images where 1 is promised"),
-    (lambda row: row["metadata"].update(prompt_hash="0" * 64), "prompt 00000000 where")])
+@pytest.mark.parametrize(
+    "spoil, expected",
+    [
+        (lambda row: row["messages"][1]["content"].pop(0), "0 images where 1 is promised"),
+        (
+            lambda row: row["messages"][1]["content"].insert(0, row["messages"][1]["content"][0]),
+            "2 images where 1 is promised",
+        ),
+        (lambda row: row["metadata"].update(prompt_hash="0" * 64), "prompt 00000000 where"),
+    ],
+)
 def test_rows_that_are_not_what_they_say(rows, tmp_path, spoil, expected):
     lines = Path(rows["train"]).read_text().splitlines()
     row = json.loads(lines[1])
@@ -290,7 +362,14 @@ def test_rows_that_are_not_what_they_say(rows, tmp_path, spoil, expected):
 
 def test_on_the_command_line_a_killed_run_goes_on(rows, tmp_path):
     values = [f"{name}={json.dumps(value)}" for name, value in {**FAST, **rows}.items()]
-    line = ["sft", "--config", "configs/demo", "--out", str(tmp_path), *(word for value in values for word in ("--set", value))]
+    line = [
+        "sft",
+        "--config",
+        "configs/demo",
+        "--out",
+        str(tmp_path),
+        *(word for value in values for word in ("--set", value)),
+    ]
     metrics = tmp_path / "sft" / ".work" / "metrics.jsonl"
     kill_when(lambda: metrics.is_file() and '"step":3' in metrics.read_text(), [*QVK, *line])
     done = qvk(*line)

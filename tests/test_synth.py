@@ -1,4 +1,4 @@
-"""Traces of synth-ai that are read into a store: whole, in part, with their own times; and what fails leaves nothing."""
+"""Traces of synth-ai, read into a store: whole, in part, with their own times; and what fails leaves nothing."""
 
 import contextlib
 import json
@@ -89,7 +89,8 @@ def test_a_session_that_cannot_be_read_does_not_take_the_others_along(tmp_path):
         )
         connection.execute("DELETE FROM messages WHERE session_id = 'run-2'")
         connection.execute(
-            "UPDATE messages SET content = substr(content, 1, 40) || '…' WHERE session_id = 'run-3' AND message_type = 'assistant'"
+            "UPDATE messages SET content = substr(content, 1, 40) || '…' "
+            "WHERE session_id = 'run-3' AND message_type = 'assistant'"
         )
 
     count = import_synth(write_synth(tmp_path / "v3.db", sessions=5, change=spoil), tmp_path / "rollouts.db")

@@ -327,7 +327,8 @@ def old(db, tmp_path):
         for table in ("prompts", "frames"):
             connection.execute(f"INSERT INTO {table} SELECT * FROM new.{table}")
         connection.execute(
-            "INSERT INTO sessions SELECT id, run, arm, seed + 1000000 * (seed = 2), member, horizon, model, prompt, created "
+            "INSERT INTO sessions SELECT id, run, arm, seed + 1000000 * (seed = 2), member, horizon, "
+            "model, prompt, created "
             "FROM new.sessions"
         )
         columns = [row[1] for row in connection.execute("PRAGMA main.table_info(turns)")]

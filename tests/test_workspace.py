@@ -1,4 +1,5 @@
-"The folder of a stage when a run in it fails, is interrupted, is killed or fills the disk: old outputs stay, work is resumed, files move once."
+"""The folder of a stage when a run in it fails, is interrupted, is killed or fills the disk: old outputs stay, work
+is resumed, files move once."""
 
 import errno
 import json
@@ -64,8 +65,18 @@ def executes(monkeypatch, *, raises=None, files=(), store=0, ends=False):
     monkeypatch.setattr(notebook, "execute", execute)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(), RuntimeError("a bug"),
-                                   InputError("no rows"), RunFailed("RuntimeError: broken; see run.ipynb")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        BrokenPipeError(),
+        RuntimeError("a bug"),
+        InputError("no rows"),
+        RunFailed("RuntimeError: broken; see run.ipynb"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
 def test_force_deletes_nothing_when_the_run_does_not_end(finished, small, monkeypatch, error):
     before = contents(finished)
     executes(monkeypatch, raises=error, files={"calls.jsonl": CALLS})
@@ -78,7 +89,9 @@ def test_force_deletes_nothing_when_the_run_does_not_end(finished, small, monkey
         assert contents(finished) == before
 
 
-def test_what_a_failed_run_has_played_is_resumed_by_the_same_config_refused_to_another_and_discarded_by_force(finished, small, monkeypatch):
+def test_what_a_failed_run_has_played_is_resumed_by_the_same_config_refused_to_another_and_discarded_by_force(
+    finished, small, monkeypatch
+):
     before, other = contents(finished), small.model_copy(update={"seed": 5})
     executes(monkeypatch, raises=KeyboardInterrupt(), store=2)
     with pytest.raises(KeyboardInterrupt):
@@ -103,7 +116,11 @@ def test_what_a_failed_run_has_played_is_resumed_by_the_same_config_refused_to_a
     assert len(episodes(finished / ".work" / "rollouts.db")) == 1
 
 
-@pytest.mark.parametrize("error", [RunFailed("KeyError: 'a'", Path("somewhere/.work/run.ipynb")), InputError("no table")], ids=["broken", "input"])
+@pytest.mark.parametrize(
+    "error",
+    [RunFailed("KeyError: 'a'", Path("somewhere/.work/run.ipynb")), InputError("no table")],
+    ids=["broken", "input"],
+)
 def test_a_stage_whose_page_fails_is_done(finished, small, monkeypatch, error):
     executes(monkeypatch, raises=error, files={"metrics.jsonl": "new"}, ends=("collect", small))
     with pytest.raises(RunFailed, match="see .*/x/run.ipynb"):
@@ -126,7 +143,14 @@ def test_what_stands_in_a_folder_without_a_manifest_stays(tmp_path, small, monke
 def trained(tmp_path):
     "A finished GRPO of one iteration, and its config."
     config = GRPOConfig(model="tiny", iterations=1)
-    for name in ("adapter/weights", "rollouts.db", "metrics.jsonl", "run.ipynb", "run.html", "checkpoints/checkpoint-9/weights"):
+    for name in (
+        "adapter/weights",
+        "rollouts.db",
+        "metrics.jsonl",
+        "run.ipynb",
+        "run.html",
+        "checkpoints/checkpoint-9/weights",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     manifest.write(tmp_path, Result("grpo", tmp_path, 1.0), config)
@@ -164,7 +188,8 @@ CHANGES = ("unlink", "rename", "replace", "rmdir", "mkdir", "link")
 
 
 def killed_at(step: int, act) -> bool:
-    "Do `act` in a process of its own, which kills itself before it changes the disk for the so manieth time; whether it was killed."
+    """Do `act` in a process of its own, which kills itself before it changes the disk for the so manieth time;
+    whether it was killed."""
     if pid := os.fork():
         return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     try:
@@ -184,8 +209,12 @@ def killed_at(step: int, act) -> bool:
         os._exit(0)
 
 
-def test_a_run_over_a_finished_one_that_is_killed_anywhere_leaves_the_old_outputs_or_the_new_ones(finished, small, monkeypatch):
-    executes(monkeypatch, files={"metrics.jsonl": "new", "calls.jsonl": "", "deep/er/file": "new"}, ends=("collect", small))
+def test_a_run_over_a_finished_one_that_is_killed_anywhere_leaves_the_old_outputs_or_the_new_ones(
+    finished, small, monkeypatch
+):
+    executes(
+        monkeypatch, files={"metrics.jsonl": "new", "calls.jsonl": "", "deep/er/file": "new"}, ends=("collect", small)
+    )
     monkeypatch.setattr(run, "check_access", lambda *_: None)
     kept, home = finished.parent / "kept", contents(finished)
     shutil.copytree(finished, kept)
@@ -195,14 +224,19 @@ def test_a_run_over_a_finished_one_that_is_killed_anywhere_leaves_the_old_output
         shutil.rmtree(finished)
         shutil.copytree(kept, finished)
         killed = killed_at(step, lambda: run_stage("collect", small, finished, force=True))
-        succeeded = workspace.has_succeeded(finished) or contents(finished, work=False).get(Path("metrics.jsonl")) == b"new"
+        succeeded = (
+            workspace.has_succeeded(finished) or contents(finished, work=False).get(Path("metrics.jsonl")) == b"new"
+        )
         if not succeeded:
             assert contents(finished, work=False).items() >= home.items(), step
         assert run_stage("collect", small, finished) is False, step  # done, whichever it is
         left = {path: data for path, data in contents(finished, work=False).items() if path.name != ".lock"}
         assert {path: left[path] for path in mine} == {path: home[path] for path in mine}, step
         if succeeded:
-            assert set(left) - mine == {Path(name) for name in ("metrics.jsonl", "calls.jsonl", "deep/er/file", "run.ipynb", "manifest.json", "run.html")}, step
+            assert set(left) - mine == {
+                Path(name)
+                for name in ("metrics.jsonl", "calls.jsonl", "deep/er/file", "run.ipynb", "manifest.json", "run.html")
+            }, step
             assert not (finished / ".work").exists(), step
         else:
             assert left == home, step
@@ -273,7 +307,12 @@ def test_a_refused_folder_says_what_force_would_delete(collected, small):
     with pytest.raises(InputError, match="another run") as error:
         state("collect", small.model_copy(update={"seed": 9}), collected / "collect", "--trace-db")
     reason = str(error.value)
-    assert "--trace-db" in reason and "qvk merge" in reason and "deletes metrics.jsonl, rollouts.db" in reason and "--out" not in reason
+    assert (
+        "--trace-db" in reason
+        and "qvk merge" in reason
+        and "deletes metrics.jsonl, rollouts.db" in reason
+        and "--out" not in reason
+    )
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_played(tmp_path, small, monkeypatch, capsys):
@@ -282,7 +321,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_played(tmp_path, small, monk
     executes(monkeypatch, raises=full, files={"rollouts.db": "played"})
     monkeypatch.chdir(root())
     assert main(["collect", *SMALL, "--out", str(tmp_path)]) == 2
-    assert one_line(capsys.readouterr().err).endswith("rollouts.db: no space left on device; free some space, then give the same command again")
+    assert one_line(capsys.readouterr().err).endswith(
+        "rollouts.db: no space left on device; free some space, then give the same command again"
+    )
     assert (work / "rollouts.db").is_file() and (work / CONFIG).is_file()
 
 
@@ -305,9 +346,15 @@ def test_force_onto_a_full_disk_deletes_nothing(finished, small, monkeypatch, st
 
 def test_no_file_of_a_finished_stage_names_the_folder_it_was_written_in(collected):
     files = contents(collected)
-    assert len(files) == 5 and [path for path, data in files.items() if b".work" in data.replace(b".workspace", b"")] == []
+    assert (
+        len(files) == 5 and [path for path, data in files.items() if b".work" in data.replace(b".workspace", b"")] == []
+    )
     notebook_json = json.loads(files[Path("collect/run.ipynb")])
-    parameters = "".join("".join(cell["source"]) for cell in notebook_json["cells"] if "injected-parameters" in cell["metadata"].get("tags", []))
+    parameters = "".join(
+        "".join(cell["source"])
+        for cell in notebook_json["cells"]
+        if "injected-parameters" in cell["metadata"].get("tags", [])
+    )
     assert f'out = "{collected / "collect"}"' in parameters
 
 
