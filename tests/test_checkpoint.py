@@ -288,9 +288,9 @@ def test_settings_that_are_not_applied_are_all_told(tmp_path):
 def test_a_server_of_our_own_ends_replies_where_the_model_does(monkeypatch):
     monkeypatch.setitem(os.environ, "OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     request, sampling = Request([{"role": "user", "content": "a"}], (0,)), Sampling(1.0, 4)
-    body = create_engine("server", "tiny", tokens=True)._body(request, sampling, 0)
+    body = create_engine("server", "tiny", tokens=True).client.body(request, sampling)
     assert body["stop_token_ids"] == [END] and body["return_token_ids"]
-    assert "stop_token_ids" not in create_engine("server", "tiny")._body(request, sampling, 0)
+    assert "stop_token_ids" not in create_engine("server", "tiny").client.body(request, sampling)
 
 
 @pytest.fixture

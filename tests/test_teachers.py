@@ -437,8 +437,8 @@ def test_the_seeds_line_obeys_max_turns():
     (["--seeds", "0-"], {}, "cannot read seeds from '0-'"), (["--seeds", "5-2"], {}, "run backwards"),
     (["--seeds", "a"], {}, "cannot read seeds from 'a'"), ([], {}, "no key for model 'gpt-4o-mini'; set OPENAI_API_KEY"),
     ([], {"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}, "no server answers there; check OPENAI_BASE_URL"),
-    ([], {"OPENAI_BASE_URL": "localhost"}, "OPENAI_BASE_URL: is no address"),
-    ([], {"OPENAI_API_KEY": "k", "OPENAI_HEADERS": "X: y"}, "OPENAI_HEADERS: is no JSON object of strings")])
+    ([], {"OPENAI_BASE_URL": "localhost"}, "OPENAI_BASE_URL: is not a URL"),
+    ([], {"OPENAI_API_KEY": "k", "OPENAI_HEADERS": "X: y"}, "OPENAI_HEADERS: must be a JSON object of strings")])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, words, environment, expected):
     (tmp_path / "env").write_text("".join(f"{name}='{value}'\n" for name, value in environment.items()) or "OTHER_KEY=1\n")
     code, said, error = command("eval", "--config", EVAL, "--trace-db", tmp_path / "t" / "rollouts.db", "--env-file", tmp_path / "env", *words)

@@ -48,7 +48,7 @@ def test_vllm_keeps_the_contract(engine, tmp_path):
 
 
 def test_trl_expands_image_tokens_twice_and_the_kit_does_not(engine):
-    "TRL's own code, on the same vLLM: if this fails, TRL has mended it, and `collapsed` may be looked at again."
+    "TRL's own code, on the same vLLM: if this fails, TRL has fixed it, and `collapse_image_tokens` may go."
     import torch
     from PIL import Image
     from trl.generation.vllm_generation import VLLMGeneration
@@ -101,7 +101,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def access(server, monkeypatch):
     at = server[1].access
-    for name, value in {"OPENAI_BASE_URL": at["base_url"], "OPENAI_API_KEY": at["api_key"], "OPENAI_HEADERS": ""}.items():
+    for name, value in {"OPENAI_BASE_URL": at.base_url, "OPENAI_API_KEY": at.api_key, "OPENAI_HEADERS": ""}.items():
         monkeypatch.setenv(name, value)
 
 

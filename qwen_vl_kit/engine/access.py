@@ -44,9 +44,9 @@ def is_loopback(host: str) -> bool:
     address = getattr(address, "ipv4_mapped", None) or address
     return address.is_loopback or address.is_unspecified
 
-# %% ../../nbs/engine/07_access.ipynb #d18cd06a
+# %% ../../nbs/engine/07_access.ipynb #8464137f
 def proxy_for(url: str) -> tuple[str, str]:
-    """The environment variable that names a proxy for `url`, and the proxy's address; two empty strings if there is none.
+    """The environment variable that names a proxy for `url`, and the proxy's address; two empty strings for none.
 
     Raises `InputError` for a proxy that cannot be used.
     """
@@ -60,7 +60,7 @@ def proxy_for(url: str) -> tuple[str, str]:
     check_proxy(address, variable)
     return variable, address
 
-# %% ../../nbs/engine/07_access.ipynb #d3d4580f
+# %% ../../nbs/engine/07_access.ipynb #a5e9f5aa
 def check_proxy(address: str, variable: str) -> None:
     "Raise `InputError` unless `address` is one of a proxy that can be used; `variable` is where it comes from."
     schemes = ("http", "https", *(("socks5", "socks5h") if is_installed("socksio") else ()))
@@ -71,8 +71,8 @@ def check_proxy(address: str, variable: str) -> None:
         what = "is not an address of a proxy"
     else:
         return
-    known = ", ".join(schemes)
-    raise InputError(what, variable, f"write it like http://host:port (known: {known}), or name the endpoint's host in NO_PROXY")
+    fix = f"write it like http://host:port (known: {', '.join(schemes)}), or name the endpoint's host in NO_PROXY"
+    raise InputError(what, variable, fix)
 
 # %% ../../nbs/engine/07_access.ipynb #b6cdd638
 OPENAI = "https://api.openai.com/v1"
@@ -86,18 +86,20 @@ class Access:
     base_url: str | None = field(default=None, repr=False)  # None: OpenAI's
     headers: dict[str, str] = field(default_factory=dict, repr=False)  # further ones
 
-# %% ../../nbs/engine/07_access.ipynb #7e912b3d
+# %% ../../nbs/engine/07_access.ipynb #018700b3
 def read_access(model: str) -> Access:
     """The access to an endpoint, from the environment; `model` is only named in errors.
 
-    OPENAI_API_KEY, OPENAI_BASE_URL (empty: OpenAI's own; a query stays behind the path, a user and password are sent as
-    HTTP Basic), OPENAI_HEADERS (a JSON object of further headers), OPENAI_ORG_ID and OPENAI_PROJECT_ID. A server of one's
-    own may do without a key. Raises `InputError` if the key is missing, or if one of them, or the proxy, cannot be used.
+    OPENAI_API_KEY, OPENAI_BASE_URL (empty: OpenAI's own; a query stays behind the path, a user and password are sent
+    as HTTP Basic), OPENAI_HEADERS (a JSON object of further headers), OPENAI_ORG_ID and OPENAI_PROJECT_ID. A server of
+    one's own may do without a key. Raises `InputError` if the key is missing, or if one of them, or the proxy, cannot
+    be used.
     """
     base_url = os.environ.get("OPENAI_BASE_URL", "").strip()
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key and not base_url:
-        fix = "set OPENAI_API_KEY in the environment or in the --env-file (or OPENAI_BASE_URL, for a server of your own)"
+        fix = "set OPENAI_API_KEY in the environment or in the --env-file " \
+              "(or OPENAI_BASE_URL, for a server of your own)"
         raise InputError(f"no key for model {model!r}", fix=fix)
     if base_url and not is_url(base_url):
         raise InputError("is not a URL", "OPENAI_BASE_URL", "write it like http://127.0.0.1:8000/v1")
@@ -105,15 +107,19 @@ def read_access(model: str) -> Access:
         what = "has a user's name, and OPENAI_API_KEY is set, too; only one of them can be sent"
         raise InputError(what, "OPENAI_BASE_URL", "leave one out")
     proxy_for(base_url or OPENAI)
-    return Access(key or "none", base_url or None, further_headers(os.environ.get("OPENAI_HEADERS", "").strip(), key))
+    headers = further_headers(os.environ.get("OPENAI_HEADERS", "").strip(), key)
+    return Access(key or "none", base_url or None, headers)
 
-# %% ../../nbs/engine/07_access.ipynb #3a82bd2f
+# %% ../../nbs/engine/07_access.ipynb #76590b17
 HEADER_NAME = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110, section 5.6.2
 SET_BY_CLIENT = ("host", "content-length", "transfer-encoding", "connection")
 
 
 def further_headers(text: str, key: str) -> dict[str, str]:
-    "The headers of OPENAI_HEADERS, OPENAI_ORG_ID and OPENAI_PROJECT_ID. Raises `InputError` unless they and the key can be sent."
+    """The headers of OPENAI_HEADERS, OPENAI_ORG_ID and OPENAI_PROJECT_ID.
+
+    Raises `InputError` unless they and the key can be sent.
+    """
     example = """write it like '{"X-Name": "value"}'"""
     try:
         headers = json.loads(text or "{}")
@@ -137,9 +143,9 @@ def basic_auth(parts) -> str:
     pair = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
     return "Basic " + base64.b64encode(pair.encode()).decode()
 
-# %% ../../nbs/engine/07_access.ipynb #a7adf3c7
+# %% ../../nbs/engine/07_access.ipynb #3e2ecc17
 def secret_values(access: Access) -> set[str]:
-    "The key, the values of further headers, the query of the address, and its password, but for short words: those open nothing."
+    "The key, the values of further headers, the query of the address, its password; no short words: they open nothing."
     parts = urlsplit(access.base_url or "")
     values = [access.api_key, *access.headers.values(), *(value for _, value in parse_qsl(parts.query))]
     values += [value.partition(" ")[2] for name, value in access.headers.items() if "authorization" in name.lower()]

@@ -6,6 +6,7 @@
 __all__ = ['UNITS', 'grown', 'DecodeBuffers', 'fill', 'emit', 'step', 'record', 'CudaGraphDecoder']
 
 # %% ../../nbs/engine/03_graph.ipynb #c2afff00
+from functools import partial
 from typing import Any
 
 from .decode import draw
@@ -112,35 +113,34 @@ class CudaGraphDecoder:
         self.constants: tuple = ()  # temperature and end tokens
         self.buffers: Any = None
         self.graph: Any = None
+        self.replay: Any = None  # runs a step
 
     def __call__(self, inputs: dict, which: list[int], u_BT, temperature: float, ends: tuple[int, ...]):
         "As `decode`."
         import torch
-
         count, new = u_BT.shape
         out = self.model(**inputs, use_cache=True, logits_to_keep=1)
         needed = (count, inputs["attention_mask"].shape[1] + new, new)
         self._fit(needed, (temperature, tuple(ends)), out.past_key_values)
-        path_R = torch.tensor([*which, *which[:1] * (self.size[0] - count)], device=self.model.device)
+        path_R = torch.tensor(which + which[:1] * (self.size[0] - count), device=self.model.device)
         fill(self.buffers, out.past_key_values, inputs, path_R, u_BT)
         emit(self.buffers, out.logits[:, -1][path_R], temperature)
         for t in range(1, new):
             if t % 8 == 1 and self.buffers.ended.all():
                 new = t
                 break
-            self._step() if self.graph is None else self.graph.replay()
+            self.replay()
         return self.buffers.tokens[:count, :new].cpu(), self.buffers.logprobs[:count, :new].cpu()
 
-    def _step(self) -> None:
-        step(self.model, self.buffers, self.constants[0])
-
-    def _fit(self, needed: tuple[int, int, int], constants: tuple, prompt_cache) -> None:
+    def _fit(self, needed: tuple[int, ...], constants: tuple, prompt_cache) -> None:
         "Make buffers that hold what is `needed`, and record a step on them; nothing if those that are there do."
         size = grown(self.size, needed)
         if constants == self.constants and size == self.size:
             return
-        self.buffers = self.graph = None  # their memory is needed
+        self.buffers = self.graph = self.replay = None  # their memory is needed
         self.size, self.constants = size, constants
         self.buffers = DecodeBuffers(self.model, size, constants[1], prompt_cache)
+        self.replay = partial(step, self.model, self.buffers, constants[0])
         if self.model.device.type == "cuda":
-            self.graph = record(self._step)
+            self.graph = record(self.replay)
+            self.replay = self.graph.replay

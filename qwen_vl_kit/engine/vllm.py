@@ -33,7 +33,7 @@ def check_engine(engine: str) -> None:
     if engine == "vllm" and not is_installed("vllm"):
         raise InputError("vLLM is not installed here", fix='make gpu installs it, for a GPU; or set engine = "hf"')
 
-# %% ../../nbs/engine/06_vllm.ipynb #cb77a717
+# %% ../../nbs/engine/06_vllm.ipynb #186d154b
 MOST_IMAGES = {"image": {"count": 64, "width": 512, "height": 512}, "video": 0}  # in a prompt
 HELD_ADAPTERS = Versions().keep + 1  # while one comes, the oldest has not gone
 
@@ -49,7 +49,7 @@ class VLLMOptions:
     concurrency: int = 256  # requests that are generated at a time
 
     def engine_args(self, gpus: int = 1) -> dict:
-        "vLLM's engine arguments; each of the `gpus` (0: the CPU) holds all weights, and requests are divided among them."
+        "vLLM's engine arguments. Each of the `gpus` (0: a CPU) holds all weights; requests are divided among them."
         return {
             "dtype": "bfloat16" if self.bf16 else "float32",
             "seed": 0,
@@ -133,11 +133,12 @@ def read_answer(sample, answer, processor, seconds: float) -> Output:
     usage = local_usage(sample, len(ids), processor, seconds)
     return Output(text, sample.input_ids, ids, logprobs, completion.finish_reason, usage)
 
-# %% ../../nbs/engine/06_vllm.ipynb #a237c795
+# %% ../../nbs/engine/06_vllm.ipynb #0b97eb25
 def language_only(folder: str | Path) -> dict[str, LowRank]:
     """As `read_adapter`.
 
-    Raises `InputError` for what vLLM would play otherwise: an adapter of the vision tower, or with several ranks or scales.
+    Raises `InputError` for what vLLM would play otherwise: an adapter of the vision tower, or with several ranks or
+    scales.
     """
     changes = read_adapter(folder)
     if patterns := RANK_PATTERNS & set(adapter_parts(folder)):

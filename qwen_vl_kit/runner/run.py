@@ -61,10 +61,10 @@ def check_access(settings: Stage) -> None:
     "Raise `InputError` when a stage calls an endpoint and the environment does not say how; note what has no price."
     if not (models := asked_models(settings)):
         return
-    from qwen_vl_kit.engine.access import access
+    from qwen_vl_kit.engine.access import read_access
     from qwen_vl_kit.store.prices import check_prices, book_name, prices
 
-    access(models[0])
+    read_access(models[0])
     check_prices(settings)
     book = prices()
     for model in models:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..config import CollectConfig, horizon
 from ..core import (InputError, OverBudget, Result, adapter_folder, append_jsonl, atomic, dumps, parse_seeds,
                               resolve)
-from ..engine import access
+from ..engine.access import read_access
 from ..engine.base import Sampling
 from ..engine.factory import create_engine
 from ..engine.hf import HFEngine
@@ -196,7 +196,7 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Met
     facts = {"teacher": policy.name, "seeds": config.seeds, "noise": config.noise}
     with Store(db) as store:
         if meter:
-            facts |= {"detail": config.detail, "parameters_changed": policy.engine.learned}
+            facts |= {"detail": config.detail, "parameters_changed": policy.engine.parameter_aliases}
         if seconds := store.seconds("collect"):
             plan["earlier_seconds"] = round(seconds, 3)
         if done := store.stored_keys("collect", policy.name):
@@ -259,7 +259,7 @@ def run(config: CollectConfig, out: str | Path) -> Result:
     check_config(config)
     check_store(out)
     if config.judge == "remote":
-        access.access(config.judge_model)  # it is asked when all has been played
+        read_access(config.judge_model)  # it is asked when all has been played
     meter = make_meter(config, out)
     policy = teacher_policy(config, meter)
     with contextlib.ExitStack() as stack:

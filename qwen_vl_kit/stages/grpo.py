@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config import GRPOConfig
 from ..core import InputError, Result, adapter_folder, digest, resolve, seed_spec, stage_folder
-from ..engine.access import access
+from ..engine.access import read_access
 from ..engine.vllm import check_engine
 from ..learn.checkpoints import find_grpo_checkpoint, report_oom, truncate_metrics, updates_of
 from ..learn.devices import device_name, plan_serving, threads
@@ -53,7 +53,7 @@ def _check(config: GRPOConfig, adapter: Path) -> dict:
     check_engine(config.engine)
     check_prices(config)
     if config.judge == "remote":
-        access(config.judge_model)
+        read_access(config.judge_model)
     return card
 
 # %% ../../nbs/stages/04_grpo.ipynb #33aadae5
