@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.process]
 LIVES = """
 import contextlib, json, os, random, signal, sqlite3, sys
 from pathlib import Path
-from qwen_vl_kit import collect
+from qwen_vl_kit.stages import collect
 from qwen_vl_kit.config import CollectConfig
 
 killed, whole = map(Path, sys.argv[1:])
