@@ -41,8 +41,9 @@ def invent_benchmark(run: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rates = played.groupby("arm").achievements.mean() / len(GAME.achievements)
     arms = [{"arm": arm, "horizon": "s50", "episodes": 40, "achievement_rate": rates[arm], "low": rates[arm] - 0.01,
-             "high": rates[arm] + 0.01, "crafter_score": 100 * rates[arm] / 3, "reward": len(GAME.achievements) * rates[arm],
-             "invalid_rate": 0.002, "turns": 2000, "steps": 2000, "seconds": 7.25, "usd": 0.0}
+             "high": rates[arm] + 0.01, "crafter_score": 100 * rates[arm] / 3,
+             "reward": len(GAME.achievements) * rates[arm], "invalid_rate": 0.002, "turns": 2000, "steps": 2000,
+             "seconds": 7.25, "usd": 0.0}
             for arm in ("sft", "random", "expert", "grpo", "base")]
     pd.DataFrame(arms).to_csv(folder / "arms.csv", index=False)
     played.to_csv(folder / "episodes.csv", index=False)

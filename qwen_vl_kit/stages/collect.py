@@ -117,7 +117,7 @@ def forecast(policy: ServerPolicy, config: CollectConfig, seeds: list[int]) -> d
 
     When they are not all seeds of the config, the names say that calls and dollars are `of_the_rest`.
     """
-    world = GAME.world(size=config.render_size)
+    world = GAME.world(config.render_size)
     used = policy.probe(Situation(Episode(seeds[0], config.horizon, config.model), world.reset(seeds[0]), world))
     calls = len(seeds) * horizon(config.horizon).turns
     usd = None

@@ -21,8 +21,8 @@ from ..core import (InputError, Result, append_jsonl, atomic, digest, dumps, nea
                               resolve, stage_folder, write_json)
 from ..foreign.formats import dataset_info, parquet_writer, sharegpt, sharegpt_folder
 from ..foreign.synth import timestamp
-from ..game.images import png_size
 from ..game.description import GAME
+from ..game.images import png_size
 from ..protocol.episodes import Episode, Turn
 from ..protocol.turns import answer, parse, prompt, prompt_hash
 from ..store import traces
@@ -105,7 +105,8 @@ def _check_rules(config: ExportConfig) -> None:
     for field in ("required_achievements", "excluded_achievements"):
         for name in getattr(config, field):
             if name not in GAME.achievements:
-                raise InputError(f"key '{field}': no achievement is called '{name}'", fix=nearest(name, GAME.achievements))
+                raise InputError(f"key '{field}': no achievement is called '{name}'",
+                                 fix=nearest(name, GAME.achievements))
     if not config.scored_by and (config.min_judge_score, config.max_judge_score) != (None, None):
         raise InputError("key 'scored_by' is empty: whose score is meant?", fix="name a judge, such as rubric")
 
