@@ -74,21 +74,6 @@ def read_header(file: Path, fix: str = COPY_AGAIN) -> dict[str, tuple[str, tuple
     except (SafetensorError, OSError) as error:
         raise InputError(f"damaged or cut short ({error})", file, fix) from None
 
-# %% ../../nbs/model/01_checkpoint.ipynb #09732f6d
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a model's weights.
-
-    Raises `InputError` for a missing file and for a second set of weights.
-    """
-    index = folder / "model.safetensors.index.json"
-    files = [folder / name for name in _shard_names(index)] if index.is_file() else [folder / "model.safetensors"]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise InputError(_why_missing(folder, missing[0]), folder, COPY_AGAIN)
-    if other := sorted({*folder.glob("model.safetensors"), *folder.glob("model-*.safetensors")} - set(files)):
-        raise InputError(f"{other[0].name} lies beside {files[0].name}: engines would disagree which is meant", folder,
-                         "remove the other one")
-    return files
-
 # %% ../../nbs/model/01_checkpoint.ipynb #19ea3e94
 def _shard_names(index: Path) -> list[str]:
     "The file names in an index of shards, sorted. Raises `InputError` for an index that transformers would not read."
@@ -116,6 +101,21 @@ def _why_missing(folder: Path, name: str) -> str:
     if other_formats and not shards:
         return f"{name} is missing; {other_formats[0].name} is not read, weights have to be safetensors"
     return f"{name} is missing"
+
+# %% ../../nbs/model/01_checkpoint.ipynb #09732f6d
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights.
+
+    Raises `InputError` for a missing file and for a second set of weights.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = [folder / name for name in _shard_names(index)] if index.is_file() else [folder / "model.safetensors"]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(_why_missing(folder, missing[0]), folder, COPY_AGAIN)
+    if other := sorted({*folder.glob("model.safetensors"), *folder.glob("model-*.safetensors")} - set(files)):
+        raise InputError(f"{other[0].name} lies beside {files[0].name}: engines would disagree which is meant", folder,
+                         "remove the other one")
+    return files
 
 # %% ../../nbs/model/01_checkpoint.ipynb #e2a2ba2a
 def tensor_files(folder: Path) -> dict[str, Path]:
