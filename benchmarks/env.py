@@ -202,7 +202,10 @@ def measure(seconds: float, sizes: tuple = (64, 288)) -> list[dict]:
         return rows_here(seconds, sizes)
     plain = rows_without_numba(seconds / 2, sizes)
     with_numba = {r["what"].removesuffix(_WITH_NUMBA): r for r in rows_here(seconds / 2, sizes)}
-    return [r for one in plain for r in (one, with_numba.get(one["what"])) if r]
+    rows = []
+    for one in plain:
+        rows += [one, with_numba[one["what"]]] if one["what"] in with_numba else [one]
+    return rows
 
 # %% ../nbs/perf/env.ipynb #e3ae746c
 def night_scene(size: int) -> tuple:

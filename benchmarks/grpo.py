@@ -69,11 +69,13 @@ def check_iterations(lines: list[dict], steps: int) -> None:
 # %% ../nbs/perf/grpo.ipynb #61f8410a
 def step_seconds(lines: list[dict]) -> dict:
     "Seconds of an environment step by part, median of all iterations but the first."
-    spent = []
+    seconds: dict[str, list] = {part: [] for part in (*_MEASURED, "rest")}
     for before, line in itertools.pairwise(lines):
         parts = {part: line[f"{part}_seconds"] / line["turns"] for part in _MEASURED}
-        spent.append(parts | {"rest": (line["seconds"] - before["seconds"]) / line["turns"] - sum(parts.values())})
-    return {part: statistics.median(parts[part] for parts in spent) for part in spent[0]}
+        parts["rest"] = (line["seconds"] - before["seconds"]) / line["turns"] - sum(parts.values())
+        for part, value in parts.items():
+            seconds[part].append(value)
+    return {part: statistics.median(values) for part, values in seconds.items()}
 
 # %% ../nbs/perf/grpo.ipynb #110eaede
 def our_step(config: GRPOConfig, processor, shape, reply_tokens: int) -> tuple[int, float]:
