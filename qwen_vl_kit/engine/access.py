@@ -53,7 +53,7 @@ def proxy_for(url: str) -> tuple[str, str]:
     parts, proxies = urlsplit(url), urllib.request.getproxies()
     kind = parts.scheme if parts.scheme in proxies else "all"
     bypassed = urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2])
-    if kind not in proxies or is_loopback(parts.hostname) or bypassed:
+    if kind not in proxies or is_loopback(parts.hostname or "") or bypassed:
         return "", ""
     address = proxies[kind] if "://" in proxies[kind] else f"http://{proxies[kind]}"
     variable = next((name for name in os.environ if name.lower() == f"{kind}_proxy"), f"{kind}_proxy")

@@ -131,7 +131,7 @@ class HFEngine:
     def __init__(self, loaded: LoadedModel, bf16: bool = False, batch_size: int = 256):
         self.processor, self.end_ids = loaded.processor, loaded.end_ids
         self.bf16, self.batch_size = bf16, batch_size
-        self.policies = PolicyModel(loaded, self._new_decoder)
+        self.policies: PolicyModel | None = PolicyModel(loaded, self._new_decoder)
         self.model, self.loaded, self.config = self.policies.model, self.policies.loaded, self.policies.config
         self.versions = self.policies.versions
         self._new_decoder()

@@ -68,7 +68,7 @@ def read_usage(usage) -> dict:
     """
     if not isinstance(usage, dict):
         return {}
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    counts: dict = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     if not is_count(counts["prompt_tokens"], 1) or not is_count(counts["completion_tokens"]):
         return {}
     details = usage.get("prompt_tokens_details")
@@ -124,7 +124,7 @@ def reply_text(choice: dict) -> str:
     if not isinstance(message, dict):
         return ""
     text = content_text(message.get("content")) or content_text(message.get("refusal"))
-    return "\n".join(filter(None, [text, *call_texts(message)]))[:MOST_TEXT]
+    return "\n".join(part for part in [text, *call_texts(message)] if part)[:MOST_TEXT]
 
 # %% ../../nbs/engine/09_replies.ipynb #4f7dc5c6
 CUT_OFF = ("length", "max_tokens", "model_length", "max_output_tokens")  # the reply reached the most tokens

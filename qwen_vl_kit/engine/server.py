@@ -152,7 +152,7 @@ class CallRecord:
 
 # %% ../../nbs/engine/12_server.ipynb #e9f30ffe
 class MeteredCalls:
-    "Asks a meter before each attempt, and tells it afterwards."
+    "Asks a meter before each attempt, and settles the attempt with it afterwards."
 
     def __init__(self, meter):
         self.meter, self.settled = meter, asyncio.Event()

@@ -234,7 +234,7 @@ class VLLMEngine:
         self.processor = self.loaded.processor
         self.llm = llm_class(source, **self.options.engine_args(int(torch.cuda.is_available())))
         self.config = self.llm.llm_engine.model_config.hf_config
-        self.adapters = LoadedAdapters(self.llm.llm_engine, scratch)
+        self.adapters: LoadedAdapters | None = LoadedAdapters(self.llm.llm_engine, scratch)
         self.versions = self.adapters.versions
 
     def set_policy(self, version: int, folder: str | Path) -> str:
