@@ -133,7 +133,8 @@ def _continue(world: World, episode: Episode, opening: Opening) -> Situation:
 class _Beginnings:
     "The episodes that wait to begin; `keys` are their (seed, member)."
 
-    def __init__(self, name: str, protocol: Protocol, keys: list[tuple], share: bool, openings: Mapping[tuple, Opening]):
+    def __init__(self, name: str, protocol: Protocol, keys: list[tuple], share: bool,
+                 openings: Mapping[tuple, Opening]):
         self.name, self.protocol, self.openings = name, protocol, openings
         self.waiting = keys[::-1]
         self.snapshots = {} if share else None

@@ -105,7 +105,7 @@ class Episode:
 
 # %% ../../nbs/protocol/02_episodes.ipynb #e657770c
 def replay(episode: Episode) -> Iterator[World]:
-    "The world as it stood before each turn of an episode. It is the same object each time: read it before the next one."
+    "The world as it stood before each turn of an episode. It is one object: read it before the next turn."
     world = GAME.world(18, config.horizon(episode.horizon).steps)
     world.reset(episode.seed)
     for turn in episode.turns:

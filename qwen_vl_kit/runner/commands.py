@@ -74,12 +74,12 @@ def plan(path: str, overrides=()) -> str:
     notices(*loaded.values())
     plans = _estimates(loaded)
     table = pd.DataFrame([{
-        "stage": plan["stage"], "turns": plan["turns"], "tokens": plan["tokens"], "PFLOP": plan["flops"] / 1e15,
-        "GPU minutes": plan["gpu_seconds"] / 60, "usd": plan["usd"]} for plan in plans])
+        "stage": row["stage"], "turns": row["turns"], "tokens": row["tokens"], "PFLOP": row["flops"] / 1e15,
+        "GPU minutes": row["gpu_seconds"] / 60, "usd": row["usd"]} for row in plans])
     table.loc[len(table)] = ["total", table.turns.sum(), table.tokens.sum(), *table.iloc[:, 3:].sum()]
-    assumed = next((plan["assumed"] for plan in plans if plan["assumed"].get("mfu")), {})
+    assumed = next((row["assumed"] for row in plans if row["assumed"].get("mfu")), {})
     lines = ["assumed: " + ", ".join(f"{name} {value}" for name, value in assumed.items() if name != "judge")]
-    lines += [f"{plan['stage']}: {plan['assumed']['judge']}" for plan in plans if "judge" in plan["assumed"]]
+    lines += [f"{row['stage']}: {row['assumed']['judge']}" for row in plans if "judge" in row["assumed"]]
     return "\n\n".join([text_table(table), *lines])
 
 # %% ../../nbs/runner/07_commands.ipynb #13044112
@@ -109,7 +109,8 @@ def _verify(args) -> int:
     problems = verify(resolve(args.path))
     for problem in problems:
         print(problem)
-    result = f"{len(problems)} difference{'s' * (len(problems) > 1)}" if problems else "all outputs are what their manifests say"
+    count = "1 difference" if len(problems) == 1 else f"{len(problems)} differences"
+    result = count if problems else "all outputs are what their manifests say"
     print(f"{args.path}: {result}")
     return 1 if problems else 0
 

@@ -74,8 +74,8 @@ def parse_set(pair: str) -> tuple[str, object]:
 def _concerning(stage: str, values: dict, where: object, shared: bool) -> dict:
     """The `values` that concern `stage`: `stage.key`, and plain keys.
 
-    With `shared`, a plain key that `stage` lacks is skipped if another stage has it; without, every plain key is kept, to
-    be checked.
+    With `shared`, a plain key that `stage` lacks is skipped if another stage has it; without, every plain key is
+    kept, to be checked.
     """
     own = {}
     every = {field for model in STAGES.values() for field in model.model_fields}
@@ -116,8 +116,8 @@ def load_config(path: str | Path, stage: str, overrides=()) -> Stage:
     Parameters
     ----------
     path: a flat or nested TOML file, or a folder with one per stage. A `run.toml` beside it holds shared keys.
-    overrides: a dict, or `'key=value'` strings. For a folder a plain key goes to every stage that has it, `stage.key` to
-        one.
+    overrides: a dict, or `'key=value'` strings. For a folder a plain key goes to every stage that has it,
+        `stage.key` to one.
 
     Every key that has no effect is reported in `.notices`. Raises `InputError` naming file, key and fix.
     """

@@ -279,7 +279,7 @@ def publish(out: Path) -> None:
 
 # %% ../../nbs/runner/02_workspace.ipynb #cdc661fd
 def settle(out: Path, option: str = "--out") -> None:
-    "Finish the moves or the removal that a kill interrupted in `out`. Raises `InputError` while a process writes there."
+    "Finish what a kill interrupted in `out`, moves or removal. Raises `InputError` while a process writes there."
     if is_held(out):
         raise _in_use(out, option)
     if (out / WORK).is_dir() and (has_succeeded(out) or not (out / WORK / CONFIG).exists()):
