@@ -8,7 +8,7 @@ __all__ = ['CREDITS', 'GroupRewards', 'episode_credit', 'turn_credit', 'minus_me
 
 # %% ../../nbs/learn/13_advantages.ipynb #4d1ed8b4
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -23,7 +23,7 @@ class GroupRewards:
 
     rewards: list[list[float]]  # rewards[m][t] of member m's turn t
     gamma: float
-    values: list[np.ndarray] | None = None  # the critic's, of the same shape, where the credit needs them
+    values: list[np.ndarray] = field(default_factory=list)  # the critic's, of the same shape, if the credit needs them
     gae_lambda: float = 0.8
 
 # %% ../../nbs/learn/13_advantages.ipynb #930f62db

@@ -9,6 +9,7 @@ __all__ = ['MetricsCallback', 'remove_printer', 'StopAtMaxSteps']
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 from transformers import TrainerCallback
@@ -36,7 +37,8 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, out: Path, total: int, what: str, columns: dict[str, str], earlier_seconds: float = 0.0):
         self.path, self.columns = out / "metrics.jsonl", columns
-        self.total, self.what, self.bar = total, what, None
+        self.total, self.what = total, what
+        self.bar: Any = None  # the progress bar, on the process that shows one
         self.began = time.perf_counter() - earlier_seconds
 
     def on_log(self, args, state, control, logs=None, **_):

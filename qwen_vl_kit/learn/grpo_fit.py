@@ -100,4 +100,4 @@ def fit(job: GRPOJob, store: Store) -> list[dict]:
         trainer.train(resume_from_checkpoint=str(job.last) if job.last else None)
     trainer.model.save_pretrained(job.out / "adapter", selected_adapters=["default"])
     shutil.rmtree(job.out / "policies", ignore_errors=True)  # there is none if all iterations were done already
-    return [row for row in read_jsonl(job.out / "metrics.jsonl") if "return_mean" in row]
+    return [row for row in read_jsonl(job.out / "metrics.jsonl") if row and "return_mean" in row]

@@ -95,7 +95,7 @@ class TurnGRPOTrainer(StopAtMaxSteps, GRPOTrainer):
     Parameters
     ----------
     player
-        is called with the model and the iteration and returns `IterationSamples`; see `learn.player.Player`
+        a `learn.player.Player`, whose `play_iteration` returns the `IterationSamples` of an iteration
     length
         tokens of a packed sequence
     """
@@ -111,7 +111,7 @@ class TurnGRPOTrainer(StopAtMaxSteps, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         parts = self.args.steps_per_generation
         iteration = self.state.global_step * self.args.gradient_accumulation_steps // parts // self.num_iterations
-        played = self.player(self.accelerator.unwrap_model(self.model), iteration)
+        played = self.player.play_iteration(self.accelerator.unwrap_model(self.model), iteration)
         self.samples = played.samples
         played.metrics["logprob_gap"] = self._check_engine()
         for name, value in played.metrics.items():

@@ -90,7 +90,8 @@ class RemoteJudge:
         self.engine = ServerEngine(model, concurrency, retries=retries, seconds=seconds, meter=meter)
         self.answers: dict[str, str] = {}
         self._slots = asyncio.Semaphore(concurrency)
-        self._failures, self._stop = 0, None  # in a row; the error after which nothing more is asked
+        self._failures = 0  # in a row
+        self._stop: Exception | None = None  # the error after which nothing more is asked
         self._read_cache()
 
     def _read_cache(self) -> None:
@@ -137,7 +138,7 @@ async def _ask(self: RemoteJudge, key: str, request: Request) -> None:
 
 # %% ../../nbs/learn/11_judge.ipynb #32dfad3f
 @patch
-def results(self: RemoteJudge, episodes: list[Episode]) -> list[float | Exception]:
+def results(self: RemoteJudge, episodes: list[Episode]) -> list[float | BaseException | None]:
     """The score of each episode, or why it has none: `NoScore`, or what its call raised.
 
     All are asked at once; each answer is kept when it comes.
@@ -172,12 +173,12 @@ def scores(self: RemoteJudge, episodes: list[Episode]) -> list[float | None]:
 
 # %% ../../nbs/learn/11_judge.ipynb #65a4b5e1
 @patch
-def __call__(self: RemoteJudge, episode: Episode) -> float:
+def score(self: RemoteJudge, episode: Episode) -> float:
     "The judge's score of an episode, 0 to 1. Raises `InputError` when it gives none, and what its call raises."
-    [score] = self.results([episode])
-    if isinstance(score, Exception):
-        raise score
-    return score
+    [answer] = self.results([episode])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 # %% ../../nbs/learn/11_judge.ipynb #cde9d439
 def judge_stores(result: Result, config: CollectConfig) -> Result:
@@ -264,4 +265,5 @@ class TrainingReward:
         except CallFailed as error:
             raise TrainingStopped(f"{error}; the same command goes on from the last checkpoint") from None
         known = [score for score in episode_scores if score is not None]
-        return [self.config.judge_weight * (np.mean(known) if score is None else score) for score in episode_scores]
+        weight = self.config.judge_weight
+        return [weight * (float(np.mean(known)) if score is None else score) for score in episode_scores]

@@ -8,7 +8,7 @@ __all__ = ['seeds_to_play', 'branch_keys', 'SnapshottingPolicy', 'GroupPlayer', 
 
 # %% ../../nbs/learn/16_player.ipynb #779b89fc
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -178,7 +178,7 @@ def _advantages(self: SampleMaker, groups: list[Group], episodes: list[Episode],
     "The advantages of each group's members, by the config's credit."
     config = self.config
     rewards_by_group = by_group(rewards, groups)
-    values_by_group = [None] * len(groups)
+    values_by_group: list[list] = [[]] * len(groups)
     if self.critic is not None:
         values_by_group = by_group(self.critic(episodes, rewards), groups)
     earned = [GroupRewards(rewards, config.gamma, values, config.gae_lambda)
@@ -235,7 +235,8 @@ class Player:
         self.groups, self.make_samples, self.sync, self.store = groups, make_samples, sync, store
         self.cache, self.previous = cache, previous
         self.config = groups.config
-        self.thread, self.ahead = ThreadPoolExecutor(1), None  # plays the next iteration, and what it will return
+        self.thread = ThreadPoolExecutor(1)  # plays the next iteration
+        self.ahead: Future | None = None  # what it will return
         self.stale = False  # whether the last samples are of weights that were trained on since
 
     def close(self) -> None:
@@ -245,19 +246,19 @@ class Player:
 
 # %% ../../nbs/learn/16_player.ipynb #4f705026
 @patch
-def __call__(self: Player, trained, iteration: int) -> IterationSamples:
+def play_iteration(self: Player, trained, iteration: int) -> IterationSamples:
     "The samples of an iteration; `trained` is the model as it stands before its updates."
     began = time.perf_counter()
     self.stale = self.ahead is not None or self.previous is not None
     if self.ahead:
         groups, seconds = self.ahead.result()
     else:
-        groups, seconds = self._play(iteration, self.sync(self.previous or trained))
+        groups, seconds = self._play(iteration, self.sync.push(self.previous or trained))
     if self.previous is not None:
         self.previous, self.sync.answers = None, []  # these are not the trainer's weights
     seconds["waited_seconds"] = time.perf_counter() - began
     if self.config.overlap and iteration + 1 < self.config.iterations:
-        self.ahead = self.thread.submit(self._play, iteration + 1, self.sync(trained))
+        self.ahead = self.thread.submit(self._play, iteration + 1, self.sync.push(trained))
     self._recall(iteration)
     for episode in all_episodes(groups):
         self.store.add(episode, arm=f"grpo-{iteration:04d}")

@@ -89,7 +89,8 @@ def played_turns(groups: list[Group], advantages: list[list[np.ndarray]]) -> lis
 # %% ../../nbs/learn/14_samples.ipynb #79ce17a5
 def informative(played: list[PlayedTurn], forbidden: set[int]) -> list[PlayedTurn]:
     "The turns that have an advantage, and none of the `forbidden` tokens in their reply."
-    return [turn for turn in played if abs(turn.advantage) > 1e-8 and not forbidden & set(turn.decision.token_ids)]
+    return [turn for turn in played
+            if abs(turn.advantage) > 1e-8 and not forbidden & set(turn.decision.token_ids or ())]
 
 # %% ../../nbs/learn/14_samples.ipynb #f8bff5bf
 class Sample:

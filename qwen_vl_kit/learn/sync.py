@@ -43,7 +43,8 @@ class Sync:
         self.canary = canary_requests(config)
         self.sampling = Sampling(config.temperature, min(8, config.max_new_tokens), config.seed)
         self.version = 0
-        self.weights, self.logprobs = "", None  # of the sync before: a hash, and the canary's
+        self.weights = ""  # digest of the weights that were pushed last
+        self.logprobs: list[list[float]] | None = None  # of the canary's answers by them
         self.answers: list[Sample] = []
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
 
@@ -64,7 +65,7 @@ def _write_adapter(self: Sync, trained) -> Path:
 
 # %% ../../nbs/learn/15_sync.ipynb #6b50f468
 @patch
-def __call__(self: Sync, trained) -> tuple[str, float]:
+def push(self: Sync, trained) -> tuple[str, float]:
     """Bring the weights of `trained`, a model or an adapter's folder, to the engine.
 
     Returns the name of the adapter that plays them from now on, and the seconds that it took. Raises `TrainingStopped`
