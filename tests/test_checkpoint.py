@@ -1,4 +1,5 @@
-"""Models' files as others leave them: played as transformers plays them, or refused in one line that says what is wrong, before weights are read."""
+"""Models' files as others leave them: played as transformers plays them, or refused in one line that says what is
+wrong, before weights are read."""
 
 import hashlib
 import json
@@ -32,9 +33,16 @@ END = 551  # <|im_end|> of tiny
 LATER = "<|im_start|>assistant\\n"  # where its template asks for a reply
 THINKING = "<think>\\n".join([LATER, ""]).join((TINY / "chat_template.jinja").read_text().rsplit(LATER, 1))
 DROPS = "{%- set messages = messages[1:] if messages|length > 1 and messages[0].role == 'system' else messages %}"  # the system's message
-MESSAGES = [{"role": "system", "content": "play crafter"},
-            {"role": "user", "content": [{"type": "image", "image": np.random.default_rng(0).integers(0, 256, (144, 144, 3), dtype=np.uint8)},
-                                         {"type": "text", "text": "next"}]}]
+MESSAGES = [
+    {"role": "system", "content": "play crafter"},
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": np.random.default_rng(0).integers(0, 256, (144, 144, 3), dtype=np.uint8)},
+            {"type": "text", "text": "next"},
+        ],
+    },
+]
 
 
 class Folder:
@@ -72,11 +80,15 @@ class Folder:
         "The weights in two files, with an index; `change` what is in which."
         tensors = load_file(TINY / "model.safetensors")
         names, held = sorted(tensors), {}
-        shards = change({f"model-0000{n}-of-00002.safetensors": {name: tensors[name] for name in names[n - 1::2]} for n in (1, 2)})
+        shards = change(
+            {f"model-0000{n}-of-00002.safetensors": {name: tensors[name] for name in names[n - 1 :: 2]} for n in (1, 2)}
+        )
         for file, part in shards.items():
             save_file({name: tensor.clone() for name, tensor in part.items()}, self.path / file, {"format": "pt"})
             held |= dict.fromkeys(part, file)
-        self.text("model.safetensors.index.json", json.dumps({"weight_map": held} | ({"metadata": {}} if metadata else {})))
+        self.text(
+            "model.safetensors.index.json", json.dumps({"weight_map": held} | ({"metadata": {}} if metadata else {}))
+        )
         return self.without("model.safetensors")
 
 
@@ -92,29 +104,78 @@ def stock_prompt(folder: Path, template: str):
 
 
 PLAYED = {  # what is changed in a copy, and the template that it then has
-    "template in chat_template.json": lambda f: (f.without("chat_template.jinja").json("chat_template.json", chat_template=THINKING), THINKING),
-    "template in tokenizer_config.json": lambda f: (f.without("chat_template.jinja").json("tokenizer_config.json", chat_template=THINKING), THINKING),
-    "templates by name": lambda f: (f.without("chat_template.jinja").json("tokenizer_config.json", chat_template=[
-        {"name": "default", "template": THINKING}, {"name": "tool_use", "template": "none"}]), THINKING),
-    "template in processor_config.json": lambda f: (f.without("chat_template.jinja").json("processor_config.json", chat_template=THINKING), THINKING),
+    "template in chat_template.json": lambda f: (
+        f.without("chat_template.jinja").json("chat_template.json", chat_template=THINKING),
+        THINKING,
+    ),
+    "template in tokenizer_config.json": lambda f: (
+        f.without("chat_template.jinja").json("tokenizer_config.json", chat_template=THINKING),
+        THINKING,
+    ),
+    "templates by name": lambda f: (
+        f.without("chat_template.jinja").json(
+            "tokenizer_config.json",
+            chat_template=[{"name": "default", "template": THINKING}, {"name": "tool_use", "template": "none"}],
+        ),
+        THINKING,
+    ),
+    "template in processor_config.json": lambda f: (
+        f.without("chat_template.jinja").json("processor_config.json", chat_template=THINKING),
+        THINKING,
+    ),
     "thinking": lambda f: (f.text("chat_template.jinja", THINKING), THINKING),
-    "image settings in both files": lambda f: (f.json("processor_config.json", image_processor=json.loads(
-        (TINY / "preprocessor_config.json").read_text()) | {"image_mean": [0.4, 0.5, 0.6]}), None),
+    "image settings in both files": lambda f: (
+        f.json(
+            "processor_config.json",
+            image_processor=json.loads((TINY / "preprocessor_config.json").read_text())
+            | {"image_mean": [0.4, 0.5, 0.6]},
+        ),
+        None,
+    ),
     "no rescaling": lambda f: (f.json("preprocessor_config.json", do_rescale=False), None),
     "no normalising": lambda f: (f.json("preprocessor_config.json", do_normalize=False), None),
-    "nearest pixels": lambda f: (f.json("preprocessor_config.json", resample=0, size={"shortest_edge": 256, "longest_edge": 4096}), None),
-    "pixels in place of size": lambda f: (f.json("preprocessor_config.json", ["size"], min_pixels=256, max_pixels=4096), None),
-    "16 bits of two kinds": lambda f: (f.tensors(lambda t: {n: x.half() if "q" in n else x.bfloat16() for n, x in t.items()}), None),
-    "a head of its own": lambda f: (f.tensors(lambda t: t | {"lm_head.weight": t[EMBEDDING] * 2}).json("config.json", tie_word_embeddings=False)
-                                    .json("config.json", part="text_config", tie_word_embeddings=False), None),
+    "nearest pixels": lambda f: (
+        f.json("preprocessor_config.json", resample=0, size={"shortest_edge": 256, "longest_edge": 4096}),
+        None,
+    ),
+    "pixels in place of size": lambda f: (
+        f.json("preprocessor_config.json", ["size"], min_pixels=256, max_pixels=4096),
+        None,
+    ),
+    "16 bits of two kinds": lambda f: (
+        f.tensors(lambda t: {n: x.half() if "q" in n else x.bfloat16() for n, x in t.items()}),
+        None,
+    ),
+    "a head of its own": lambda f: (
+        f.tensors(lambda t: t | {"lm_head.weight": t[EMBEDDING] * 2})
+        .json("config.json", tie_word_embeddings=False)
+        .json("config.json", part="text_config", tie_word_embeddings=False),
+        None,
+    ),
     "the embedding, again as head": lambda f: (f.tensors(lambda t: t | {"lm_head.weight": t[EMBEDDING]}), None),
-    "more rows than words": lambda f: (f.tensors(lambda t: t | {EMBEDDING: torch.cat([t[EMBEDDING], torch.zeros(64, 128)])})
-                                       .json("config.json", part="text_config", vocab_size=640), None),
-    "older spelling of rope": lambda f: (f.json("config.json", ["rope_parameters"], "text_config", rope_theta=5e5, rope_scaling={
-        "mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"}), None),
+    "more rows than words": lambda f: (
+        f.tensors(lambda t: t | {EMBEDDING: torch.cat([t[EMBEDDING], torch.zeros(64, 128)])}).json(
+            "config.json", part="text_config", vocab_size=640
+        ),
+        None,
+    ),
+    "older spelling of rope": lambda f: (
+        f.json(
+            "config.json",
+            ["rope_parameters"],
+            "text_config",
+            rope_theta=5e5,
+            rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 5, 5], "rope_type": "default"},
+        ),
+        None,
+    ),
     "two shards": lambda f: (f.shards(), None),
-    "settings of others": lambda f: (f.json("config.json", unsloth_version="1", torch_dtype="bfloat16", auto_map={"AutoModel": "remote.Model"})
-                                     .text("remote.py", "raise SystemExit(9)"), None),
+    "settings of others": lambda f: (
+        f.json("config.json", unsloth_version="1", torch_dtype="bfloat16", auto_map={"AutoModel": "remote.Model"}).text(
+            "remote.py", "raise SystemExit(9)"
+        ),
+        None,
+    ),
 }
 
 
@@ -130,7 +191,9 @@ def test_what_transformers_plays_is_played_the_same(name, tmp_path):
     assert sample.input_ids == ids
     batch = packing.pack([sample], loaded.processor, 4096, frames=True)
     with torch.no_grad():
-        ours = loaded.model.eval()(**{name: values for name, values in batch.items() if name not in ("where", "labels")}).logits
+        ours = loaded.model.eval()(
+            **{name: values for name, values in batch.items() if name not in ("where", "labels")}
+        ).logits
         row = torch.tensor([ids])
         stock = AutoModelForImageTextToText.from_pretrained(folder.path, dtype=torch.float32).eval()
         plain = stock(input_ids=row, mm_token_type_ids=(row == stock.config.image_token_id).int(), **inputs).logits
@@ -144,42 +207,104 @@ def twice(shards: dict) -> dict:
 
 
 REFUSED = {
-    "a million layers": (lambda f: f.json("config.json", part="text_config", num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
+    "a million layers": (
+        lambda f: f.json("config.json", part="text_config", num_hidden_layers=10**6),
+        "num_hidden_layers is 1000000",
+    ),
     "a million blocks": (lambda f: f.json("config.json", part="vision_config", depth=10**6), "depth is 1000000"),
-    "a billion pixels": (lambda f: f.json("preprocessor_config.json", size={"shortest_edge": 10**9, "longest_edge": 10**10}), "3,908,529 tokens"),
-    "not a number": (lambda f: f.json("config.json", part="text_config", rms_norm_eps=float("nan")), "config.json: not JSON (ValueError: NaN"),
+    "a billion pixels": (
+        lambda f: f.json("preprocessor_config.json", size={"shortest_edge": 10**9, "longest_edge": 10**10}),
+        "3,908,529 tokens",
+    ),
+    "not a number": (
+        lambda f: f.json("config.json", part="text_config", rms_norm_eps=float("nan")),
+        "config.json: not JSON (ValueError: NaN",
+    ),
     "a mark at the beginning": (lambda f: f.text("config.json", b"\xef\xbb\xbf{}"), "config.json: not JSON"),
-    "other letters": (lambda f: f.text("generation_config.json", '{"eos_token_id": "é"}'.encode("latin-1")), "generation_config.json: not JSON"),
+    "other letters": (
+        lambda f: f.text("generation_config.json", '{"eos_token_id": "é"}'.encode("latin-1")),
+        "generation_config.json: not JSON",
+    ),
     "deep": (lambda f: f.text("config.json", '{"a":' * 100_000), "config.json: not JSON (RecursionError"),
     "a list as type": (lambda f: f.json("config.json", model_type=["qwen3_vl"]), "model_type ['qwen3_vl']"),
-    "a text part in 4 bits": (lambda f: f.json("config.json", part="text_config", quantization_config={"quant_method": "gptq"}), "quantised (gptq)"),
-    "compressed": (lambda f: f.json("config.json", compression_config={"quant_method": "compressed-tensors"}), "quantised (compressed-tensors)"),
-    "heads that do not divide": (lambda f: f.json("config.json", part="vision_config", num_heads=3), "no multiple of num_heads 3"),
+    "a text part in 4 bits": (
+        lambda f: f.json("config.json", part="text_config", quantization_config={"quant_method": "gptq"}),
+        "quantised (gptq)",
+    ),
+    "compressed": (
+        lambda f: f.json("config.json", compression_config={"quant_method": "compressed-tensors"}),
+        "quantised (compressed-tensors)",
+    ),
+    "heads that do not divide": (
+        lambda f: f.json("config.json", part="vision_config", num_heads=3),
+        "no multiple of num_heads 3",
+    ),
     "no image token": (lambda f: f.json("config.json", ["image_token_id"]), "image_token_id in config.json 151655"),
-    "an adapter beside it": (lambda f: f.text("adapter_config.json", "{}"), "an adapter_config.json lies beside the model"),
-    "a link to nothing": (lambda f: (f.without("generation_config.json").path / "generation_config.json").symlink_to("blob") or f,
-                          "generation_config.json is a link to a file that is not there"),
-    "a pointer for a template": (lambda f: f.text("chat_template.jinja", "version https://git-lfs.github.com/spec/v1\n"), "a pointer of git-lfs"),
-    "a pointer for merges": (lambda f: f.text("merges.txt", "version https://git-lfs.github.com/spec/v1\n"), "merges.txt: a pointer of git-lfs"),
-    "two sets of weights": (lambda f: shutil.copy(TINY / "model.safetensors", f.shards().path) and f, "model.safetensors lies beside model-00001"),
+    "an adapter beside it": (
+        lambda f: f.text("adapter_config.json", "{}"),
+        "an adapter_config.json lies beside the model",
+    ),
+    "a link to nothing": (
+        lambda f: (f.without("generation_config.json").path / "generation_config.json").symlink_to("blob") or f,
+        "generation_config.json is a link to a file that is not there",
+    ),
+    "a pointer for a template": (
+        lambda f: f.text("chat_template.jinja", "version https://git-lfs.github.com/spec/v1\n"),
+        "a pointer of git-lfs",
+    ),
+    "a pointer for merges": (
+        lambda f: f.text("merges.txt", "version https://git-lfs.github.com/spec/v1\n"),
+        "merges.txt: a pointer of git-lfs",
+    ),
+    "two sets of weights": (
+        lambda f: shutil.copy(TINY / "model.safetensors", f.shards().path) and f,
+        "model.safetensors lies beside model-00001",
+    ),
     "a tensor twice": (lambda f: f.shards(twice), "and again in model-00002"),
     "an index without metadata": (lambda f: f.shards(metadata=False), "model.safetensors.index.json: has no metadata"),
-    "an index that leads away": (lambda f: f.text("model.safetensors.index.json", '{"metadata": {}, "weight_map": {"a": "../b.safetensors"}}'),
-                                 "names no shards beside it"),
-    "a head that is not the embedding": (lambda f: f.tensors(lambda t: t | {"lm_head.weight": t[EMBEDDING] * 2}), "lm_head.weight is not the embed"),
-    "8 bits": (lambda f: f.tensors(lambda t: t | {EMBEDDING: t[EMBEDDING].to(torch.float8_e4m3fn)}), "is stored as F8_E4M3"),
-    "an end that is a word": (lambda f: f.json("generation_config.json", eos_token_id="<|im_end|>"), "is not a token of the tokenizer"),
+    "an index that leads away": (
+        lambda f: f.text("model.safetensors.index.json", '{"metadata": {}, "weight_map": {"a": "../b.safetensors"}}'),
+        "names no shards beside it",
+    ),
+    "a head that is not the embedding": (
+        lambda f: f.tensors(lambda t: t | {"lm_head.weight": t[EMBEDDING] * 2}),
+        "lm_head.weight is not the embed",
+    ),
+    "8 bits": (
+        lambda f: f.tensors(lambda t: t | {EMBEDDING: t[EMBEDDING].to(torch.float8_e4m3fn)}),
+        "is stored as F8_E4M3",
+    ),
+    "an end that is a word": (
+        lambda f: f.json("generation_config.json", eos_token_id="<|im_end|>"),
+        "is not a token of the tokenizer",
+    ),
     "an end among lists": (lambda f: f.json("generation_config.json", eos_token_id=[[END]]), "[551] is not a token"),
     "an end that is none": (lambda f: f.json("generation_config.json", eos_token_id=[END, -1]), "-1 is not a token"),
-    "images of no colour": (lambda f: f.json("preprocessor_config.json", image_std=[0, 0, 0]), "image settings cannot be used"),
-    "colours in words": (lambda f: f.json("preprocessor_config.json", image_mean=["a", "b", "c"]), "image settings cannot be used"),
+    "images of no colour": (
+        lambda f: f.json("preprocessor_config.json", image_std=[0, 0, 0]),
+        "image settings cannot be used",
+    ),
+    "colours in words": (
+        lambda f: f.json("preprocessor_config.json", image_mean=["a", "b", "c"]),
+        "image settings cannot be used",
+    ),
     "half patches": (lambda f: f.json("preprocessor_config.json", patch_size=16.0), "not whole numbers"),
     "an unknown filter": (lambda f: f.json("preprocessor_config.json", resample=77), "Unknown resampling filter"),
-    "a template without system": (lambda f: f.text("chat_template.jinja", "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
-                                                                          "{%- endif %}" + THINKING), "chat template cannot be used"),
-    "a template that drops it": (lambda f: f.text("chat_template.jinja", DROPS + THINKING), "leaves out the system's message"),
-    "a template that asks for nothing": (lambda f: f.text("chat_template.jinja", THINKING.replace("if add_generation_prompt", "if false")),
-                                         "leaves out the beginning of a reply"),
+    "a template without system": (
+        lambda f: f.text(
+            "chat_template.jinja",
+            "{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}{%- endif %}" + THINKING,
+        ),
+        "chat template cannot be used",
+    ),
+    "a template that drops it": (
+        lambda f: f.text("chat_template.jinja", DROPS + THINKING),
+        "leaves out the system's message",
+    ),
+    "a template that asks for nothing": (
+        lambda f: f.text("chat_template.jinja", THINKING.replace("if add_generation_prompt", "if false")),
+        "leaves out the beginning of a reply",
+    ),
     "a template in a list": (lambda f: f.text("chat_template.json", "[]"), "chat_template.json: not a JSON object"),
 }
 
@@ -219,7 +344,8 @@ def test_frames_that_would_have_to_be_resized_are_refused_where_they_are_not(tmp
 
 
 def test_what_a_template_opens_is_not_learned_even_where_it_grows_into_what_follows(tmp_path):
-    "A prompt ends `<think>` and a line break; in rows of a thinking model two breaks, which are one token, and `</think>` follow."
+    """A prompt ends `<think>` and a line break; in rows of a thinking model two breaks, which are one token, and
+    `</think>` follow."""
     processor = load_without_weights(str(Folder(tmp_path).text("chat_template.jinja", THINKING).path))[0].processor
     tokenizer = processor.tokenizer
     row = tokenizer("<|im_start|>assistant\n<think>\n\n</think>do<|im_end|>", add_special_tokens=False)["input_ids"]
@@ -252,7 +378,10 @@ def hub(tmp_path, monkeypatch):
     return repository
 
 
-@pytest.mark.parametrize("revision, place", [("", 0), ("main", 0), ("refs/pr/1", 0), (COMMITS[1], 1), (COMMITS[1].upper(), 1), ("0123456F", 1)])
+@pytest.mark.parametrize(
+    "revision, place",
+    [("", 0), ("main", 0), ("refs/pr/1", 0), (COMMITS[1], 1), (COMMITS[1].upper(), 1), ("0123456F", 1)],
+)
 def test_a_revision_is_found_however_it_is_written(hub, revision, place):
     assert load_without_weights("own/model", revision)[0].commit == COMMITS[place]
 
@@ -267,8 +396,16 @@ def test_a_revision_that_is_not_in_the_cache_is_refused_with_what_is(hub):
         find_checkpoint("own/model")
 
 
-@pytest.mark.parametrize("name, words", [("", "no model is named"), ("own/" + "x" * 5000, "File name too long"), ("own/mo\ndel", "is not a name"),
-                                         ("https://huggingface.co/own/model", "is not a name"), (str(TINY / "config.json"), "a file, and a model")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("", "no model is named"),
+        ("own/" + "x" * 5000, "File name too long"),
+        ("own/mo\ndel", "is not a name"),
+        ("https://huggingface.co/own/model", "is not a name"),
+        (str(TINY / "config.json"), "a file, and a model"),
+    ],
+)
 def test_names_that_name_nothing(hub, name, words):
     with pytest.raises(InputError) as raised:
         find_checkpoint(name)
@@ -281,7 +418,13 @@ def test_a_folder_of_the_cache_itself_is_told_from_a_model(hub):
 
 
 def test_settings_that_are_not_applied_are_all_told(tmp_path):
-    folder = Folder(tmp_path).json("generation_config.json", repetition_penalty=1.05, no_repeat_ngram_size=3, stop_strings=["."], num_beams=1).path
+    folder = (
+        Folder(tmp_path)
+        .json(
+            "generation_config.json", repetition_penalty=1.05, no_repeat_ngram_size=3, stop_strings=["."], num_beams=1
+        )
+        .path
+    )
     assert sampling_filters(folder) == {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "stop_strings": ["."]}
 
 
@@ -325,12 +468,21 @@ def answering(hub, monkeypatch):
         server.shutdown()
 
 
-@pytest.mark.parametrize("status, headers, words", [
-    (401, {}, "401"), (403, {"X-Error-Code": "GatedRepo"}, "asks for consent"), (404, {"X-Error-Code": "RepoNotFound"}, "has no model"),
-    (404, {"X-Error-Code": "RevisionNotFound"}, "no revision 'main'"), (500, {}, "500"), (200, {}, "JSONDecodeError"),
-    (302, {"Location": "/"}, "redirects")])
+@pytest.mark.parametrize(
+    "status, headers, words",
+    [
+        (401, {}, "401"),
+        (403, {"X-Error-Code": "GatedRepo"}, "asks for consent"),
+        (404, {"X-Error-Code": "RepoNotFound"}, "has no model"),
+        (404, {"X-Error-Code": "RevisionNotFound"}, "no revision 'main'"),
+        (500, {}, "500"),
+        (200, {}, "JSONDecodeError"),
+        (302, {"Location": "/"}, "redirects"),
+    ],
+)
 def test_whatever_the_hub_answers(answering, tmp_path, monkeypatch, status, headers, words):
-    "A model that is in the cache loads, unless the hub says that there is no such revision; another is refused in its words."
+    """A model that is in the cache loads, unless the hub says that there is no such revision; another is refused in
+    its words."""
     from huggingface_hub import constants
 
     answering.status, answering.headers_out = status, headers

@@ -34,7 +34,16 @@ from qwen_vl_kit.store.traces import load_episodes, read_sessions
 
 pytestmark = pytest.mark.process
 
-PLAY = dict(prompt="brief", render_size=64, horizon="s4", teacher="model", engine="server", model="gpt-4o-mini", noise=0.0, concurrency=4)
+PLAY = dict(
+    prompt="brief",
+    render_size=64,
+    horizon="s4",
+    teacher="model",
+    engine="server",
+    model="gpt-4o-mini",
+    noise=0.0,
+    concurrency=4,
+)
 EVAL = "configs/seed/eval_gpt4o_vision_proper.toml"
 
 
@@ -78,16 +87,23 @@ def test_a_teacher_of_real_tokens_and_the_bill_agrees_with_the_server(at, tmp_pa
         at(endpoint.url)
         result = collect.run(settings(seeds="0-2", render_size=144, max_new_tokens=6, max_reprompts=0), tmp_path)
     assert result.numbers["episodes"] == 3
-    assert len(endpoint.bodies) == 12 + 1 + result.numbers["asked_again"] == result.numbers["calls"]  # one turn each, and the probe
+    assert (
+        len(endpoint.bodies) == 12 + 1 + result.numbers["asked_again"] == result.numbers["calls"]
+    )  # one turn each, and the probe
     assert [row["quantity"] for row in result.usage] == endpoint.tokens
     ledger = Ledger(book=BOOK)
-    assert ledger.extend("collect", result.usage) == Decimal("0.15e-6") * endpoint.tokens[0] + Decimal("0.6e-6") * endpoint.tokens[1]
+    assert (
+        ledger.extend("collect", result.usage)
+        == Decimal("0.15e-6") * endpoint.tokens[0] + Decimal("0.6e-6") * endpoint.tokens[1]
+    )
     stored = list(load_episodes(tmp_path / "rollouts.db"))
     for body in endpoint.bodies:
         [image] = images(body)
         assert image["detail"] == "low"
     sent = {image["url"] for body in endpoint.bodies for image in images(body)}
-    assert {data_url(turn.frame) for episode in stored for turn in episode.turns} == sent  # what was stored is what was shown
+    assert {
+        data_url(turn.frame) for episode in stored for turn in episode.turns
+    } == sent  # what was stored is what was shown
     assert decode_png(base64.b64decode(next(iter(sent)).partition(",")[2])).shape == (144, 144, 3)
     table = traces.turns(tmp_path / "rollouts.db")
     probe = next(read_jsonl(tmp_path / "calls.jsonl"))
@@ -111,8 +127,17 @@ def test_as_many_episodes_at_once_as_the_config_says(at, tmp_path):
 
 def test_whatever_passes_is_waited_for(at, tmp_path):
     "Every passing fault once; the collection ends whole, and says how many calls failed."
-    faults = {2: refuses(429, "slow down", Retry_After="0"), 3: refuses(429, "later", Retry_After=formatdate(time.time() - 5, usegmt=True)),
-              5: refuses(500), 6: "drop", 7: "cut", 8: "short", 9: "hang", 10: refuses(503, "busy", retry_after_ms="20"), 11: "page"}
+    faults = {
+        2: refuses(429, "slow down", Retry_After="0"),
+        3: refuses(429, "later", Retry_After=formatdate(time.time() - 5, usegmt=True)),
+        5: refuses(500),
+        6: "drop",
+        7: "cut",
+        8: "short",
+        9: "hang",
+        10: refuses(503, "busy", retry_after_ms="20"),
+        11: "page",
+    }
     with Endpoint(lambda number, body: faults.get(number, says())) as endpoint:
         at(endpoint.url)
         result = collect.run(settings(seeds="0-4", concurrency=5, call_seconds=1.0), tmp_path)
@@ -131,17 +156,24 @@ def test_replies_without_an_action_are_asked_again_and_then_marked(at, tmp_path)
         result = collect.run(settings(seeds="3", form="tool", max_reprompts=2, horizon="t4", observe="both"), tmp_path)
     [episode] = load_episodes(tmp_path / "rollouts.db")
     valid = [turn.decision.valid for turn in episode.turns]
-    assert valid == [True, False, True, True] and episode.turns[1].decision.actions == episode.turns[1].executed == ["noop"]
+    assert valid == [True, False, True, True] and episode.turns[1].decision.actions == episode.turns[1].executed == [
+        "noop"
+    ]
     assert (result.numbers["invalid"], result.numbers["asked_again"]) == (1, 5)
     assert (episode.turns[0].decision.actions, episode.turns[0].decision.reason) == (["move_right"], "grass")
     assert episode.turns[0].decision.usage["prompt_tokens"] == 3 * 900  # what a turn cost is what all its calls cost
     [tool] = endpoint.bodies[0]["tools"]
-    assert tool["function"]["name"] == "interact_many" and endpoint.bodies[0]["tool_choice"]["function"]["name"] == "interact_many"
+    assert (
+        tool["function"]["name"] == "interact_many"
+        and endpoint.bodies[0]["tool_choice"]["function"]["name"] == "interact_many"
+    )
     assert tool["function"]["parameters"]["properties"]["actions"]["maxItems"] == 4
     assert len({body["seed"] for body in endpoint.bodies[1:4]}) == 3  # asked again is not asked the same
 
 
-@pytest.mark.parametrize("observe, frames, counts", [("image", 3, [1, 1, 2, 3, 3]), ("text", 3, [0] * 5), ("both", 1, [1] * 5)])
+@pytest.mark.parametrize(
+    "observe, frames, counts", [("image", 3, [1, 1, 2, 3, 3]), ("text", 3, [0] * 5), ("both", 1, [1] * 5)]
+)
 def test_as_many_images_as_the_protocol_says(at, tmp_path, observe, frames, counts):
     with Endpoint() as endpoint:
         at(endpoint.url)
@@ -149,17 +181,27 @@ def test_as_many_images_as_the_protocol_says(at, tmp_path, observe, frames, coun
     assert [len(images(body)) for body in endpoint.bodies] == counts
     assert all(image["detail"] == "high" for body in endpoint.bodies for image in images(body))
     contents = [body["messages"][1]["content"] for body in endpoint.bodies]
-    assert all(isinstance(content, str) == (observe == "text") for content in contents)  # servers of text models take nothing else
+    assert all(
+        isinstance(content, str) == (observe == "text") for content in contents
+    )  # servers of text models take nothing else
     words = [content if isinstance(content, str) else content[-1]["text"] for content in contents]
-    assert ("health" in words[1]) == (observe != "image") and words[-1].endswith("last noop move_right move_right move_right")
+    assert ("health" in words[1]) == (observe != "image") and words[-1].endswith(
+        "last noop move_right move_right move_right"
+    )
 
 
 def test_what_a_model_refuses_is_learned_once(at, tmp_path):
     def picky(number, body):
         if "max_tokens" in body:
-            return refuses(400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")
+            return refuses(
+                400,
+                "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+            )
         if "temperature" in body:
-            return refuses(400, "Unsupported value: 'temperature' does not support 0.6 with this model. Only the default (1) is supported.")
+            return refuses(
+                400,
+                "Unsupported value: 'temperature' does not support 0.6 with this model. Only the default (1) is supported.",
+            )
         return says()
 
     with Endpoint(picky) as endpoint:
@@ -180,7 +222,10 @@ def test_one_failing_seed_takes_no_other_along_and_is_played_again(at, tmp_path)
 
     with Endpoint(play) as endpoint:
         at(endpoint.url)
-        with pytest.raises(LostEpisodes, match=r"1 of 4 episodes are lost \(seed 2: CallFailed: 400: this picture is against our policy\)"):
+        with pytest.raises(
+            LostEpisodes,
+            match=r"1 of 4 episodes are lost \(seed 2: CallFailed: 400: this picture is against our policy\)",
+        ):
             collect.run(settings(seeds="0-3"), tmp_path)
         assert sorted(traces.episodes(tmp_path / "rollouts.db").seed) == [0, 1, 3]
         ill, asked = False, len(endpoint.bodies)
@@ -204,18 +249,25 @@ def test_when_the_server_is_gone_nobody_tries_the_rest(at, tmp_path):
         with pytest.raises(LostEpisodes, match="and the rest is not tried"):
             collect.run(settings(seeds="0-99", retries=0), tmp_path)
         assert len(endpoint.bodies) < 30
-        endpoint.answer = lambda number, body: refuses(401, f"Incorrect API key: {endpoint.headers[0]['Authorization'][7:]}")
+        endpoint.answer = lambda number, body: refuses(
+            401, f"Incorrect API key: {endpoint.headers[0]['Authorization'][7:]}"
+        )
         with pytest.raises(InputError, match=r"refuses model 'gpt-4o-mini' \(401: Incorrect API key: \*\*\*\)"):
             collect.run(settings(seeds="0-99"), tmp_path)
 
 
-@pytest.mark.parametrize("budget, most", [({"budget_calls": 11}, 2), ({"budget_calls": 3}, 0), ({"budget_usd": 0.0014}, 2)])
+@pytest.mark.parametrize(
+    "budget, most", [({"budget_calls": 11}, 2), ({"budget_calls": 3}, 0), ({"budget_usd": 0.0014}, 2)]
+)
 def test_the_run_stops_before_its_budget_is_passed(at, tmp_path, budget, most):
-    "A call costs 900 * 0.15 + 12 * 0.6 = 142.2 millionths: $0.0014 pays nine, the probe and two episodes of four turns."
+    """A call costs 900 * 0.15 + 12 * 0.6 = 142.2 millionths: $0.0014 pays nine, the probe and two episodes of four
+    turns."""
     config = settings(seeds="0-9", **budget)
     with Endpoint(lambda number, body: says(prompt=900 if number else 850)) as endpoint:
         at(endpoint.url)
-        with pytest.raises(OverBudget, match=f"would be passed.*; {most} of 10 episodes are stored; with a larger budget"):
+        with pytest.raises(
+            OverBudget, match=f"would be passed.*; {most} of 10 episodes are stored; with a larger budget"
+        ):
             collect.run(config, tmp_path)
         spent = Decimal("0.15e-6") * endpoint.tokens[0] + Decimal("0.6e-6") * endpoint.tokens[1]
         assert len(endpoint.bodies) <= (config.budget_calls or 99) and spent <= Decimal(str(config.budget_usd or 1))
@@ -263,20 +315,25 @@ def test_an_emptied_store_is_not_bought_again_unasked(at, tmp_path):
 
 
 def test_a_store_that_is_gone_is_not_bought_again_unasked(at, tmp_path):
-    "Metrics have a line for each stored episode; calls alone are what is left of a session that was stopped before its first one ended."
+    """Metrics have a line for each stored episode; calls alone are what is left of a session that was stopped before
+    its first one ended."""
     with Endpoint() as endpoint:
         at(endpoint.url)
         collect.run(settings(seeds="0-1"), tmp_path)
         asked = len(endpoint.bodies)
         (tmp_path / "rollouts.db").unlink()
-        with pytest.raises(InputError, match=r"rollouts.db: is missing, and metrics.jsonl and calls.jsonl beside it .* --force"):
+        with pytest.raises(
+            InputError, match=r"rollouts.db: is missing, and metrics.jsonl and calls.jsonl beside it .* --force"
+        ):
             collect.run(settings(seeds="0-1"), tmp_path)
         assert len(endpoint.bodies) == asked and not (tmp_path / "rollouts.db").exists()
         for left in ("", '{"step":1,"se'):  # of the first line, when it was killed just then
             (tmp_path / "metrics.jsonl").write_text(left)
             check_store(tmp_path)
         result = collect.run(settings(seeds="0-1"), tmp_path)
-    assert result.numbers["episodes"] == 2 and result.numbers["calls"] == len(endpoint.bodies) == 2 * asked  # what was spent stays on the bill
+    assert (
+        result.numbers["episodes"] == 2 and result.numbers["calls"] == len(endpoint.bodies) == 2 * asked
+    )  # what was spent stays on the bill
 
 
 def test_a_damaged_store_that_was_paid_for_is_not_bought_again_unasked(at, tmp_path):
@@ -285,7 +342,10 @@ def test_a_damaged_store_that_was_paid_for_is_not_bought_again_unasked(at, tmp_p
         collect.run(settings(seeds="0-1"), tmp_path)
         asked = len(endpoint.bodies)
         (tmp_path / "rollouts.db").write_bytes((tmp_path / "rollouts.db").read_bytes()[:5000])
-        with pytest.raises(InputError, match="damaged or cut short; bring it back from a copy, or give --force to play .and pay for. everything"):
+        with pytest.raises(
+            InputError,
+            match="damaged or cut short; bring it back from a copy, or give --force to play .and pay for. everything",
+        ):
             collect.run(settings(seeds="0-1"), tmp_path)
         (tmp_path / "calls.jsonl").unlink()
         with pytest.raises(InputError, match="damaged or cut short; copy it again"):
@@ -301,7 +361,9 @@ def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
 
     def exact(calls):
         cached = (calls + 1) // 2 * 1024
-        return (Decimal(2000 * calls - cached) * Decimal("0.15") + cached * Decimal("0.075") + 12 * calls * Decimal("0.6")) / 10**6
+        return (
+            Decimal(2000 * calls - cached) * Decimal("0.15") + cached * Decimal("0.075") + 12 * calls * Decimal("0.6")
+        ) / 10**6
 
     with Endpoint(play) as endpoint:
         at(endpoint.url)
@@ -310,13 +372,25 @@ def test_cached_tokens_are_counted_and_billed_at_their_own_price(at, tmp_path):
     calls = len(endpoint.bodies)
     assert calls == 9 + 5 and {row["unit"]: row["quantity"] for row in result.usage} == {
         "prompt_tokens": 2000 * calls - 7 * 1024, "cached_tokens": 7 * 1024, "completion_tokens": 12 * calls}
-    assert Ledger(book=BOOK).extend("collect", first.usage) == exact(9) and Ledger(book=BOOK).extend("collect", result.usage) == exact(calls)
-    assert sum(Decimal(row["usd"]) for row in ledger_rows(result)[0]) == exact(calls) == Decimal(str(result.numbers["usd"]))
-    assert first.numbers["estimated_usd"] == float(8 * (2000 * Decimal("0.15") + 12 * Decimal("0.6")) / 10**6)  # at most: nothing in the cache
+    assert Ledger(book=BOOK).extend("collect", first.usage) == exact(9) and Ledger(book=BOOK).extend(
+        "collect", result.usage
+    ) == exact(calls)
+    assert (
+        sum(Decimal(row["usd"]) for row in ledger_rows(result)[0])
+        == exact(calls)
+        == Decimal(str(result.numbers["usd"]))
+    )
+    assert first.numbers["estimated_usd"] == float(
+        8 * (2000 * Decimal("0.15") + 12 * Decimal("0.6")) / 10**6
+    )  # at most: nothing in the cache
     table = traces.turns(tmp_path / "rollouts.db")
     assert table.cached_tokens.sum() == result.numbers["stored_cached_tokens"] == 6 * 1024
     stored = {name: count for name, count in result.numbers.items() if name.endswith("_tokens")}
-    assert stored == {"stored_prompt_tokens": 12 * 2000, "stored_cached_tokens": 6 * 1024, "stored_completion_tokens": 12 * 12}
+    assert stored == {
+        "stored_prompt_tokens": 12 * 2000,
+        "stored_cached_tokens": 6 * 1024,
+        "stored_completion_tokens": 12 * 12,
+    }
     paid = (2000 - table.cached_tokens.fillna(0)) * 0.15 + table.cached_tokens.fillna(0) * 0.075 + 12 * 0.6
     assert list(table.usd) == pytest.approx(list(paid / 1e6))
 
@@ -354,9 +428,14 @@ def test_a_remote_judge_stands_on_the_same_bill_and_answers_once(at, tmp_path):
     with Endpoint(play) as endpoint:
         at(endpoint.url)
         result = judge_stores(collect.run(config, tmp_path), config)
-        assert {row["item"]: row["quantity"] for row in result.usage if row["unit"] == "prompt_tokens"} == {"gpt-4o-mini": 8100, "judge-1": 500}
+        assert {row["item"]: row["quantity"] for row in result.usage if row["unit"] == "prompt_tokens"} == {
+            "gpt-4o-mini": 8100,
+            "judge-1": 500,
+        }
         # both episodes read alike, so they are asked about once
-        assert [session["scores"] for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)] == [{"judge-1": 0.4}] * 2
+        assert [session["scores"] for session, _ in read_sessions(tmp_path / "rollouts.db", frames=False)] == [
+            {"judge-1": 0.4}
+        ] * 2
         asked = len(endpoint.bodies)
         again = judge_stores(collect.run(config, tmp_path), config)
     assert len(endpoint.bodies) == asked and again.usage == result.usage
@@ -365,7 +444,8 @@ def test_a_remote_judge_stands_on_the_same_bill_and_answers_once(at, tmp_path):
 
 
 def test_a_collection_that_is_killed_goes_on_and_the_books_still_agree(at, tmp_path):
-    "kill -9 while calls are in flight: nothing twice, nothing lost, and what the server has counted is on the bill or in doubt."
+    """kill -9 while calls are in flight: nothing twice, nothing lost, and what the server has counted is on the bill
+    or in doubt."""
     gate, full = threading.Event(), threading.Event()
 
     def play(number, body):
@@ -390,29 +470,52 @@ def test_a_collection_that_is_killed_goes_on_and_the_books_still_agree(at, tmp_p
     rest = 4 * (12 - stored)
     assert (numbers["earlier_episodes"], numbers["estimated_calls_of_the_rest"]) == (stored, rest)
     assert not {"estimated_calls", "estimated_usd"} & set(numbers)
-    assert numbers["estimated_usd_of_the_rest"] == pytest.approx(rest * 0.0001422)  # beside the dollars of the whole run
+    assert numbers["estimated_usd_of_the_rest"] == pytest.approx(
+        rest * 0.0001422
+    )  # beside the dollars of the whole run
     assert 0 < stored < 12 and sorted(traces.episodes(tmp_path / "rollouts.db").seed) == list(range(12))
     assert 1 <= numbers["failed_calls"] <= 4 and numbers["usd_in_doubt"] >= 0.0001422 * numbers["failed_calls"]
     assert numbers["calls"] == len([line for line in lines if "model" in line]) == len(endpoint.bodies)
-    assert [row["quantity"] for row in result.usage] == [count * (numbers["calls"] - numbers["failed_calls"]) for count in (900, 12)]
+    assert [row["quantity"] for row in result.usage] == [
+        count * (numbers["calls"] - numbers["failed_calls"]) for count in (900, 12)
+    ]
 
 
 def test_the_seeds_own_line_loses_one_seed_goes_on_and_shows_its_key_to_nobody(tmp_path):
     bad, ill = first_frame(1, 288), True
-    with Endpoint(lambda number, body: refuses(400, "no") if ill and images(body)[0]["url"] == bad else says()) as endpoint:
+    with Endpoint(
+        lambda number, body: refuses(400, "no") if ill and images(body)[0]["url"] == bad else says()
+    ) as endpoint:
         (tmp_path / "env").write_text(f"""# keys
 OPENAI_API_KEY=sk-secret-key
 OPENAI_BASE_URL="{endpoint.url}"
 OPENAI_HEADERS='{{"X-Team": "secret-team"}}'
 """)
-        line = ["eval", "--config", EVAL, "--seeds", "0-2", "--trace-db", tmp_path / "t" / "rollouts.db", "--set", 'horizon="t3"']
+        line = [
+            "eval",
+            "--config",
+            EVAL,
+            "--seeds",
+            "0-2",
+            "--trace-db",
+            tmp_path / "t" / "rollouts.db",
+            "--set",
+            'horizon="t3"',
+        ]
         code, said, error = command(*line, "--env-file", tmp_path / "env")
-        assert code == 1 and "1 of 3 episodes are lost (seed 1: CallFailed: 400: no)" in error and "[eval] app_id: a label" in error, error
+        assert (
+            code == 1
+            and "1 of 3 episodes are lost (seed 1: CallFailed: 400: no)" in error
+            and "[eval] app_id: a label" in error
+        ), error
         ill = False
         code, said, error = command(*line, "--env-file", tmp_path / "env", "--set", "budget_usd=5")
         assert code == 0, error
         assert endpoint.most <= 2  # the TOML's concurrency
-        assert endpoint.headers[0]["Authorization"] == "Bearer sk-secret-key" and endpoint.headers[0]["X-Team"] == "secret-team"
+        assert (
+            endpoint.headers[0]["Authorization"] == "Bearer sk-secret-key"
+            and endpoint.headers[0]["X-Team"] == "secret-team"
+        )
     table = traces.episodes(tmp_path / "t" / "rollouts.db")
     assert sorted(table.seed) == [0, 1, 2] and set(table.turns) == {3}
     for path in (tmp_path / "t").rglob("*"):
@@ -420,7 +523,9 @@ OPENAI_HEADERS='{{"X-Team": "secret-team"}}'
     assert "secret" not in said + error and "base64" not in said + error
     made = json.loads((tmp_path / "t" / "manifest.json").read_text())
     last, sent = error.splitlines()[-1], len(endpoint.bodies)
-    assert "episodes 3 (2 of them before)" in last and last.endswith(f"${made['usd']:.6f} for {sent} calls (1 not answered)"), last
+    assert "episodes 3 (2 of them before)" in last and last.endswith(
+        f"${made['usd']:.6f} for {sent} calls (1 not answered)"
+    ), last
     assert Decimal(str(made["usd"])) == Decimal("0.15e-6") * endpoint.tokens[0] + Decimal("0.6e-6") * endpoint.tokens[1]
     code, _, error = command(*line)
     assert code == 0 and "already done" in error  # without a key: nothing is to be asked
@@ -433,15 +538,25 @@ def test_the_seeds_line_obeys_max_turns():
     assert horizon(load_config(EVAL, "collect").horizon).turns == 50
 
 
-@pytest.mark.parametrize("words, environment, expected", [
-    (["--seeds", "0-"], {}, "cannot read seeds from '0-'"), (["--seeds", "5-2"], {}, "run backwards"),
-    (["--seeds", "a"], {}, "cannot read seeds from 'a'"), ([], {}, "no key for model 'gpt-4o-mini'; set OPENAI_API_KEY"),
-    ([], {"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}, "no server answers there; check OPENAI_BASE_URL"),
-    ([], {"OPENAI_BASE_URL": "localhost"}, "OPENAI_BASE_URL: is not a URL"),
-    ([], {"OPENAI_API_KEY": "k", "OPENAI_HEADERS": "X: y"}, "OPENAI_HEADERS: must be a JSON object of strings")])
+@pytest.mark.parametrize(
+    "words, environment, expected",
+    [
+        (["--seeds", "0-"], {}, "cannot read seeds from '0-'"),
+        (["--seeds", "5-2"], {}, "run backwards"),
+        (["--seeds", "a"], {}, "cannot read seeds from 'a'"),
+        ([], {}, "no key for model 'gpt-4o-mini'; set OPENAI_API_KEY"),
+        ([], {"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}, "no server answers there; check OPENAI_BASE_URL"),
+        ([], {"OPENAI_BASE_URL": "localhost"}, "OPENAI_BASE_URL: is not a URL"),
+        ([], {"OPENAI_API_KEY": "k", "OPENAI_HEADERS": "X: y"}, "OPENAI_HEADERS: must be a JSON object of strings"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, words, environment, expected):
-    (tmp_path / "env").write_text("".join(f"{name}='{value}'\n" for name, value in environment.items()) or "OTHER_KEY=1\n")
-    code, said, error = command("eval", "--config", EVAL, "--trace-db", tmp_path / "t" / "rollouts.db", "--env-file", tmp_path / "env", *words)
+    (tmp_path / "env").write_text(
+        "".join(f"{name}='{value}'\n" for name, value in environment.items()) or "OTHER_KEY=1\n"
+    )
+    code, said, error = command(
+        "eval", "--config", EVAL, "--trace-db", tmp_path / "t" / "rollouts.db", "--env-file", tmp_path / "env", *words
+    )
     assert (code, said) == (2, "") and expected in one_line(error), error
     assert not (tmp_path / "t").exists()
 

@@ -1,7 +1,7 @@
-"""Real vLLM, in this process and behind HTTP, on `tiny`: it keeps the contract of all engines, and the kit's stages play against it.
+"""Real vLLM, in this process and behind HTTP, on `tiny`: it keeps the contract of all engines, and the kit's stages
+play against it.
 
-`make test-vllm` runs this file, with vLLM's CPU build in an environment of its own.
-"""
+`make test-vllm` runs this file, with vLLM's CPU build in an environment of its own."""
 
 import contextlib
 import json
@@ -28,11 +28,20 @@ from qwen_vl_kit.stages import benchmark
 from qwen_vl_kit.store import traces
 from qwen_vl_kit.store.traces import load_episodes
 
-pytestmark = [pytest.mark.slow, pytest.mark.process,
-              pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm runs this")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.process,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here; make test-vllm runs this"),
+]
 
-ALONE = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+ALONE = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
 os.environ.update(ALONE)
 
 
@@ -56,9 +65,23 @@ def test_trl_expands_image_tokens_twice_and_the_kit_does_not(engine):
     request = contract.requests()[0]
     sample = encode.encode(engine.processor, request.messages)
     stock = VLLMGeneration.__new__(VLLMGeneration)  # its vLLM is ours: starting another takes a minute
-    vars(stock).update(llm=engine.llm, mode="colocate", tensor_parallel_size=1, enable_sleep_mode=False, temperature=0.7, top_p=1.0, top_k=0,
-                       min_p=None, repetition_penalty=1.0, max_completion_length=6, logprobs=0, generation_kwargs={}, accelerator=None,
-                       structured_outputs_regex=None, model=torch.nn.Identity())
+    vars(stock).update(
+        llm=engine.llm,
+        mode="colocate",
+        tensor_parallel_size=1,
+        enable_sleep_mode=False,
+        temperature=0.7,
+        top_p=1.0,
+        top_k=0,
+        min_p=None,
+        repetition_penalty=1.0,
+        max_completion_length=6,
+        logprobs=0,
+        generation_kwargs={},
+        accelerator=None,
+        structured_outputs_regex=None,
+        model=torch.nn.Identity(),
+    )
     [seen], *_ = stock.generate([sample.input_ids], [[Image.fromarray(frame) for frame in sample.frames]], 1)
     image = engine.processor.image_token_id
     assert sample.input_ids.count(image) == 81 and seen.count(image) > 81
@@ -95,7 +118,10 @@ def server(tmp_path_factory):
     "What ends the server, and what opens it."
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     with contextlib.ExitStack() as stack:
-        yield stack, stack.enter_context(serving.serving("tiny", gpus=0, log=log, bf16=False, longest=1024, concurrency=32))
+        yield (
+            stack,
+            stack.enter_context(serving.serving("tiny", gpus=0, log=log, bf16=False, longest=1024, concurrency=32)),
+        )
 
 
 @pytest.fixture
@@ -125,27 +151,54 @@ def test_a_vllm_server_keeps_the_contract_of_an_rl_engine(access, tmp_path):
 
 
 def test_qvk_collects_from_a_vllm_server(access, tmp_path):
-    settings = {"teacher": "model", "engine": "server", "model": "tiny", "seeds": "0-3", "horizon": "s3", "render_size": 144, "prompt": "brief",
-                "max_new_tokens": 8, "max_reprompts": 0, "concurrency": 4}
+    settings = {
+        "teacher": "model",
+        "engine": "server",
+        "model": "tiny",
+        "seeds": "0-3",
+        "horizon": "s3",
+        "render_size": 144,
+        "prompt": "brief",
+        "max_new_tokens": 8,
+        "max_reprompts": 0,
+        "concurrency": 4,
+    }
     (tmp_path / "collect.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
     line = [Path(sys.executable).with_name("qvk"), "collect", "--config", tmp_path / "collect.toml", "--out", tmp_path]
     done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     episodes = traces.episodes(tmp_path / "collect" / "rollouts.db")
-    assert sorted(episodes.seed) == [0, 1, 2, 3] and (episodes.turns == 3).all() and (episodes.prompt_tokens > 3 * 81).all()
+    assert (
+        sorted(episodes.seed) == [0, 1, 2, 3]
+        and (episodes.turns == 3).all()
+        and (episodes.prompt_tokens > 3 * 81).all()
+    )
     assert read_json(tmp_path / "collect" / "manifest.json")["numbers"]["calls"] == 13  # and one to probe
 
 
 def test_a_benchmark_is_the_same_on_a_server_and_here(access, tmp_path):
     "Greedy, in float32: the adapter that the server loaded plays what the kit's own engine plays."
     folder = contract.adapter(tmp_path / "adapter", 1, std=0.2)
-    config = BenchmarkConfig(model="tiny", arms=["base", "sft"], sft_adapter=str(folder), prompt="brief", render_size=144, horizon="s3",
-                             seeds="1000000-1000003", temperature=0.0, max_new_tokens=8, bf16=False, concurrency=4)
+    config = BenchmarkConfig(
+        model="tiny",
+        arms=["base", "sft"],
+        sft_adapter=str(folder),
+        prompt="brief",
+        render_size=144,
+        horizon="s3",
+        seeds="1000000-1000003",
+        temperature=0.0,
+        max_new_tokens=8,
+        bf16=False,
+        concurrency=4,
+    )
     said = {}
     for engine in ("server", "hf"):
         out = tmp_path / engine / "benchmark"
         result = benchmark.run(config.model_copy(update={"engine": engine}), out)
-        said[engine] = {(e.model, e.seed): [t.decision.text for t in e.turns] for e in load_episodes(out / "rollouts.db")}
+        said[engine] = {
+            (e.model, e.seed): [t.decision.text for t in e.turns] for e in load_episodes(out / "rollouts.db")
+        }
         assert len(said[engine]) == 8 and all(len(texts) == 3 for texts in said[engine].values())
         assert bool(result.usage) == (engine == "server")
     assert said["server"] == said["hf"]
@@ -154,19 +207,41 @@ def test_a_benchmark_is_the_same_on_a_server_and_here(access, tmp_path):
 
 @pytest.mark.parametrize("engine", ["vllm", "server", "auto"])
 def test_grpo_plays_by_vllm(engine, access, tmp_path):
-    """The engine's log-probabilities are the trainer's, before and after updates; on a server, the next iteration is played meanwhile. The third
-    way starts a server of its own, as if this machine had two GPUs."""
-    settings = {"engine": engine, "overlap": engine == "server", "gpus_for_vllm": int(engine == "auto"),
-                "adapter": str(student(tmp_path)), "model": "tiny", "bf16": False, "threads": 1, "prompt": "brief", "render_size": 144,
-                "horizon": "s10", "groups": 2, "group_size": 3, "iterations": 3, "batch_size": 16, "max_new_tokens": 16,
-                "sequence_length": 1024, "learning_rate": 1e-3, "seeds": "50-99"}
-    program = "from qwen_vl_kit import config\nfrom qwen_vl_kit.learn import devices\nfrom qwen_vl_kit.stages import grpo\n" \
-              f"devices.gpu_count = lambda: 2\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
+    """The engine's log-probabilities are the trainer's, before and after updates; on a server, the next iteration is
+    played meanwhile. The third way starts a server of its own, as if this machine had two GPUs."""
+    settings = {
+        "engine": engine,
+        "overlap": engine == "server",
+        "gpus_for_vllm": int(engine == "auto"),
+        "adapter": str(student(tmp_path)),
+        "model": "tiny",
+        "bf16": False,
+        "threads": 1,
+        "prompt": "brief",
+        "render_size": 144,
+        "horizon": "s10",
+        "groups": 2,
+        "group_size": 3,
+        "iterations": 3,
+        "batch_size": 16,
+        "max_new_tokens": 16,
+        "sequence_length": 1024,
+        "learning_rate": 1e-3,
+        "seeds": "50-99",
+    }
+    program = (
+        "from qwen_vl_kit import config\nfrom qwen_vl_kit.learn import devices\nfrom qwen_vl_kit.stages import grpo\n"
+        f"devices.gpu_count = lambda: 2\ngrpo.run(config.GRPOConfig(**{settings!r}), {str(tmp_path / 'grpo')!r})"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = list(read_jsonl(tmp_path / "grpo" / "metrics.jsonl"))
     assert len(rows) == 3 and all(row["turns_with_advantage"] > 0 and row["grad_norm"] > 0 for row in rows)
-    assert [row["logprob_gap"] < 1e-4 for row in rows] == [True, engine != "server", engine != "server"]  # a server is one iteration behind
+    assert [row["logprob_gap"] < 1e-4 for row in rows] == [
+        True,
+        engine != "server",
+        engine != "server",
+    ]  # a server is one iteration behind
     assert (tmp_path / "grpo" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -175,7 +250,9 @@ def test_a_server_that_dies_is_told(server, access):
     asked = contract.requests()
     assert len(engine.generate(asked, contract.SAMPLING)) == len(asked)
     mine = create_engine("server", "tiny", tokens=True, at=server[1])
-    assert [a.token_ids for a in mine.generate(asked, contract.SAMPLING)] == [a.token_ids for a in engine.generate(asked, contract.SAMPLING)]
+    assert [a.token_ids for a in mine.generate(asked, contract.SAMPLING)] == [
+        a.token_ids for a in engine.generate(asked, contract.SAMPLING)
+    ]
     server[0].close()
     with pytest.raises(EngineDied, match="vLLM's server has ended; see .*vllm.log"):
         mine.generate(asked, contract.SAMPLING)
@@ -204,5 +281,7 @@ def test_prompts_are_those_of_autoprocessor(hub):
 
     processor, theirs = load_without_weights(rehearsal.NAME)[0].processor, AutoProcessor.from_pretrained(rehearsal.NAME)
     for size in (64, 144, 288, 320):
-        stock = theirs.apply_chat_template(rehearsal.prompt(0, size), tokenize=True, return_dict=True, add_generation_prompt=True)
+        stock = theirs.apply_chat_template(
+            rehearsal.prompt(0, size), tokenize=True, return_dict=True, add_generation_prompt=True
+        )
         assert encode.encode(processor, rehearsal.prompt(0, size)).input_ids == list(stock["input_ids"][0])
