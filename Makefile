@@ -72,10 +72,10 @@ CPU := CUDA_VISIBLE_DEVICES=
 lint: setup
 	.venv/bin/ruff check docs nbs qwen_vl_kit tests
 
-quick: fresh lint
+quick: fresh lint types
 	$(CPU) .venv/bin/python -m pytest -m 'not slow and not process'
 
-test: fresh lint
+test: fresh lint types
 	$(CPU) .venv/bin/nbdev-test --n-workers 2 --pause 0.1
 	$(CPU) .venv/bin/python -m pytest --ignore tests/test_gpu.py
 	.venv/bin/python -m pytest tests/test_gpu.py

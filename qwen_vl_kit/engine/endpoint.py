@@ -99,7 +99,7 @@ class Answer(typing.NamedTuple):
 
     status: int
     headers: dict
-    value: object
+    value: typing.Any
 
 # %% ../../nbs/engine/10_endpoint.ipynb #468ac2a5
 class Endpoint:

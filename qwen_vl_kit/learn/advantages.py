@@ -52,7 +52,7 @@ def minus_mean_by_turn(credits: list[np.ndarray]) -> list[np.ndarray]:
 def critic_credit(group: GroupRewards) -> list[np.ndarray]:
     "Generalized advantages by the critic's values, minus the group's mean at the same turn."
     return minus_mean_by_turn([gae(rewards, values, group.gamma, group.gae_lambda)
-                               for rewards, values in zip(group.rewards, group.values, strict=True)])
+                               for rewards, values in zip(group.rewards, group.values or (), strict=True)])
 
 # %% ../../nbs/learn/13_advantages.ipynb #35ca7b58
 @dataclass(frozen=True)

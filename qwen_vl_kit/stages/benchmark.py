@@ -91,7 +91,7 @@ class EngineSlot:
         config = self.config
         if self.engine is None or self.weights != weights:
             self.close()
-            server = {"meter": self.meter} if choose_engine(config.engine) == "server" else {}
+            server: dict = {"meter": self.meter} if choose_engine(config.engine) == "server" else {}
             self.engine = create_engine(
                 config.engine, config.model, config.revision, weights, config.bf16, concurrency=config.concurrency,
                 gpu_memory_utilization=config.gpu_memory_utilization, lora_rank=self.lora_rank, **server)
@@ -124,7 +124,7 @@ class ArmPolicies:
 
     def __init__(self, config: BenchmarkConfig, run_folder: Path, meter: Meter | None = None):
         self.config = config
-        self.folders = {arm: adapter_of(arm, config, run_folder) for arm in config.arms}
+        self.folders: dict[str, Path | None] = {arm: adapter_of(arm, config, run_folder) for arm in config.arms}
         self.ranks = {arm: factory.rank_of(folder) for arm, folder in self.folders.items() if folder}
         self.slot = EngineSlot(config, max([*self.ranks.values(), 8]), meter)
         self.loaded = None  # the model that is played in this process, without its weights
@@ -158,7 +158,9 @@ def policy(self: ArmPolicies, arm: str):
     if arm == "expert":
         return ExpertPolicy(config)
     engine = self.slot.load(self._weights(arm))
-    adapter = engine.set_policy(config.arms.index(arm), self.folders[arm]) if self.ranks.get(arm) else ""
+    adapter, folder = "", self.folders[arm]
+    if folder and self.ranks.get(arm):
+        adapter = engine.set_policy(list(self.folders).index(arm), folder)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.seed)
     if engine.name == "server":
         return ServerPolicy(engine, config, sampling, arm, max_reprompts=0, adapter=adapter)
@@ -276,8 +278,8 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     """
     began, out = time.perf_counter(), resolve(out)
     run_folder = stage_folder(out).parent
-    adapters = {arm: path for arm in config.arms if (path := adapter_of(arm, config, run_folder))}
-    cards = {arm: read_checked_card(path, config) for arm, path in adapters.items()}
+    adapters: dict[str, Path] = {arm: path for arm in config.arms if (path := adapter_of(arm, config, run_folder))}
+    cards: dict[str, dict] = {arm: read_checked_card(path, config) for arm, path in adapters.items()}
     seeds = check_unseen(parse_seeds(config.seeds), config.model, adapters)
     check_engine(config.engine)
     run_name = "benchmark " + digest({arm: weights_digest(path) for arm, path in adapters.items()})[:8]

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -190,7 +190,7 @@ def validation_seeds(seeds, fraction: float, seed: int = 0, level: dict | None =
         return set(shuffled[:count])
     ranks, rising = {s: rank for rank, s in enumerate(shuffled)}, sorted(shuffled, key=lambda s: level[s])
     cuts = [i * len(rising) // max(count, 1) for i in range(count + 1)]
-    return {min(rising[a:b], key=ranks.get) for a, b in zip(cuts, cuts[1:])}
+    return {min(rising[a:b], key=ranks.__getitem__) for a, b in zip(cuts, cuts[1:])}
 
 # %% ../../nbs/stages/02_export.ipynb #e728c8a6
 def _mean_achievements(kept: list) -> dict[int, float]:
@@ -292,11 +292,11 @@ def _split_rows(kept: list, rows: list, config: ExportConfig, held_out: set[int]
     return sides
 
 # %% ../../nbs/stages/02_export.ipynb #ae8147ce
-def _row_writer(stack: contextlib.ExitStack, out: Path, side: str, also: list[str],
+def _row_writer(stack: contextlib.ExitStack, out: Path, side: str, also: Sequence[str],
                 folder: Path | None) -> Callable[[dict], None]:
     "A function that writes a row of one side in every form; `folder` is sharegpt's, if that is one of them."
     lines = stack.enter_context(atomic(out / f"{side}.jsonl"))
-    writers = [lambda row: lines.write(dumps(row) + "\n")]
+    writers: list[Callable] = [lambda row: lines.write(dumps(row) + "\n")]
     if "parquet" in also:
         writers.append(stack.enter_context(parquet_writer(out / f"{side}.parquet")))
     if folder:
@@ -309,7 +309,7 @@ def _row_writer(stack: contextlib.ExitStack, out: Path, side: str, also: list[st
     return write
 
 # %% ../../nbs/stages/02_export.ipynb #7253fcd4
-def _write(out: Path, kept: list, sides: dict, protocol: Protocol, also: list[str]) -> None:
+def _write(out: Path, kept: list, sides: dict, protocol: Protocol, also: Sequence[str]) -> None:
     "Write both sides in every form, all or nothing."
     out.mkdir(parents=True, exist_ok=True)
     check, total = template_checker(protocol), sum(map(len, sides.values()))
