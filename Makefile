@@ -70,7 +70,7 @@ types: setup
 CPU := CUDA_VISIBLE_DEVICES=
 
 lint: setup
-	.venv/bin/ruff check docs nbs qwen_vl_kit tests
+	.venv/bin/ruff check benchmarks docs nbs qwen_vl_kit tests
 
 quick: fresh lint types
 	$(CPU) .venv/bin/python -m pytest -m 'not slow and not process'
