@@ -32,7 +32,8 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 END = 551  # <|im_end|> of tiny
 LATER = "<|im_start|>assistant\\n"  # where its template asks for a reply
 THINKING = "<think>\\n".join([LATER, ""]).join((TINY / "chat_template.jinja").read_text().rsplit(LATER, 1))
-DROPS = "{%- set messages = messages[1:] if messages|length > 1 and messages[0].role == 'system' else messages %}"  # the system's message
+# drops the system's message
+DROPS = "{%- set messages = messages[1:] if messages|length > 1 and messages[0].role == 'system' else messages %}"
 MESSAGES = [
     {"role": "system", "content": "play crafter"},
     {

@@ -106,7 +106,8 @@ def test_a_room_imports_only_from_below(room):
             assert imported in RANKS and RANKS[imported] < RANKS[room], f"{room} imports {imported}"
 
 
-OF_THE_GAME = {"description": {"GAME"}, "images": None, "world": {"World", "Observation", "View"}}  # World and so on as types
+# by room, what may be imported; World and so on as types
+OF_THE_GAME = {"description": {"GAME"}, "images": None, "world": {"World", "Observation", "View"}}
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if FLOORS.index(room.split(".")[0]) > FLOORS.index("game")

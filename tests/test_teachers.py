@@ -195,12 +195,14 @@ def test_what_a_model_refuses_is_learned_once(at, tmp_path):
         if "max_tokens" in body:
             return refuses(
                 400,
-                "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+                "Unsupported parameter: 'max_tokens' is not supported with this model. "
+                "Use 'max_completion_tokens' instead.",
             )
         if "temperature" in body:
             return refuses(
                 400,
-                "Unsupported value: 'temperature' does not support 0.6 with this model. Only the default (1) is supported.",
+                "Unsupported value: 'temperature' does not support 0.6 with this model. "
+                "Only the default (1) is supported.",
             )
         return says()
 
@@ -456,7 +458,8 @@ def test_a_collection_that_is_killed_goes_on_and_the_books_still_agree(at, tmp_p
         return says()
 
     config = settings(seeds="0-11")
-    script = f"from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})"
+    script = ("from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; "
+              f"collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path)!r})")
     with Endpoint(play) as endpoint:
         at(endpoint.url)
         process = subprocess.Popen([sys.executable, "-c", script], cwd=root())

@@ -358,8 +358,11 @@ def test_no_file_of_a_finished_stage_names_the_folder_it_was_written_in(collecte
     assert f'out = "{collected / "collect"}"' in parameters
 
 
+DAMAGED = ["", "null", "[]", "{}", '{"config": 5, "inputs": {}, "outputs": {}, "began_with": {}}']
+
+
 @pytest.mark.parametrize("name", [MANIFEST, f"{WORK}/{CONFIG}"])
-@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"config": 5, "inputs": {}, "outputs": {}, "began_with": {}}'])
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_record_that_was_damaged_by_hand_is_one_line(trained, name, text):
     "It is refused with what to do, and no traceback."
     out, config = trained
@@ -376,6 +379,7 @@ def test_verify_says_that_a_move_was_interrupted(trained, capsys):
     (out / WORK / CONFIG).unlink()
     (out / MANIFEST).rename(out / WORK / MANIFEST)
     assert main(["verify", str(out.parent)]) == 2
-    assert "its files have not all moved up; give the command that was interrupted again" in one_line(capsys.readouterr().err)
+    line = one_line(capsys.readouterr().err)
+    assert "its files have not all moved up; give the command that was interrupted again" in line
     settle(out)
     assert main(["verify", str(out)]) == 0

@@ -155,33 +155,6 @@ class _Beginnings:
         "Turns that are still to be played, if nobody dies."
         return sum(limit - len(self.openings[key][1]) if key in self.openings else limit for key in self.waiting)
 
-# %% ../../nbs/play/02_rollout.ipynb #ccb8116e
-class _Beginnings:
-    "The episodes that wait to begin; `keys` are their (seed, member)."
-
-    def __init__(
-        self, name: str, protocol: Protocol, keys: list[tuple], share: bool, openings: Mapping[tuple, Opening]
-    ):
-        self.name, self.protocol, self.openings = name, protocol, openings
-        self.waiting = keys[::-1]
-        self.snapshots = {} if share else None
-        self.worlds: list[World] = []  # free ones
-
-    def next(self) -> Situation:
-        "Begin the next episode."
-        protocol = self.protocol
-        steps = horizon(protocol.horizon).steps
-        world = self.worlds.pop() if self.worlds else GAME.world(size=protocol.render_size, length=steps)
-        key = self.waiting.pop()
-        episode = Episode(key[0], protocol.horizon, self.name, key[1])
-        if key in self.openings:
-            return _continue(world, episode, Opening(*self.openings[key]))
-        return _begin(world, episode, self.snapshots)
-
-    def turns(self, limit: int) -> int:
-        "Turns that are still to be played, if nobody dies."
-        return sum(limit - len(self.openings[key][1]) if key in self.openings else limit for key in self.waiting)
-
 # %% ../../nbs/play/02_rollout.ipynb #9cfa33b7
 def _try_turn(situation: Situation, decision: Decision | Exception, noise: float, seed: int,
               losses: Losses) -> Turn | None:

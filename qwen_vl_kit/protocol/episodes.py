@@ -113,17 +113,6 @@ def replay(episode: Episode) -> Iterator[World]:
         for action in turn.executed:
             world.step(action)
 
-# %% ../../nbs/protocol/02_episodes.ipynb #e657770c
-def replay(episode: Episode) -> Iterator[World]:
-    """The world as it stood before each turn of an episode. It is the same object each time: read it before the next
-    one."""
-    world = GAME.world(18, config.horizon(episode.horizon).steps)
-    world.reset(episode.seed)
-    for turn in episode.turns:
-        yield world
-        for action in turn.executed:
-            world.step(action)
-
 # %% ../../nbs/protocol/02_episodes.ipynb #c1796fee
 def returns_to_go(rewards: list[float], gamma: float) -> np.ndarray:
     "Discounted returns-to-go, float64 (len(rewards),)."

@@ -114,24 +114,6 @@ def _verify(args) -> int:
     print(f"{args.path}: {result}")
     return 1 if problems else 0
 
-# %% ../../nbs/runner/07_commands.ipynb #17a18031
-def _verify(args) -> int:
-    from qwen_vl_kit.store.manifest import verify
-
-    for mark in sorted(resolve(args.path).rglob(f"{WORK}/{MANIFEST}")):
-        fix = "give the command that was interrupted again, which moves them"
-        raise InputError("has succeeded, and its files have not all moved up", display_path(mark.parents[1]), fix)
-    problems = verify(resolve(args.path))
-    for problem in problems:
-        print(problem)
-    result = (
-        f"{len(problems)} difference{'s' * (len(problems) > 1)}"
-        if problems
-        else "all outputs are what their manifests say"
-    )
-    print(f"{args.path}: {result}")
-    return 1 if problems else 0
-
 # %% ../../nbs/runner/07_commands.ipynb #9c42f03b
 def _show(args) -> int:
     if not resolve(args.path).is_dir():

@@ -91,27 +91,6 @@ def _concerning(stage: str, values: dict, where: object, shared: bool) -> dict:
             own[field] = value
     return own
 
-# %% ../../nbs/runner/00_configs.ipynb #793c6d06
-def _concerning(stage: str, values: dict, where: object, shared: bool) -> dict:
-    """The `values` that concern `stage`: `stage.key`, and plain keys.
-
-    With `shared`, a plain key that `stage` lacks is skipped if another stage has it; without, every plain key is kept,
-    to be checked.
-    """
-    own = {}
-    every = {field for model in STAGES.values() for field in model.model_fields}
-    for key, value in values.items():
-        first, dot, rest = key.partition(".")
-        target, field = (first, rest) if dot else (stage, key)
-        if target not in STAGES or dot and field not in STAGES[target].model_fields:
-            hint = key_hint(field, target) if target in STAGES else nearest(first, STAGES)
-            raise InputError(f"unknown key '{key}'", where, hint)
-        if shared and field not in every:
-            raise InputError(f"no stage has the key '{key}'", where, key_hint(key))
-        if target == stage and (dot or not shared or field in STAGES[stage].model_fields):
-            own[field] = value
-    return own
-
 # %% ../../nbs/runner/00_configs.ipynb #e0150b29
 def config_file(path: str | Path, stage: str) -> Path:
     "The TOML of `stage`: `path` if it is a file, else `stage.toml` in that folder, or the nested TOML of this stage."

@@ -288,16 +288,3 @@ def settle(out: Path, option: str = "--out") -> None:
                 publish(out)
             elif not (out / WORK / CONFIG).exists():
                 discard(out)
-
-# %% ../../nbs/runner/02_workspace.ipynb #cdc661fd
-def settle(out: Path, option: str = "--out") -> None:
-    """Finish the moves or the removal that a kill interrupted in `out`. Raises `InputError` while a process writes
-    there."""
-    if is_held(out):
-        raise _in_use(out, option)
-    if (out / WORK).is_dir() and (has_succeeded(out) or not (out / WORK / CONFIG).exists()):
-        with claim(out, option):
-            if has_succeeded(out):
-                publish(out)
-            elif not (out / WORK / CONFIG).exists():
-                discard(out)
