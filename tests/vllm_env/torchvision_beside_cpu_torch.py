@@ -1,8 +1,8 @@
 """Lets PyPI's torchvision be imported beside a CPU torch.
 
 That torchvision is linked to CUDA. Beside torch+cpu its C++ operators do not load, and `import torchvision` fails with
-"operator torchvision::nms does not exist". The schemas of two operators are all it needs. `import torch` calls `cure` at
-its end (entry point of group `torch.backends`) in every process, those that vLLM starts included.
+"operator torchvision::nms does not exist". The schemas of two operators are all it needs. `import torch` calls `cure`
+at its end (entry point of group `torch.backends`) in every process, those that vLLM starts included.
 """
 
 _library = None
