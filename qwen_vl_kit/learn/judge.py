@@ -219,9 +219,9 @@ def _ask_remote(out: Path, config: CollectConfig, episodes: list[Episode]) -> tu
 # %% ../../nbs/learn/11_judge.ipynb #c3e28b74
 def _store_scores(db: Path, name: str, waiting: list[tuple[dict, Episode]], answers: list) -> None:
     with Store(db) as store:
-        for (session, episode), score in zip(waiting, answers):
-            if not isinstance(score, Exception):
-                store.score(session["run"], episode.seed, name, score, arm=session["arm"], member=episode.member)
+        for (session, episode), answer in zip(waiting, answers):
+            if not isinstance(answer, Exception):
+                store.score(session["run"], episode.seed, name, answer, arm=session["arm"], member=episode.member)
 
 # %% ../../nbs/learn/11_judge.ipynb #a685a9f7
 def _why_unfinished(answers: list, total: int) -> Exception | None:
@@ -264,6 +264,6 @@ class TrainingReward:
             episode_scores = self._scores(episodes)
         except CallFailed as error:
             raise TrainingStopped(f"{error}; the same command goes on from the last checkpoint") from None
-        known = [score for score in episode_scores if score is not None]
+        known = [value for value in episode_scores if value is not None]
         weight = self.config.judge_weight
-        return [weight * (float(np.mean(known)) if score is None else score) for score in episode_scores]
+        return [weight * (float(np.mean(known)) if value is None else value) for value in episode_scores]
