@@ -56,6 +56,23 @@ def test_links_lead_somewhere(name):
         assert (page.parent / target).exists(), target
 
 
+def prose(path) -> str:
+    "The Markdown of a page or a notebook."
+    if path.suffix == ".md":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *(root() / page for page in PAGES)], ids=lambda path: path.stem)
+def test_notebooks_that_are_named_exist(path):
+    text = prose(path)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+\.ipynb)", text):
+        assert (path.parent / target).exists(), target
+    for target in re.findall(r"`(nbs/[\w/]+\.ipynb)`", text):
+        assert (root() / target).exists(), target
+
+
 def test_the_map_has_every_room():
     lines = re.findall(r"^\| `?(\w+)`? \| .*? \| (.*?) \|$", (root() / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     rooms = {(floor, room) for floor, names in lines for room in names.split(", ")}
