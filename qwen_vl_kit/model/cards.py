@@ -110,7 +110,7 @@ def matching_card(loaded: LoadedModel, adapter: str | Path) -> dict:
     card = read_card(adapter)
     known = {card["base_weights"], card.get("base_digest")} - {None}
     if known and not known & {loaded.weights, loaded.digest}:
-        weights = card["base_weights"] or card["base_digest"]
+        weights = card["base_weights"] or card.get("base_digest") or ""
         expected, actual = f"{card['base']} ({weights[:12]})", f"{loaded.name} ({loaded.weights[:12]})"
         raise InputError(f"the adapter was made for {expected}, not for {actual}", resolve(adapter),
                          "name the base it was trained on, or train it again")
