@@ -219,7 +219,7 @@ def test_other_forms_of_reply_and_several_actions_a_turn(hub, tmp_path, form):
         "benchmark.arms": ["base", "sft"],
     }
     for stage in ("collect", "export", "sft", "grpo", "benchmark"):
-        result = importlib.import_module(f"qwen_vl_kit.{stage}").run(
+        result = importlib.import_module(f"qwen_vl_kit.stages.{stage}").run(
             load_config("configs/h200", stage, values), tmp_path / stage
         )
     assert any(
