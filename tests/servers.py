@@ -5,6 +5,17 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ANSWER = "grass ahead; go on -> move_right"
+# A teacher behind this server: `collect` of short episodes with small frames.
+PLAY = dict(
+    prompt="brief",
+    render_size=64,
+    horizon="s4",
+    teacher="model",
+    engine="server",
+    model="gpt-4o-mini",
+    noise=0.0,
+    concurrency=4,
+)
 
 
 def says(text=ANSWER, finish="stop", prompt=900, completion=12, **message):

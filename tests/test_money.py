@@ -13,7 +13,7 @@ from decimal import Decimal
 
 import pytest
 from pydantic import ValidationError
-from servers import Endpoint, images, refuses, says
+from servers import PLAY, Endpoint, images, refuses, says
 
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
@@ -32,16 +32,6 @@ from qwen_vl_kit.store.traces import read_sessions
 
 pytestmark = pytest.mark.process
 
-PLAY = dict(
-    prompt="brief",
-    render_size=64,
-    horizon="s4",
-    teacher="model",
-    engine="server",
-    model="gpt-4o-mini",
-    noise=0.0,
-    concurrency=4,
-)
 JUDGED = dict(judge="remote", judge_model="judge-1", retries=0)
 SCORE = says('{"score": 40, "why": "wood"}', prompt=500, completion=10)
 

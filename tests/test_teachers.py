@@ -13,7 +13,7 @@ from email.utils import formatdate
 
 import pytest
 from commands import one_line, qvk
-from servers import Endpoint, calls, images, refuses, says
+from servers import PLAY, Endpoint, calls, images, refuses, says
 
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
@@ -34,16 +34,6 @@ from qwen_vl_kit.store.traces import load_episodes, read_sessions
 
 pytestmark = pytest.mark.process
 
-PLAY = dict(
-    prompt="brief",
-    render_size=64,
-    horizon="s4",
-    teacher="model",
-    engine="server",
-    model="gpt-4o-mini",
-    noise=0.0,
-    concurrency=4,
-)
 EVAL = "configs/seed/eval_gpt4o_vision_proper.toml"
 
 
