@@ -120,12 +120,13 @@ def heading(config: ReportConfig, run_folder: str | Path) -> Html:
     "The page's title: the config's, or the run's name."
     return Html(f"<h1>{html.escape(config.title or resolve(run_folder).name)}</h1>")
 
-# %% ../../nbs/stages/06_report.ipynb #1b3f7bd8
+# %% ../../nbs/stages/06_report.ipynb #a129186b
 def _headline_numbers(config: ReportConfig, folder: Path) -> dict:
     "The table of arms, the differences, the model, time and money of a run."
     arms = json.loads(read_arms(folder / "benchmark/arms.csv").to_json(orient="records"))
     gaps = [{"before": gap.before, "after": gap.after, "horizon": gap.horizon, "seeds": gap.seeds,
-             **gap.difference._asdict(), "improvement": gap.improvement._asdict()}
+             **gap.difference._asdict(), "improvement": gap.improvement._asdict(), "p": gap.p, "p_holm": gap.p_holm,
+             "verdict": gap.verdict}
             for gap in differences(folder / "benchmark/episodes.csv").itertuples()]
     numbers = {"title": config.title, "run": folder.name, "arms": arms, "differences": gaps}
     if (folder / "sft/adapter").is_dir():
