@@ -98,7 +98,7 @@ def test_what_a_failed_run_has_played_is_resumed_by_the_same_config_refused_to_a
         run_stage("collect", other, finished, force=True)
     assert contents(finished, work=False) == before
     assert [state("collect", config, finished) for config in (small, other)] == ["done", "incomplete"]
-    with pytest.raises(InputError, match="unfinished run with another config"):
+    with pytest.raises(InputError, match="holds an unfinished run whose config differs \\(seed\\)"):
         state("collect", small.model_copy(update={"seed": 6}), finished)
 
     def resumed(form, values, folder, threads):

@@ -6,7 +6,7 @@
 __all__ = ['OOM_FIX', 'updates_of', 'last_checkpoint', 'truncate_metrics', 'find_sft_checkpoint', 'find_grpo_checkpoint',
            'report_oom']
 
-# %% ../../nbs/learn/04_checkpoints.ipynb #81e47b76
+# %% ../../nbs/learn/04_checkpoints.ipynb #08cbc267
 import contextlib
 import errno
 import json
@@ -14,7 +14,8 @@ import re
 import shutil
 from pathlib import Path
 
-from ..core import (InputError, TrainingStopped, atomic, dumps, parse_seeds, read_json, write_json)
+from ..config import seeds_appended
+from ..core import InputError, TrainingStopped, atomic, dumps, read_json, write_json
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #d98a78c4
 def updates_of(checkpoint: Path | None) -> int:
@@ -94,11 +95,12 @@ def find_grpo_checkpoint(out: Path, start: dict) -> Path | None:
     write_json(name, start)
     return last_checkpoint(folder)
 
-# %% ../../nbs/learn/04_checkpoints.ipynb #b2edd646
+# %% ../../nbs/learn/04_checkpoints.ipynb #d689a8f5
 def _extends(saved: dict, start: dict) -> bool:
     "Whether two starts are the same but for seeds that were added at the end, or left away there."
-    before, now = (parse_seeds(each["seeds"]) if "seeds" in each else [] for each in (saved, start))
-    return saved | {"seeds": ""} == start | {"seeds": ""} and all(a == b for a, b in zip(before, now))
+    if "seeds" not in saved or saved | {"seeds": ""} != start | {"seeds": ""}:
+        return False
+    return seeds_appended(saved["seeds"], start["seeds"]) or seeds_appended(start["seeds"], saved["seeds"])
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #1198e371
 OOM_FIX = ("lower batch_size (and raise gradient_accumulation_steps) or sequence_length, "

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'LOCK', 'STORE', 'OUTPUTS', 'RESUMED', 'State', 'claim', 'is_held', 'resumable_work', 'unfinished_config',
-           'extends', 'conflict_hint', 'state', 'remove', 'discard', 'prepare', 'has_succeeded', 'publish', 'settle']
+           'conflicts', 'conflict_hint', 'state', 'remove', 'discard', 'prepare', 'has_succeeded', 'publish', 'settle']
 
-# %% ../../nbs/runner/02_workspace.ipynb #fcf6eb61
+# %% ../../nbs/runner/02_workspace.ipynb #4803f124
 import contextlib
+import json
 import os
 import shutil
 from enum import StrEnum
 from pathlib import Path
 
 from ..config import Stage
-from ..core import (MANIFEST, WORK, InputError, display_path, missing_parents, parse_seeds, read_json,
-                              remove_empty, reporting_os_errors, write_json)
+from ..core import (MANIFEST, WORK, InputError, display_path, missing_parents, read_json, remove_empty,
+                              reporting_os_errors, write_json)
 
 # %% ../../nbs/runner/02_workspace.ipynb #9ee1949c
 CONFIG = ".config.json"  # in .work: an unfinished run's config
@@ -121,20 +122,33 @@ def unfinished_config(stage: str, out: Path) -> dict | None:
     mark = _read_record(work / CONFIG, "mark", ("config", "began_with"), fix)
     return mark["config"] if resumable_work(stage, work) != mark["began_with"] else None
 
-# %% ../../nbs/runner/02_workspace.ipynb #d9616d7d
-def extends(settings: Stage, earlier: dict, changed: list[str]) -> bool:
-    "Whether a run with the config `earlier` can be resumed under `settings`, which differ in the fields `changed`."
-    if not set(changed) <= settings.extendable:
-        return False
-    if "seeds" not in changed or "seeds" not in earlier:
-        return True
-    known = parse_seeds(earlier["seeds"])
-    return parse_seeds(settings.seeds)[:len(known)] == known
+# %% ../../nbs/runner/02_workspace.ipynb #72f49277
+def conflicts(settings: Stage, earlier: dict, finished: bool = True) -> list[str]:
+    "The fields that keep a run with the config `earlier` from going on under `settings`; less is fine if unfinished."
+    from qwen_vl_kit.store.manifest import changed_fields
+
+    return [field for field in changed_fields(settings, earlier)
+            if not settings.extends(field, earlier.get(field), less=not finished)]
 
 # %% ../../nbs/runner/02_workspace.ipynb #b45269af
 def _join_names(names: list[str], most: int = 4) -> str:
     "The first of some names, and how many more there are."
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+# %% ../../nbs/runner/02_workspace.ipynb #2aeebe39
+def _shorten(value) -> str:
+    "A setting as a TOML would have it, at most 60 characters of it."
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _describe(settings: Stage, earlier: dict, fields: list[str]) -> str:
+    "What of a run with the config `earlier` is in conflict with `settings`: these `fields`."
+    if other := [field for field in fields if field not in settings.extendable]:
+        return f"whose config differs ({_join_names(other)})"
+    field = fields[0]
+    before, now = _shorten(earlier.get(field)), _shorten(getattr(settings, field))
+    return f"with {field} = {before}, which {now} does not extend"
 
 # %% ../../nbs/runner/02_workspace.ipynb #acdb8b52
 def conflict_hint(stage: str, out: Path, option: str = "--out") -> str:
@@ -145,27 +159,26 @@ def conflict_hint(stage: str, out: Path, option: str = "--out") -> str:
     return (f"name another folder with {option}{merge}, or give --force to write it anew, which deletes "
             f"{', '.join(names) or 'what is there'}")
 
-# %% ../../nbs/runner/02_workspace.ipynb #abb30bec
-def _finished_state(settings: Stage, out: Path, fix: str) -> State:
+# %% ../../nbs/runner/02_workspace.ipynb #e795f169
+def _finished_state(stage: str, settings: Stage, out: Path, fix: str) -> State:
     "The state of a folder with a manifest. Raises `InputError` for one of another config, and for edited outputs."
-    from qwen_vl_kit.store.manifest import changed_fields, changes, config_hash, content_hash
+    from qwen_vl_kit.store.manifest import changed_fields, changes, content_hash
 
     record, name = _read_record(out / MANIFEST, "manifest", ("config", "inputs", "outputs"), fix), display_path(out)
-    fields = changed_fields(settings, record["config"]) if record.get("config_hash") != config_hash(settings) else []
-    if fields and not extends(settings, record["config"], fields):
-        raise InputError(f"an output folder of another run, whose config differs ({_join_names(fields)})", name, fix)
+    is_extended = not _is_made_by(settings, out) and bool(changed_fields(settings, record["config"]))
+    if is_extended and (fields := conflicts(settings, record["config"])):
+        raise InputError(f"an output folder of another run, {_describe(settings, record['config'], fields)}", name, fix)
     differences = changes(out, record)
     if edited := [change for change in differences if change.kind == "changed"]:
         raise InputError(f"{edited[0]} since it was written", name, fix)
-    if fields and not any((out / "checkpoints").glob("checkpoint-*")):
-        what = f"its config differs ({_join_names(fields)}), and the checkpoints to resume from are gone"
-        raise InputError(what, name, fix)
+    if is_extended and "checkpoints" in RESUMED[stage] and not any((out / "checkpoints").glob("checkpoint-*")):
+        raise InputError("more is asked of it, and the checkpoints to resume from are gone", name, fix)
     if differences:
         return State.INCOMPLETE
     inputs = [(out.parent / source["path"], source["sha256"]) for source in record["inputs"].values()]
     if not all(path.exists() and content_hash(path) == sha256 for path, sha256 in inputs):
         return State.STALE
-    return State.INCOMPLETE if fields else State.DONE
+    return State.INCOMPLETE if is_extended else State.DONE
 
 # %% ../../nbs/runner/02_workspace.ipynb #3fe6ec80
 def _is_made_by(settings: Stage, out: Path) -> bool:
@@ -178,7 +191,7 @@ def _is_made_by(settings: Stage, out: Path) -> bool:
         return False
     return record.get("config_hash") == config_hash(settings)
 
-# %% ../../nbs/runner/02_workspace.ipynb #304805e0
+# %% ../../nbs/runner/02_workspace.ipynb #98a4a14e
 def state(stage: str, settings: Stage, out: Path, option: str = "--out") -> State:
     """The state of a stage's folder, seen from the config `settings`.
 
@@ -189,17 +202,17 @@ def state(stage: str, settings: Stage, out: Path, option: str = "--out") -> Stat
 
     fix = conflict_hint(stage, out, option)
     unfinished = unfinished_config(stage, out)
-    fields = [] if unfinished is None else changed_fields(settings, unfinished)
-    if unfinished is not None and not fields:
+    if unfinished is not None and not changed_fields(settings, unfinished):
         return State.INCOMPLETE
-    if _is_made_by(settings, out) and _finished_state(settings, out, fix) == State.DONE:
+    if _is_made_by(settings, out) and _finished_state(stage, settings, out, fix) == State.DONE:
         return State.DONE
     if unfinished is not None:
-        if extends(settings, unfinished, fields):
-            return State.INCOMPLETE
-        raise InputError(f"holds an unfinished run with another config ({_join_names(fields)})", display_path(out), fix)
+        if fields := conflicts(settings, unfinished, finished=False):
+            what = f"holds an unfinished run {_describe(settings, unfinished, fields)}"
+            raise InputError(what, display_path(out), fix)
+        return State.INCOMPLETE
     if (out / MANIFEST).is_file():
-        return _finished_state(settings, out, fix)
+        return _finished_state(stage, settings, out, fix)
     if outputs := [name for name in OUTPUTS if (out / name).exists()]:
         what = f"an output folder of another run (it holds {outputs[0]}, and no manifest)"
         raise InputError(what, display_path(out), fix)
