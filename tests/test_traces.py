@@ -338,6 +338,10 @@ def old(db, tmp_path):
     return path
 
 
+_FROM_SCHEMA_5 = ", total(t.cut_off * (t.turn >= s.start)) AS cut_off"  # in the view
+_FROM_SCHEMA_4 = ", s.start" + _FROM_SCHEMA_5
+
+
 def columns(path):
     with contextlib.closing(sqlite3.connect(path)) as connection:
         tables = [
@@ -381,7 +385,8 @@ def test_a_store_of_schema_2_counts_cached_tokens_once_it_is_written_to(db):
         connection.execute("DROP VIEW episodes")
         connection.execute("ALTER TABLE turns DROP COLUMN cached_tokens")
         connection.execute("ALTER TABLE sessions DROP COLUMN start")
-        view = _VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "").replace(", s.start", "")
+        connection.execute("ALTER TABLE turns DROP COLUMN cut_off")
+        view = _VIEW.replace("sum(t.cached_tokens) AS cached_tokens, ", "").replace(_FROM_SCHEMA_4, "")
         connection.executescript(view + "PRAGMA user_version = 2")
     kept, fingerprint = db.read_bytes(), traces.fingerprint(db)
     assert (
@@ -404,7 +409,8 @@ def test_a_store_of_schema_3_knows_no_taken_over_turns_until_it_is_written_to(db
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("DROP VIEW episodes")
         connection.execute("ALTER TABLE sessions DROP COLUMN start")
-        connection.executescript(_VIEW.replace(", s.start", "") + "PRAGMA user_version = 3")
+        connection.execute("ALTER TABLE turns DROP COLUMN cut_off")
+        connection.executescript(_VIEW.replace(_FROM_SCHEMA_4, "") + "PRAGMA user_version = 3")
     assert [episode.start for episode in load_episodes(db)] == [0, 0, 0]
     late.start = 2
     with Store(db) as store:
@@ -412,6 +418,23 @@ def test_a_store_of_schema_3_knows_no_taken_over_turns_until_it_is_written_to(db
         store.add(late)
     assert columns(db) == before
     assert traces.episodes(db)["start"].tolist() == [0, 0, 0, 2] == [episode.start for episode in load_episodes(db)]
+
+
+def test_a_store_of_schema_4_knows_no_reply_that_was_cut_off_until_it_is_written_to(db):
+    before, cut = columns(db), noise_episode(9)
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DROP VIEW episodes")
+        connection.execute("ALTER TABLE turns DROP COLUMN cut_off")
+        connection.executescript(_VIEW.replace(_FROM_SCHEMA_5, "") + "PRAGMA user_version = 4")
+    assert traces.episodes(db)["cut_off"].tolist() == [0, 0, 0] == [episode.cut_off for episode in load_episodes(db)]
+    cut.start = 1
+    for turn in cut.turns[:3]:
+        turn.decision.cut_off = True
+    with Store(db) as store:
+        store.begin("demo", PROTOCOL)
+        store.add(cut)
+    assert columns(db) == before
+    assert traces.episodes(db)["cut_off"].tolist() == [0, 0, 0, 2] == [episode.cut_off for episode in load_episodes(db)]
 
 
 def test_a_migration_that_fails_changes_nothing(old, monkeypatch):

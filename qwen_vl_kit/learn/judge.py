@@ -180,7 +180,7 @@ def score(self: RemoteJudge, episode: Episode) -> float:
         raise answer
     return answer
 
-# %% ../../nbs/learn/11_judge.ipynb #cde9d439
+# %% ../../nbs/learn/11_judge.ipynb #1a36abb8
 def judge_stores(result: Result, config: CollectConfig) -> Result:
     """A collection's result, its episodes scored by the judge that its config names; `game` needs none.
 
@@ -202,7 +202,7 @@ def judge_stores(result: Result, config: CollectConfig) -> Result:
     if error := _why_unfinished(answers, len(sessions)):
         raise error
     missing = sum(isinstance(answer, Exception) for answer in answers)
-    numbers |= {"judge": name, "judged": len(answers) - missing, "not_judged": missing}
+    numbers |= {"judge": name, "judged": len(sessions) - missing, "not_judged": missing}
     return dataclasses.replace(result, numbers=result.numbers | numbers, usage=usage)
 
 # %% ../../nbs/learn/11_judge.ipynb #22dcd305

@@ -31,7 +31,7 @@ class Decision:
     logprobs: list[float] | None = None  # of token_ids under the distribution they were sampled from, in nats
     # prompt_tokens (of these cached_tokens and image_tokens), completion_tokens, seconds, usd
     usage: dict = field(default_factory=dict)
-    cut_off: bool = False  # the reply ended at max_new_tokens; known while it is played, not stored
+    cut_off: bool = False  # the reply ended at max_new_tokens
     # executed in place of `actions`, where another policy plays and this one only labels (DAgger)
     taken: list[str] | None = None
 

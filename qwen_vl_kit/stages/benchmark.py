@@ -214,28 +214,32 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #a5cea434
-def _play_arm(player, arm: str, config: BenchmarkConfig, seeds: list[int], store: Store, run_name: str) -> list[str]:
-    "Let a policy play the seeds of an arm that are not stored yet; returns notices about its replies."
-    replies = Replies()
-
+# %% ../../nbs/stages/05_benchmark.ipynb #766bc77e
+def _play_arm(player, arm: str, config: BenchmarkConfig, seeds: list[int], store: Store, run_name: str) -> None:
+    "Let a policy play the seeds of an arm that are not stored yet."
     def keep(episode: Episode) -> None:
         store.add(episode, arm=arm)
-        replies.add(episode)
 
     rollout(player, config, seeds, seed=config.seed, concurrency=config.concurrency, sink=keep,
             done=store.stored_keys(run_name, arm), keep=False, what=arm)
-    return replies.notices(arm)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #822c10b7
+# %% ../../nbs/stages/05_benchmark.ipynb #4ffe3118
 def _begin_store(store: Store, db: Path, run_name: str, config: BenchmarkConfig) -> None:
-    "Begin or resume a run in a store. Raises `InputError` when the store holds episodes of other adapters."
+    "Begin or resume a run in a store. Raises `InputError` when it holds episodes of other adapters, or of other seeds."
     if others := set(traces.episodes(db).get("run", ())) - {run_name}:
         raise InputError(f"holds episodes of other adapters ({', '.join(others)})", db,
                          "give --force, or another --out")
+    store.check_seeds(run_name, parse_seeds(config.seeds))
     store.begin(run_name, config, {"model": config.model, "seeds": config.seeds})
 
-# %% ../../nbs/stages/05_benchmark.ipynb #c8e83abb
+# %% ../../nbs/stages/05_benchmark.ipynb #88025d0a
+def _replies(episodes: list[Episode]) -> Replies:
+    replies = Replies()
+    for episode in episodes:
+        replies.add(episode)
+    return replies
+
+# %% ../../nbs/stages/05_benchmark.ipynb #20551c8a
 def _play_arms(policies: ArmPolicies, config: BenchmarkConfig, seeds: list[int], store: Store, run_name: str,
                out: Path) -> tuple[list[dict], list[dict], list[str]]:
     """Play all arms; returns rows of `arms.csv`, rows of `episodes.csv`, and notices.
@@ -245,11 +249,12 @@ def _play_arms(policies: ArmPolicies, config: BenchmarkConfig, seeds: list[int],
     arms, episodes, notices, seconds = [], [], [], 0.0
     (out / "metrics.jsonl").unlink(missing_ok=True)
     for arm in config.arms:
-        notices += _play_arm(policies.policy(arm), arm, config, seeds, store, run_name)
+        _play_arm(policies.policy(arm), arm, config, seeds, store, run_name)
         stored = load_episodes(out / "rollouts.db", run=run_name, arm=arm, frames=False)
         played = sorted(stored, key=lambda episode: episode.seed)
         arms.append(arm_row(arm, played, metered=policies.slot.meter is not None))
         episodes += [episode_row(arm, episode) for episode in played]
+        notices += _replies(played).notices(arm)
         seconds += store.seconds(run_name, arm)
         append_jsonl(out / "metrics.jsonl", {"step": len(arms), **arms[-1], "seconds": round(seconds, 3)})
     return arms, episodes, notices

@@ -161,36 +161,42 @@ def _reconcile_metrics(out: Path) -> int:
             file.write(dumps({"step": step} | old | {"step": step}) + "\n")
     return len(stored)
 
-# %% ../../nbs/stages/01_collect.ipynb #c05e8419
-def _make_sink(store: Store, out: Path, arm: str, replies: Replies):
+# %% ../../nbs/stages/01_collect.ipynb #fa9cb761
+def _make_sink(store: Store, out: Path, arm: str):
     "The function that `rollout` calls with each episode that ends. Its clock includes earlier sessions."
     began, count = time.perf_counter() - store.seconds("collect"), itertools.count(1 + _reconcile_metrics(out))
 
     def keep(episode: Episode) -> None:
         store.add(episode, arm=arm)
-        replies.add(episode)
         seconds = round(time.perf_counter() - began, 3)
         append_jsonl(out / "metrics.jsonl", {"step": next(count), "seconds": seconds, **_metrics_row(episode)})
     return keep
 
-# %% ../../nbs/stages/01_collect.ipynb #578cd621
+# %% ../../nbs/stages/01_collect.ipynb #969c4ed4
 def _missing_seeds(db: Path, arm: str, seeds: list[int]) -> list[int]:
-    "The seeds whose episodes are not stored yet."
+    "The seeds whose episodes are not stored yet. Raises `InputError` when others are stored than these."
     if not db.is_file():
         return seeds
     with Store(db) as store:
+        store.check_seeds("collect", seeds)
         done = store.stored_keys("collect", arm)
     return [seed for seed in seeds if (seed, 0) not in done]
 
-# %% ../../nbs/stages/01_collect.ipynb #cea67c4e
+# %% ../../nbs/stages/01_collect.ipynb #07ba1edc
+def _replies(db: Path) -> Replies:
+    "The replies in a store, and those of them that were cut off."
+    table = episodes(db)
+    return Replies(int(table["turns"].sum()), int(table["cut_off"].sum()))
+
+# %% ../../nbs/stages/01_collect.ipynb #6f0f086a
 def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Meter | None) -> dict:
     """Play the seeds that the store does not hold yet.
 
     Returns, where there is something to say: the `forecast`, seconds and episodes of earlier sessions, and notices.
     """
-    db, plan, replies = out / "rollouts.db", {}, Replies()
-    if meter and (missing := _missing_seeds(db, policy.name, seeds)):
-        plan = forecast(policy, config, missing)
+    db = out / "rollouts.db"
+    missing = _missing_seeds(db, policy.name, seeds)
+    plan = forecast(policy, config, missing) if meter and missing else {}
     usd = plan.get("estimated_usd", plan.get("estimated_usd_of_the_rest"))
     out.mkdir(parents=True, exist_ok=True)
     facts = {"teacher": policy.name, "seeds": config.seeds, "noise": config.noise}
@@ -203,9 +209,9 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Met
             plan["earlier_episodes"] = len(done)
         store.begin("collect", config, facts)
         rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency,
-                sink=_make_sink(store, out, policy.name, replies), done=done, keep=False,
+                sink=_make_sink(store, out, policy.name), done=done, keep=False,
                 what=f"{policy.name} plays" + (f" (at most ${usd:.2f})" if usd else ""))
-    if notices := replies.notices():
+    if notices := _replies(db).notices():
         plan["notices"] = notices
     return plan
 
@@ -247,13 +253,14 @@ def _numbers(policy, config: CollectConfig, out: Path, plan: dict, meter: Meter 
             numbers["notices"] = notices
     return numbers
 
-# %% ../../nbs/stages/01_collect.ipynb #118f8926
+# %% ../../nbs/stages/01_collect.ipynb #8c343039
 def run(config: CollectConfig, out: str | Path) -> Result:
     """Play the config's seeds with its teacher into `out/rollouts.db`. Its seconds are those of all sessions that
     stored episodes there.
 
     Raises `LostEpisodes` when some could not be played and `OverBudget` when the money ends; all others are stored by
-    then. Raises `InputError` for contradictory settings and for a store that lost what was paid for.
+    then. Raises `InputError` for contradictory settings, for a store that lost what was paid for, and for one that
+    holds seeds which are not asked for.
     """
     began, out, seeds = time.perf_counter(), resolve(out), parse_seeds(config.seeds)
     check_config(config)

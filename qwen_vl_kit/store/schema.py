@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from ..core import InputError, resolve
 
-# %% ../../nbs/store/02_schema.ipynb #51b18b79
-SCHEMA = 4  # goes up when a table changes, with a step in _MIGRATIONS; a store with a higher number is refused
+# %% ../../nbs/store/02_schema.ipynb #719d95d6
+SCHEMA = 5  # goes up when a table changes, with a step in _MIGRATIONS; a store with a higher number is refused
 _TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE sources (id INTEGER PRIMARY KEY, provenance TEXT NOT NULL UNIQUE);          -- JSON: commit, versions,\
@@ -41,12 +41,13 @@ CREATE TABLE turns (
     token_ids BLOB, logprobs BLOB, usd TEXT,                      -- little-endian int32 and float32, decimal text
     cached_tokens INTEGER,                                        -- of prompt_tokens, those that the endpoint had in\
  a cache
+    cut_off INTEGER,                                              -- the reply ended at max_new_tokens
     PRIMARY KEY (session, turn)) WITHOUT ROWID;
 CREATE TABLE scores (session INTEGER NOT NULL REFERENCES sessions, judge TEXT NOT NULL, score REAL NOT NULL, PRIMARY\
  KEY (session, judge));
 """
 
-# %% ../../nbs/store/02_schema.ipynb #51b18b7b
+# %% ../../nbs/store/02_schema.ipynb #ef100060
 _VIEW = """
 CREATE VIEW episodes AS SELECT s.id AS session, s.run, s.arm, s.seed, s.member, s.horizon, s.model, s.prompt AS\
  prompt_hash, s.split,
@@ -57,7 +58,7 @@ CREATE VIEW episodes AS SELECT s.id AS session, s.run, s.arm, s.seed, s.member, 
     sum(t.cached_tokens) AS cached_tokens, sum(t.seconds) AS seconds, s.wall,
     CASE WHEN count(t.usd) OR NOT count(coalesce(t.prompt_tokens, t.latency)) THEN total(t.usd) END AS usd,  -- NULL:\
  a model without a price
-    datetime(s.created, 'unixepoch') AS created, s.start
+    datetime(s.created, 'unixepoch') AS created, s.start, total(t.cut_off * (t.turn >= s.start)) AS cut_off
 FROM sessions s JOIN turns t ON t.session = s.id GROUP BY s.id ORDER BY s.id;
 """
 
@@ -69,7 +70,7 @@ def split_of(seed: int) -> str:
     "The split that a seed belongs to: train, val or test."
     return next(name for name, seeds in SPLITS.items() if seed in seeds)
 
-# %% ../../nbs/store/02_schema.ipynb #1a94866d
+# %% ../../nbs/store/02_schema.ipynb #5cbecf99
 _MIGRATIONS = {1: """
 DROP VIEW episodes;
 CREATE TABLE sources (id INTEGER PRIMARY KEY, provenance TEXT NOT NULL UNIQUE);
@@ -94,6 +95,9 @@ ALTER TABLE turns ADD COLUMN cached_tokens INTEGER;
 """, 3: """
 DROP VIEW IF EXISTS episodes;
 ALTER TABLE sessions ADD COLUMN start INTEGER NOT NULL DEFAULT 0;
+""", 4: """
+DROP VIEW IF EXISTS episodes;
+ALTER TABLE turns ADD COLUMN cut_off INTEGER;
 """ + _VIEW}
 
 # %% ../../nbs/store/02_schema.ipynb #319337a4

@@ -7,7 +7,7 @@ __all__ = ['decimal_usd', 'turn_row', 'insert_row', 'session_id', 'StoreConnecti
            'frame_reader', 'read_turn', 'check_session', 'read_sessions', 'load_episodes', 'protocol_of', 'episodes',
            'turns', 'total_usd', 'sources', 'content_hashes', 'fingerprint']
 
-# %% ../../nbs/store/03_traces.ipynb #1c708a9d
+# %% ../../nbs/store/03_traces.ipynb #04fc4635
 import contextlib
 import hashlib
 import json
@@ -22,7 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..config import Protocol
-from ..core import InputError, clean_text, digest, dumps, resolve
+from ..core import InputError, clean_text, digest, dumps, resolve, seed_spec
 from ..game.images import Png, decode_png, frame_hash, png, png_size
 from ..protocol import turns as protocol_turns
 from ..protocol.episodes import Decision, Episode, Turn
@@ -49,7 +49,7 @@ def decimal_usd(value) -> str | None:
         raise InputError(f"{value!r} is not an amount of dollars")
     return format(amount, "f")
 
-# %% ../../nbs/store/03_traces.ipynb #a72d0516
+# %% ../../nbs/store/03_traces.ipynb #1f8db7af
 def turn_row(session: int, turn: Turn, frame: str | None) -> tuple:
     "The columns of one turn, in order. Raises `InputError` for values that no database should hold."
     decision, usage = turn.decision, turn.decision.usage
@@ -62,7 +62,8 @@ def turn_row(session: int, turn: Turn, frame: str | None) -> tuple:
     counts = [usage.get(key) for key in ("prompt_tokens", "image_tokens", "completion_tokens", "seconds")]
     arrays = _array_bytes(decision.token_ids, "<i4"), _array_bytes(decision.logprobs, "<f4")
     return (session, turn.turn, turn.step, frame, *texts, *actions, dumps(rewards), dumps(list(turn.unlocked)), *flags,
-            *counts, float(turn.seconds), *arrays, decimal_usd(usage.get("usd")), usage.get("cached_tokens"))
+            *counts, float(turn.seconds), *arrays, decimal_usd(usage.get("usd")), usage.get("cached_tokens"),
+            bool(decision.cut_off))
 
 # %% ../../nbs/store/03_traces.ipynb #1e20930b
 def _frame_name(frame: np.ndarray | bytes) -> str:
@@ -247,6 +248,16 @@ def seconds(self: Store, run: str, arm: str | None = None) -> float:
         query = "SELECT total(wall) FROM sessions WHERE run = ? AND arm = coalesce(?, arm)"
         return execute(query, (run, arm)).fetchone()[0]
 
+# %% ../../nbs/store/03_traces.ipynb #f218098a
+@patch
+def check_seeds(self: Store, run: str, seeds: list[int]) -> None:
+    "Raise `InputError` when a run has episodes of seeds that are not among `seeds`."
+    with self.transaction() as execute:
+        stored = {seed for (seed,) in execute("SELECT DISTINCT seed FROM sessions WHERE run = ?", (run,))}
+    if others := seed_spec(stored.difference(seeds)):
+        raise InputError(f"holds episodes of seeds {others[:60]}, which are not asked for", self.path,
+                         "ask for these as well, or name another folder")
+
 # %% ../../nbs/store/03_traces.ipynb #2f55a5ab
 @patch
 def score(self: Store, run: str, seed: int, judge: str, value: float, arm: str = "", member: int = 0) -> None:
@@ -340,12 +351,13 @@ def _usage(row: sqlite3.Row) -> dict:
         usage["usd"] = float(row["usd"])
     return usage
 
-# %% ../../nbs/store/03_traces.ipynb #7f512781
+# %% ../../nbs/store/03_traces.ipynb #5740b398
 def read_turn(row: sqlite3.Row, frame: np.ndarray | bytes | str | None) -> Turn:
     "The `Turn` in a row of the table `turns`, with its `frame`. Raises `ValueError` and the like for bad values."
     text, reason, reply = _texts(row, "text", "reason", "reply")
     ids, logprobs = _array(row, "token_ids", "<i4"), _array(row, "logprobs", "<f4")
-    decision = Decision(_names(row["actions"]), reason, reply, bool(row["valid"]), None, ids, logprobs, _usage(row))
+    decision = Decision(_names(row["actions"]), reason, reply, bool(row["valid"]), None, ids, logprobs, _usage(row),
+                        bool(row["cut_off"]))
     rewards = [float(reward) for reward in json.loads(row["rewards"])]
     return Turn(int(row["turn"]), int(row["step"]), frame, text, decision, _names(row["executed"]), rewards,
                 _names(row["unlocked"]), bool(row["done"]), bool(row["dead"]), float(row["seconds"]))
@@ -430,14 +442,15 @@ def _sessions_without_price(connection: sqlite3.Connection) -> list[int]:
     query = "SELECT session FROM turns GROUP BY session HAVING count(usd) < count(coalesce(prompt_tokens, latency))"
     return [session for (session,) in connection.execute(query)]
 
-# %% ../../nbs/store/03_traces.ipynb #64593fe0
+# %% ../../nbs/store/03_traces.ipynb #a0bf4739
 def episodes(db: str | Path):
     """One row an episode, as a DataFrame.
 
     Columns: run, arm, seed, member, horizon, model, prompt_hash, split, reward, achievements (how many), steps, turns,
     died, invalid (turns), tokens, seconds (of its turns), wall (its share of the run's time), usd (NaN when a model was
     asked that has no price), created (UTC), start (turns before it were taken over from another episode; rewards, turns
-    and all else count them, too), unlocked (their names, in order).
+    and all else count them, too), cut_off (replies that ended at max_new_tokens, without those that were taken over),
+    unlocked (their names, in order).
     """
     with reading(db) as connection, reporting_bad_values(resolve(db)):
         connection.execute("BEGIN")  # all queries see one moment, whatever is written meanwhile
@@ -487,13 +500,14 @@ def sources(db: str | Path):
         table = _table(connection.execute(query))
         return table.assign(source=table["source"].map(json.loads))
 
-# %% ../../nbs/store/03_traces.ipynb #9a2912df
+# %% ../../nbs/store/03_traces.ipynb #6bdaeefe
 def content_hashes(rows) -> Iterator[bytes]:
-    "A hash of each row's content, without ids, what a clock said, and what happened to be in an endpoint's cache."
+    """A hash of each row's content, without ids, what a clock said, what happened to be in an endpoint's cache, and
+    whether the reply was cut off, which older stores do not know."""
     for row in rows:
         content = {}
         for key in row.keys():
-            if key not in ("id", "session", "latency", "seconds", "cached_tokens"):
+            if key not in ("id", "session", "latency", "seconds", "cached_tokens", "cut_off"):
                 content[key] = row[key].hex() if isinstance(row[key], bytes) else row[key]
         yield digest(content).encode()
 
