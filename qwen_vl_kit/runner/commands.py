@@ -25,12 +25,16 @@ from .configs import config_file, load_config, stage_of
 from .notebook import RunFailed
 from .run import load_all, notices, run_all, run_folder, run_one
 
-# %% ../../nbs/runner/07_commands.ipynb #3526690b
+# %% ../../nbs/runner/07_commands.ipynb #3f9a08be
 def show_run(run: Path) -> str:
-    "The table of arms of a run and the path of its report, as text. Raises `InputError` when it has no benchmark."
-    from qwen_vl_kit.show.tables import arms_table, text_table
+    """The table of arms of a run, their differences, and the path of its report, as text. Raises `InputError` when it
+    has no benchmark."""
+    from qwen_vl_kit.show.tables import arms_table, differences_table, text_table
 
-    lines = [text_table(arms_table(run / "benchmark" / "arms.csv"))]
+    folder = run / "benchmark"
+    lines = [text_table(arms_table(folder / "arms.csv"))]
+    if (folder / "episodes.csv").is_file() and len(gaps := differences_table(folder / "episodes.csv")):
+        lines.append(text_table(gaps))
     if (run / "report" / "run.html").is_file():
         lines.append(f"report: {display_path(run / 'report' / 'run.html')}")
     return "\n\n".join(lines)

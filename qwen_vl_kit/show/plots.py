@@ -7,7 +7,7 @@ __all__ = ['DPI', 'SFT_PANELS', 'SPEED_PANELS', 'GRPO_PANELS', 'GRPO_TIMES', 'PU
            'render', 'Panel', 'read_metrics', 'smooth', 'curves', 'PublishedResult', 'published_table', 'arms_plot',
            'achievement_rates', 'achievement_plot']
 
-# %% ../../nbs/show/04_plots.ipynb #3a3f61ed
+# %% ../../nbs/show/04_plots.ipynb #84967d3e
 import base64
 import dataclasses
 import io
@@ -19,7 +19,8 @@ import numpy as np
 from ..core import InputError, read_jsonl, resolve, stage_folder
 from ..game.description import GAME
 from .stats import Interval, wilson
-from .tables import ARM_COLOURS, CURVE_COLOURS, Html, html_table, read_arms, read_table
+from .tables import (CURVE_COLOURS, OTHER_COLOURS, Html, arm_colours, html_table, read_arms,
+                                     read_table)
 
 # %% ../../nbs/show/04_plots.ipynb #d5186a5f
 DPI = 144  # pixels an inch; shown at 72
@@ -270,12 +271,21 @@ def _draw_dots(ax, rows: list[tuple[str, float, float, float, str]], hollow: boo
     ax.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=9)
     ax.set_ylim(len(rows) - 0.4, -0.6)
 
-# %% ../../nbs/show/04_plots.ipynb #cee1a4cf
+# %% ../../nbs/show/04_plots.ipynb #b10ec66a
 def _arm_dots(arms) -> list[tuple]:
-    "The rows of the arms for `_draw_dots`, in percent; where several horizons were played, each is named."
-    several = arms.horizon.nunique() > 1
-    return [(f"{a.arm} ({a.horizon})" if several else a.arm, 100 * a.achievement_rate, 100 * a.low, 100 * a.high,
-             ARM_COLOURS.get(a.arm, "black")) for a in arms.itertuples()]
+    "The rows of the arms for `_draw_dots`, in percent."
+    colours = arm_colours(arms.arm)
+    return [(a.arm, 100 * a.achievement_rate, 100 * a.low, 100 * a.high, colours[a.arm]) for a in arms.itertuples()]
+
+
+def _arm_panels(arms) -> list[tuple[str, list[tuple]]]:
+    "For each horizon of the arms a title and rows for `_draw_dots`."
+    panels = []
+    for horizon, group in arms.groupby("horizon", sort=False):
+        fewest, most = int(group.episodes.min()), int(group.episodes.max())
+        seeds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        panels.append((f"This run: horizon {horizon}, {seeds} unseen seeds, 95 % intervals", _arm_dots(group)))
+    return panels
 
 # %% ../../nbs/show/04_plots.ipynb #6b61db82
 def _published_dots(metric: str) -> list[tuple]:
@@ -284,63 +294,89 @@ def _published_dots(metric: str) -> list[tuple]:
     return [(f"{result.agent}; {result.protocol}", result.value, result.value - error, result.value + error, "#777777")
             for result, error in results]
 
-# %% ../../nbs/show/04_plots.ipynb #88548c10
+# %% ../../nbs/show/04_plots.ipynb #b7d5e8a7
 def arms_plot(path: str | Path, published: bool = True) -> Plot:
-    "Achievement rate of each arm with its 95 % interval, from benchmark/arms.csv; published figures apart."
-    arms = read_arms(path)
-    ours, theirs = _arm_dots(arms), _published_dots(_RATE) if published else []
-    figure = new_figure(9, 1.1 + 0.34 * len(ours) + 0.34 * len(theirs))
-    sizes = [len(ours), len(theirs)] if theirs else [1]
+    """Achievement rate of each arm with its 95 % interval, from benchmark/arms.csv, a panel a horizon; published
+    figures apart."""
+    ours = _arm_panels(read_arms(path))
+    theirs = [("Figures of others, under other protocols: not results of this kit", _published_dots(_RATE))]
+    panels = ours + theirs * published
+    sizes = [len(rows) for _, rows in panels]
+    figure = new_figure(9, 0.7 + 0.34 * sum(sizes) + 0.3 * len(sizes))
     axes = figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
-    _draw_dots(axes[0], ours)
-    horizons, seeds = ", ".join(arms.horizon.unique()), arms.episodes.min()
-    style_axes(axes[0], title=f"This run: horizon {horizons}, {seeds:.0f} unseen seeds, 95 % intervals")
-    if theirs:
-        _draw_dots(axes[1], theirs, hollow=True)
-        style_axes(axes[1], title="Figures of others, under other protocols: not results of this kit")
+    for i, (ax, (title, rows)) in enumerate(zip(axes, panels)):
+        _draw_dots(ax, rows, hollow=i >= len(ours))
+        style_axes(ax, title=title)
     axes[-1].set_xlabel(f"achievements, % of {len(GAME.achievements)}")
-    axes[-1].set_xlim(0, 1.1 * max(row[3] for row in ours + theirs))
-    table = published_table(_RATE) if theirs else None
+    axes[-1].set_xlim(0, 1.1 * max(row[3] for _, rows in panels for row in rows))
+    table = published_table(_RATE) if published else None
     return render(figure, table, "Figures of others, ± as they published them", "achievement rate of each arm")
 
-# %% ../../nbs/show/04_plots.ipynb #0a466cbf
+# %% ../../nbs/show/04_plots.ipynb #e51abd4c
 def achievement_rates(path: str | Path, horizon: str | None = None):
-    """Per arm and achievement: successes, episodes, rate, low, high (fractions), from benchmark/episodes.csv; easiest
-    first. `horizon` defaults to the first of the file."""
+    """Per horizon, arm and achievement: successes, episodes, rate, low, high (fractions), from benchmark/episodes.csv;
+    easiest first. `horizon` leaves only one."""
     import pandas as pd
 
     played = read_table(path, ("arm", "horizon", "seed", *GAME.achievements))
-    played = played[played.horizon == (horizon or played.horizon.iloc[0])]
+    played = played[(played.horizon == horizon) | (horizon is None)]
+    easiest_first = sorted(GAME.achievements, key=lambda name: -played[name].mean())
     rows = []
-    for arm, group in played.groupby("arm", sort=False):
-        for name in sorted(GAME.achievements, key=lambda name: -played[name].mean()):
+    for (length, arm), group in played.groupby(["horizon", "arm"], sort=False):
+        for name in easiest_first:
             successes = int((group[name] > 0).sum())
-            rows.append((arm, name, successes, len(group), *wilson(successes, len(group))))
-    return pd.DataFrame(rows, columns=["arm", "achievement", "successes", "episodes", "rate", "low", "high"])
+            rows.append((length, arm, name, successes, len(group), *wilson(successes, len(group))))
+    columns = ["horizon", "arm", "achievement", "successes", "episodes", "rate", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/show/04_plots.ipynb #6d443585
-def _draw_achievements(ax, rates, names: list[str], arms: list[str]) -> None:
-    "A row an achievement, in it a dot with its interval for each arm."
-    for i, (arm, group) in enumerate(rates.groupby("arm", sort=False)):
-        positions = np.arange(len(names)) + (i - (len(arms) - 1) / 2) * 0.15
+# %% ../../nbs/show/04_plots.ipynb #4cf70f12
+_MARKERS = dict(zip(OTHER_COLOURS, "sD^vP*"))
+
+
+def _draw_achievements(ax, rates, names: list[str], colours: dict[str, str]) -> None:
+    "A row an achievement, in it a dot with its interval for each arm of `colours` that the rates have."
+    for i, (arm, colour) in enumerate(colours.items()):
+        group = rates[rates.arm == arm]
+        if not len(group):
+            continue
+        positions = np.arange(len(names)) + (i + 0.5) / len(colours) * 0.8 - 0.4
         error = 100 * np.array([group.rate - group.low, group.high - group.rate])
-        ax.errorbar(100 * group.rate, positions, xerr=error, fmt="o", markersize=4, linewidth=1.1,
-                    color=ARM_COLOURS.get(arm, "black"), label=arm)
+        ax.errorbar(100 * group.rate, positions, xerr=error, fmt=_MARKERS.get(colour, "o"), markersize=4,
+                    linewidth=1.1, color=colour, label=arm)
     ax.set_yticks(range(len(names)), names, fontsize=9)
-    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlim=(-3, 103))
 
-# %% ../../nbs/show/04_plots.ipynb #6defb0a5
+
+def _legend_above(figure, order: list[str]) -> None:
+    "The names of the lines of all axes above the figure, each once, as many beside each other as fit."
+    handles = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    names = [label for label in order if label in handles]
+    fitting = int(11 * figure.get_figwidth()) // (max(map(len, names)) + 7)  # some eleven letters an inch
+    figure.legend([handles[name] for name in names], names, loc="outside upper left", ncols=max(1, fitting),
+                  frameon=False)
+
+# %% ../../nbs/show/04_plots.ipynb #c6e09958
+def _rates_table(rates, arms: list[str]):
+    "Rates with intervals as text: a row an achievement (and horizon, if there are several), a column an arm."
+    texts = [Interval(*row).percent(0) for row in rates[["rate", "low", "high"]].itertuples(index=False)]
+    keys = ["horizon", "achievement"]
+    wide = rates.assign(text=texts).pivot(index=keys, columns="arm", values="text")
+    order = rates[keys].drop_duplicates().itertuples(index=False, name=None)
+    table = wide.loc[list(order), arms].reset_index()
+    return table if rates.horizon.nunique() > 1 else table.drop(columns="horizon")
+
+# %% ../../nbs/show/04_plots.ipynb #d89adb63
 def achievement_plot(path: str | Path, horizon: str | None = None) -> Plot:
-    """Rate of each achievement per arm with 95 % Wilson intervals, as horizontal dots, from benchmark/episodes.csv.
-
-    `horizon` defaults to the first of the file."""
+    """Rate of each achievement per arm with 95 % Wilson intervals, as horizontal dots, from benchmark/episodes.csv: a
+    panel a horizon, or `horizon` alone."""
     rates = achievement_rates(path, horizon)
-    names, arms = list(dict.fromkeys(rates.achievement)), list(dict.fromkeys(rates.arm))
-    figure = new_figure(8.4, 1 + 0.36 * len(names))
-    ax = figure.subplots()
-    _draw_achievements(ax, rates, names, arms)
-    style_axes(ax, f"episodes that unlock it, % (95 % Wilson intervals, {rates.episodes.min()} episodes an arm)")
-    ax.legend(frameon=False, loc="lower right")
-    rates["text"] = [Interval(*row).percent(0) for row in rates[["rate", "low", "high"]].itertuples(index=False)]
-    table = rates.pivot(index="achievement", columns="arm", values="text").loc[names, arms].reset_index()
-    return render(figure, table, "% of episodes [95 %]", "rate of each achievement per arm")
+    names, arms, horizons = (list(rates[key].unique()) for key in ("achievement", "arm", "horizon"))
+    width = max(8.4, 5.6 * len(horizons))
+    figure = new_figure(width, 1.2 + len(names) * max(0.36, 0.065 * len(arms)))
+    axes = figure.subplots(1, len(horizons), sharey=True, squeeze=False)[0]
+    for ax, length in zip(axes, horizons):
+        group = rates[rates.horizon == length]
+        _draw_achievements(ax, group, names, arm_colours(arms))
+        style_axes(ax, "episodes that unlock it, %", title=f"horizon {length}, {group.episodes.min()} episodes an arm")
+    _legend_above(figure, arms)
+    return render(figure, _rates_table(rates, arms), "% of episodes [95 %, Wilson]", "rate of each achievement per arm")

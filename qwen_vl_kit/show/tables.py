@@ -108,10 +108,10 @@ def show_or_note(draw, *args, caption: str = "", **options):
         return Html(f"<p><i>Not shown: {html.escape(str(error))}</i></p>")
     return html_table(result, caption) if hasattr(result, "itertuples") else result
 
-# %% ../../nbs/show/03_tables.ipynb #82bf8795
+# %% ../../nbs/show/03_tables.ipynb #91457a08
 ARM_COLOURS = {"random": "#999999", "base": "#56B4E9", "sft": "#E69F00", "grpo": "#009E73", "teacher": "#D55E00",
                "expert": "#CC79A7"}  # Okabe & Ito 2008
-OTHER_COLOURS = ("#0072B2", "#882255", "#999933", "#000000", "#332288", "#117733")  # the rest, and of Tol's "muted"
+OTHER_COLOURS = ("#0072B2", "#882255", "#999933", "#000000", "#332288", "#7F4F00")  # the rest, and after Tol's "muted"
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the same palette
 _RANKS = {"random": 0, "base": 1, "sft": 2, "grpo": 3, "teacher": 5, "expert": 6}  # a user's own arms: 4
 
