@@ -262,9 +262,9 @@ def differences(path: str | Path, pairs: list[tuple[str, str]] | None = None):
     frame["verdict"] = list(map(_verdict, frame.difference, frame.p_holm))
     return frame
 
-# %% ../../nbs/show/03_tables.ipynb #687c7f38
+# %% ../../nbs/show/03_tables.ipynb #ae671dc5
 def _format_p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
 def differences_table(path: str | Path, pairs: list[tuple[str, str]] | None = None):

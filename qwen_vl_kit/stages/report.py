@@ -93,10 +93,10 @@ def about(run_folder: str | Path) -> Html:
     notices = "".join(chain.from_iterable(map(_notices, stages, stages.values())))
     return Html(f"<p>{text}</p>" + (f"<ul>{notices}</ul>" if notices else ""))
 
-# %% ../../nbs/stages/06_report.ipynb #dbce1893
+# %% ../../nbs/stages/06_report.ipynb #9c500ae5
 HOPED = (("Qwen3-VL-2B", 6.5, ("base",)), ("Qwen3-VL-2B after SFT", 20.0, ("sft",)),
          ("Qwen3-VL-2B after RL", 38.0, ("grpo",)), ("its teacher, gpt-4o-mini", 45.0, ("teacher", "expert")))
-_HOPED = "hoped at t50, % (the seed document; measured by nobody)"
+_HOPED = "hoped at t50, %"  # by the seed document; nobody has measured it
 
 
 def hoped_table(run_folder: str | Path):
