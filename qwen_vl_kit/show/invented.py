@@ -40,13 +40,14 @@ def invent_episodes(episodes: int = 40, seed: int = 0, strengths: dict[str, floa
                      for episode in range(episodes)]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/show/02_invented.ipynb #74327f37
+# %% ../../nbs/show/02_invented.ipynb #e6ae1538
 def _invent_arm(arm: str, horizon: str, rate: float, episodes: int) -> dict:
-    "A row of arms.csv; arms of a user's own have no price."
+    "A row of arms.csv; arms of a user's own play another model, without a price."
+    model = None if arm in ("random", "expert") else "tiny" if arm in ARM_STRENGTHS else "another"
     return {"arm": arm, "horizon": horizon, "episodes": episodes, "achievement_rate": rate, "low": rate - 0.01,
             "high": rate + 0.01, "crafter_score": 100 * rate / 3, "reward": len(GAME.achievements) * rate,
             "invalid_rate": 0.002, "turns": 50 * episodes, "steps": 50 * episodes, "seconds": 7.25,
-            "usd": 0.0 if arm in ARM_STRENGTHS else None}
+            "usd": 0.0 if arm in ARM_STRENGTHS else None, "model": model, "trained_horizon": None}
 
 # %% ../../nbs/show/02_invented.ipynb #004ce189
 def invent_benchmark(run: str | Path, strengths: dict[str, float] = ARM_STRENGTHS,

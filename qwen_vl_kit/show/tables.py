@@ -149,13 +149,14 @@ def read_arms(path: str | Path):
     "benchmark/arms.csv as DataFrame."
     return read_table(path, ("arm", "horizon", "episodes", "achievement_rate", "low", "high"))
 
-# %% ../../nbs/show/03_tables.ipynb #27a905b3
+# %% ../../nbs/show/03_tables.ipynb #417c43c8
 ARM_COLUMNS = {  # column of arms.csv: (heading, factor), in the order of showing
-    "crafter_score": ("Crafter score", 1), "reward": ("reward", 1), "invalid_rate": ("invalid replies %", 100),
-    "turns": ("turns", 1), "steps": ("env steps", 1), "seconds": ("seconds", 1), "usd": ("USD", 1)}
+    "model": ("model", None), "trained_horizon": ("trained at", None), "crafter_score": ("Crafter score", 1),
+    "reward": ("reward", 1), "invalid_rate": ("invalid replies %", 100), "turns": ("turns", 1),
+    "steps": ("env steps", 1), "seconds": ("seconds", 1), "usd": ("USD", 1)}
 _FIRST_COLUMNS = ("arm", "horizon", "episodes", "achievement_rate", "low", "high")
 
-# %% ../../nbs/show/03_tables.ipynb #356486c6
+# %% ../../nbs/show/03_tables.ipynb #a01a26fc
 def _arm_columns(arms):
     "The columns of arms.csv as they are shown, without intervals for other figures than the achievement rate."
     import pandas as pd
@@ -165,7 +166,7 @@ def _arm_columns(arms):
                           "achievements % [95 %]": rates})
     others = [name for name in arms if name not in ARM_COLUMNS and name not in _FIRST_COLUMNS]
     for name in [*ARM_COLUMNS, *others]:
-        if name in arms:
+        if name in arms and (name == "usd" or arms[name].notna().any()):
             heading, factor = ARM_COLUMNS.get(name, (name, None))
             table[heading] = arms[name] if factor is None else arms[name] * factor
     return table

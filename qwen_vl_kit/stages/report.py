@@ -93,7 +93,7 @@ def about(run_folder: str | Path) -> Html:
     notices = "".join(chain.from_iterable(map(_notices, stages, stages.values())))
     return Html(f"<p>{text}</p>" + (f"<ul>{notices}</ul>" if notices else ""))
 
-# %% ../../nbs/stages/06_report.ipynb #9c500ae5
+# %% ../../nbs/stages/06_report.ipynb #3d5e62a1
 HOPED = (("Qwen3-VL-2B", 6.5, ("base",)), ("Qwen3-VL-2B after SFT", 20.0, ("sft",)),
          ("Qwen3-VL-2B after RL", 38.0, ("grpo",)), ("its teacher, gpt-4o-mini", 45.0, ("teacher", "expert")))
 _HOPED = "hoped at t50, %"  # by the seed document; nobody has measured it
@@ -104,16 +104,15 @@ def hoped_table(run_folder: str | Path):
     that place, with its 95 % interval, a column a horizon, as a DataFrame."""
     import pandas as pd
 
-    folder = resolve(run_folder)
-    arms = read_arms(folder / "benchmark/arms.csv")
+    arms = read_arms(resolve(run_folder) / "benchmark/arms.csv")
     rates = {(a.arm, a.horizon): Interval(a.achievement_rate, a.low, a.high).percent() for a in arms.itertuples()}
-    model = manifests(folder).get("benchmark", {}).get("numbers", {}).get("model")
+    models = dict(zip(arms.arm, arms.model.fillna(""))) if "model" in arms else {}
     rows = []
     for player, percent, places in HOPED:
         for arm in [name for name in places if name in set(arms.arm)] or places[-1:]:
             measured = {f"measured here at {horizon}, % [95 %]": rates.get((arm, horizon))
                         for horizon in arms.horizon.unique()}
-            here = f"{arm} ({model})" if model and arm in ("base", "sft", "grpo") else arm
+            here = f"{arm} ({models[arm]})" if models.get(arm) else arm
             rows.append({"hoped of": player, _HOPED: f"{percent:g}", "played here": here, **measured})
     return pd.DataFrame(rows)
 
