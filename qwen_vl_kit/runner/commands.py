@@ -25,14 +25,16 @@ from .configs import config_file, load_config, stage_of
 from .notebook import RunFailed
 from .run import load_all, notices, run_all, run_folder, run_one
 
-# %% ../../nbs/runner/07_commands.ipynb #3f9a08be
+# %% ../../nbs/runner/07_commands.ipynb #8737fb75
 def show_run(run: Path) -> str:
-    """The table of arms of a run, their differences, and the path of its report, as text. Raises `InputError` when it
-    has no benchmark."""
-    from qwen_vl_kit.show.tables import arms_table, differences_table, text_table
+    """The table of arms of a run, the arms that failed, their differences, and the path of its report, as text. Raises
+    `InputError` when it has no benchmark."""
+    from qwen_vl_kit.show.tables import arms_table, differences_table, manifests, text_table
 
     folder = run / "benchmark"
+    failed = manifests(run).get("benchmark", {}).get("numbers", {}).get("failed_arms", {})
     lines = [text_table(arms_table(folder / "arms.csv"))]
+    lines += [f"{arm} is not in the table: {reason}" for arm, reason in failed.items()]
     if (folder / "episodes.csv").is_file() and len(gaps := differences_table(folder / "episodes.csv")):
         lines.append(text_table(gaps))
     if (run / "report" / "run.html").is_file():
@@ -218,7 +220,7 @@ def _add_runs(add) -> None:
         _add_env_file(command)
         _add_force(command)
 
-# %% ../../nbs/runner/07_commands.ipynb #1b6f9921
+# %% ../../nbs/runner/07_commands.ipynb #f553fbe5
 def parser() -> argparse.ArgumentParser:
     "The command line of `qvk`."
     top = _Parser(prog="qvk", description="Train a small vision-language model to play Crafter, and prove it.")
@@ -228,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     add("plan", "what a config folder will take and cost on H200s", _plan, path="CONFIGS", sets=True)
     add("check", "validate a config folder or file and print every resolved value", _check, path="CONFIGS", sets=True)
     add("verify", "prove that a run's outputs are what its manifests say", _verify, path="RUN")
-    add("show", "the table of arms of a run", _show, path="RUN")
+    add("show", "the table of arms of a run, and their differences", _show, path="RUN")
     merge = add("merge", "copy the episodes of several trace stores into one", _merge, path="TARGET.db")
     merge.add_argument("sources", nargs="+", metavar="SOURCE.db", type=resolve_cli_path)
     imports = add("import-synth", "read a trace database of synth-ai v3 into a trace store", _import_synth,
