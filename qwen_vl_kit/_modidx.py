@@ -2704,6 +2704,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'qwen_vl_kit/store/manifest.py'),
                                             'qwen_vl_kit.store.manifest.owner': ( 'store/manifest.html#owner',
                                                                                   'qwen_vl_kit/store/manifest.py'),
+                                            'qwen_vl_kit.store.manifest.stale_stages': ( 'store/manifest.html#stale_stages',
+                                                                                         'qwen_vl_kit/store/manifest.py'),
                                             'qwen_vl_kit.store.manifest.verify': ( 'store/manifest.html#verify',
                                                                                    'qwen_vl_kit/store/manifest.py'),
                                             'qwen_vl_kit.store.manifest.write': ( 'store/manifest.html#write',

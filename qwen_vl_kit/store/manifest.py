@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNHASHED', 'TRANSIENT', 'made_files', 'outputs', 'folder_hash', 'content_hash', 'config_hash', 'changed_fields',
-           'machine', 'ledger_rows', 'bill', 'write', 'Change', 'changes', 'owner', 'verify']
+           'machine', 'ledger_rows', 'bill', 'write', 'Change', 'changes', 'owner', 'verify', 'stale_stages']
 
-# %% ../../nbs/store/10_manifest.ipynb #762db3f1
+# %% ../../nbs/store/10_manifest.ipynb #b6d7fab0
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -275,3 +276,16 @@ def verify(run: str | Path) -> list[str]:
     for folder in finished:
         lines += [f"{names[folder]}: {problem}" for problem in _problems(folder, manifests)]
     return lines + [f"{names[folder]}: no manifest, it did not finish" for folder in unfinished]
+
+# %% ../../nbs/store/10_manifest.ipynb #d71bc924
+def stale_stages(run: str | Path) -> list[str]:
+    "The stages in a run's folder that were made from other outputs of its stages than there are, by their manifests."
+    manifests = {folder: read_json(folder / MANIFEST) for folder in _stage_folders(resolve(run))[0]}
+    names = []
+    for folder, manifest in manifests.items():
+        with contextlib.suppress(KeyError, TypeError, AttributeError):  # a damaged one, which `verify` reports
+            inputs = manifest["inputs"].values()
+            known = [entry for entry in inputs if owner(folder.parent / entry["path"]) in manifests]
+            if any(_input_problem(entry, folder, manifests) for entry in known):
+                names.append(folder.name)
+    return names
