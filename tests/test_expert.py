@@ -3,6 +3,7 @@ would never get into."""
 
 import pickle
 import random
+from itertools import product
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_another_episode_finds_nothing_of_the_last_one():
     assert expert.act(fresh) == Expert(budget=200).act(fresh)
 
 
-@pytest.mark.parametrize("settings", [{"budget": 0}, {"budget": "50"}, {"noise": -1.0}])
+@pytest.mark.parametrize("settings", [{"budget": 0}, {"budget": "50"}, {"noise": -1.0}, {"actions": 0}])
 def test_settings_are_checked(settings):
     with pytest.raises(InputError):
         Expert(**settings)
@@ -191,3 +192,59 @@ def test_goals_and_moves_change_nothing():
                 for offer in [*offers(memory, field), explore(memory, field)]:
                     assert offer.goal in GOAL_NAMES and offer.move().action in ACTIONS
                 assert pickle.dumps((vars(memory), field)) == before
+
+
+def play_turns(seed: int, turns: int = 50, noise: float = 0.0) -> World:
+    "The world after some turns of up to four actions; a disturbed plan is carried on, and the next turn looks again."
+    world, expert, chance = World(18, 4 * turns), Expert(budget=4 * turns, actions=4), random.Random(seed)
+    world.reset(seed)
+    for turn in range(turns):
+        for action in expert.act(world, turn).actions:
+            if world.step(chance.choice(ACTIONS) if chance.random() < noise else action).done:
+                return world
+    return world
+
+
+def test_plans_of_four_actions_are_worth_much_more_than_single_actions():
+    worlds = [play_turns(seed) for seed in range(700, 712)]
+    assert sum(len(world.unlocked) for world in worlds) / len(worlds) > 14  # 8 in 50 single actions
+    disturbed = [play_turns(seed, noise=0.1) for seed in range(700, 712)]
+    assert sum(len(world.unlocked) for world in disturbed) / len(disturbed) > 11
+
+
+def test_a_plan_knows_no_more_than_the_screen_has_shown():
+    "Two worlds that look the same so far, and differ in the unseen part of the map and in their dice, get one plan."
+    chance = random.Random(0)
+    for seed in range(6):
+        world, expert = World(18), Expert(budget=200, actions=4)
+        world.reset(seed)
+        for _ in range(8):
+            for action in expert.act(world).actions:
+                world.step(action)
+        snapshot, other = world.snapshot(), World(18)
+        plan = expert.act(world)
+        assert 1 <= len(plan.actions) <= 4 and world.snapshot() == snapshot
+        other.restore(snapshot)
+        size = other._game.map.area
+        for x, y in product(range(size[0]), range(size[1])):
+            if x * ROW + y not in expert.memory.materials:
+                other._game.map[x, y] = chance.choice(("grass", "water", "lava", "stone"))
+        other._game.map.random.seed(seed)
+        assert expert.act(other).actions == plan.actions
+
+
+def test_any_state_has_a_plan_and_turns_are_counted():
+    for seed in range(4):
+        world, watching, chance = World(18, 200), Expert(budget=200, actions=4), random.Random(seed)
+        world.reset(seed)
+        while not world.done:
+            fresh = Expert(budget=200, actions=4)
+            for decision in (watching.act(world), fresh.act(world)):
+                assert set(decision.actions) <= set(ACTIONS) and decision.reason.split("; ")[1] in GOAL_NAMES
+            assert fresh.turn == world._game.clock // 4
+            for _ in range(chance.randrange(1, 5)):
+                if not world.done:
+                    world.step(chance.randrange(17))
+        assert watching.turn > fresh.turn  # its turns were not all of four actions
+    watching.act(world, turn=49)
+    assert watching.memory.left == 4

@@ -133,7 +133,7 @@ class RandomPolicy:
 
 # %% ../../nbs/play/01_policies.ipynb #41716c91
 class ExpertPolicy:
-    "The scripted expert: one action a turn, whatever the protocol allows, and the reason for it."
+    "The scripted expert: plans of as many actions a turn as the protocol allows, and the reason for each."
 
     name = "expert"
 
@@ -147,8 +147,9 @@ class ExpertPolicy:
     def _one(self, situation) -> Decision:
         seed, member, turn = situation.key
         if turn == 0:
-            self.experts[seed, member] = Expert(budget=horizon(self.protocol.horizon).turns)
-        decision = self.experts[seed, member].act(situation.world)
+            _, _, actions, steps = horizon(self.protocol.horizon)
+            self.experts[seed, member] = Expert(budget=steps, actions=actions)
+        decision = self.experts[seed, member].act(situation.world, turn)
         decision.text = answer(self.protocol, decision.actions, decision.reason)
         return decision
 
