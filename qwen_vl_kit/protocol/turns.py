@@ -31,11 +31,12 @@ def _form(protocol: Protocol) -> str:
     example = "tree 2 right; collect wood -> " + ", ".join(["move_right", "move_right", "do"][: min(most, 3)])
     return f"Answer with a short reason, an arrow and {count}, for example: {example}"
 
-# %% ../../nbs/protocol/01_turns.ipynb #f3b6fb4e
+# %% ../../nbs/protocol/01_turns.ipynb #ff8c25b6
 def system(protocol: Protocol) -> str:
     "The system prompt of a protocol."
+    most = horizon(protocol.horizon).actions
     if protocol.prompt == "brief":
-        return "play crafter"
+        return "play crafter" if most == 1 else f"play crafter, next 1-{most}"
     sees = {"image": "You see the game's screen", "text": "You are told your state in words",
             "both": "You see the game's screen and are told your state in words"}[protocol.observe]
     goal = (f"{GAME.goal} {sees}. You stand in the middle; the lower rows show your vitals and inventory. Unlock as "
@@ -162,13 +163,15 @@ def differences(settings: dict, other: dict) -> str:
     names = [name for name, value in other.items() if settings.get(name, value) != value]
     return ", ".join(f"{name} = {json.dumps(settings[name])} and not {json.dumps(other[name])}" for name in names)
 
-# %% ../../nbs/protocol/01_turns.ipynb #b75ebb84
+# %% ../../nbs/protocol/01_turns.ipynb #f5a1b1dc
 def check_prompt(card: dict, protocol: Protocol, where: object = None) -> None:
     "Raise `InputError` when an adapter's card names another prompt than `protocol` makes; a card may name none."
     expected, known = prompt_hash(protocol), card.get("prompt_hash")
     if known in (None, expected):
         return
-    other = differences(card["protocol"], protocol.fields()) if isinstance(card.get("protocol"), dict) else ""
+    other = ""
+    if isinstance(card.get("protocol"), dict):
+        other = differences(card["protocol"], protocol.fields()) or "the words of its prompt have changed since"
     what = f"the adapter was trained with prompt {str(known)[:12]}, this protocol makes {expected[:12]}"
     fix = ("take Protocol.from_adapter(…), or give this stage the same prompt, form, observe, history, frames, "
            "progress (with it, horizon) and render_size as collect")

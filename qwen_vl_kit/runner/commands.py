@@ -120,12 +120,12 @@ def _verify(args) -> int:
     print(f"{args.path}: {result}")
     return 1 if problems else 0
 
-# %% ../../nbs/runner/07_commands.ipynb #647d59fa
+# %% ../../nbs/runner/07_commands.ipynb #dd8fccc5
 def _show(args) -> int:
-    if not resolve(args.path).is_dir():
-        raise InputError("no such folder", args.path, "name a run's folder, such as outputs/demo")
     from qwen_vl_kit.store.manifest import stale_stages
 
+    if not resolve(args.path).is_dir():
+        raise InputError("no such folder", args.path, "name a run's folder, such as outputs/demo")
     print(show_run(resolve(args.path)))
     for stage in stale_stages(args.path):
         notify(f"{stage} was made from other inputs than there are now; qvk run does it again")
