@@ -47,13 +47,15 @@ def achievement_features(held: np.ndarray, done: np.ndarray, *places: np.ndarray
     where_missing = [(1 - done) * (sources * kinds).max(1) for kinds in places]
     return np.concatenate([able, *where_done, *where_missing])
 
-# %% ../../nbs/learn/12_values.ipynb #e05e0967
-def _sleep_features(world: World, view) -> list[bool]:
-    "Whether sleep would still bring `wake_up`: while asleep, and while awake and tired."
-    pays = view.achievements["wake_up"] == 0 and (not world.length or world.rest <= world.length - view.step)
+# %% ../../nbs/learn/12_values.ipynb #5394436e
+def _sleep_features(world: World, view, left: float) -> list[bool]:
+    """Whether sleep would still bring `wake_up`: while asleep, and while awake and tired. `left` is the share of the
+    episode to come."""
+    in_time = not world.length or world.rest <= round(left * world.length)
+    pays = view.achievements["wake_up"] == 0 and in_time
     return [pays and view.sleeping, pays and not view.sleeping and view.inventory["energy"] < 9]
 
-# %% ../../nbs/learn/12_values.ipynb #f22aab2a
+# %% ../../nbs/learn/12_values.ipynb #bb9eb487
 def state_features(world: World, left: float) -> np.ndarray:
     """What is held, done, ahead and near in a world, `achievement_features`, and whether sleep pays; and the same times
     `left` and times e^(-5 left). `left` is the share of the episode to come."""
@@ -65,7 +67,7 @@ def state_features(world: World, left: float) -> np.ndarray:
     ahead[tiles[(dy + 3) * 9 + dx + 4]] = 1
     np.maximum.at(near, tiles, _NEARNESS)
     plain = np.concatenate([np.minimum(held, 9) / 9, done, ahead, near, achievement_features(held, done, near, ahead),
-                            _sleep_features(world, view), [view.sleeping, 1.0]])
+                            _sleep_features(world, view, left), [view.sleeping, 1.0]])
     return np.concatenate([plain, plain * left, plain * np.exp(-5 * left)])
 
 # %% ../../nbs/learn/12_values.ipynb #55a1f652
