@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['resolve_new_path', 'resolve_cli_path', 'resolve_model', 'resolve_set', 'set_environment']
 
-# %% ../../nbs/runner/04_arguments.ipynb #2fbca2e9
+# %% ../../nbs/runner/04_arguments.ipynb #74151ab2
 import os
 import re
 from pathlib import Path
 
-from ..config import STAGES
+from ..config import STAGES, TABLES
 from ..core import InputError, display_path, read_text, resolve
 from .configs import parse_set
 
@@ -38,19 +38,21 @@ def resolve_model(name: str) -> str:
     is_path = name.startswith((".", "~")) and here.exists()
     return display_path(here) if name not in ("", "tiny") and (is_path or (here / "config.json").is_file()) else name
 
-# %% ../../nbs/runner/04_arguments.ipynb #21182316
+# %% ../../nbs/runner/04_arguments.ipynb #7672093b
 def _resolve_value(field: str, value, paths: frozenset):
     "The value of a config's `field`, with what it names seen from the current folder."
     if isinstance(value, list):
         return [_resolve_value(field, one, paths) for one in value]
+    if isinstance(value, dict):
+        return {key: _resolve_value(key, one, paths) for key, one in value.items()}
     if not isinstance(value, str):
         return value
     return resolve_model(value) if field == "model" else resolve_cli_path(value) if field in paths else value
 
-# %% ../../nbs/runner/04_arguments.ipynb #7cfa4d3c
+# %% ../../nbs/runner/04_arguments.ipynb #0d263547
 def resolve_set(pairs: list[str]) -> dict:
     "The values of `--set KEY=VALUE`, with the paths of a command line. Raises `InputError` for one that is not TOML."
-    paths = frozenset().union(*(model.paths for model in STAGES.values()))
+    paths = frozenset().union(*(model.paths for model in [*STAGES.values(), *TABLES.values()]))
     values = dict(parse_set(pair) for pair in pairs)
     return {key: _resolve_value(key.rpartition(".")[2], value, paths) for key, value in values.items()}
 

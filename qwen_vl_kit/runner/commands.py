@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENV_FILE', 'FORCE', 'show_run', 'plan', 'run_benchmark', 'parser', 'main']
 
-# %% ../../nbs/runner/07_commands.ipynb #f14f180d
+# %% ../../nbs/runner/07_commands.ipynb #3dba96aa
 import argparse
 import importlib
 import os
@@ -23,7 +23,7 @@ from . import new, synth
 from .arguments import resolve_cli_path, resolve_model, resolve_new_path, resolve_set, set_environment
 from .configs import config_file, load_config, stage_of
 from .notebook import RunFailed
-from .run import load_all, notices, run_all, run_folder, run_one
+from .run import ArmsFailed, load_all, notices, run_all, run_folder, run_one
 
 # %% ../../nbs/runner/07_commands.ipynb #8737fb75
 def show_run(run: Path) -> str:
@@ -41,9 +41,13 @@ def show_run(run: Path) -> str:
         lines.append(f"report: {display_path(run / 'report' / 'run.html')}")
     return "\n\n".join(lines)
 
-# %% ../../nbs/runner/07_commands.ipynb #d1790f0e
+# %% ../../nbs/runner/07_commands.ipynb #73bee484
 def _run(args) -> int:
-    out = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
+    try:
+        out = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
+    except ArmsFailed as error:
+        print(show_run(error.run))
+        raise
     print(show_run(out) if (out / "benchmark" / "arms.csv").is_file() else f"outputs: {display_path(out)}")
     return 0
 
@@ -84,8 +88,9 @@ def plan(path: str, overrides=()) -> str:
         "GPU minutes": row["gpu_seconds"] / 60, "usd": row["usd"]} for row in plans])
     table.loc[len(table)] = ["total", table.turns.sum(), table.tokens.sum(), *table.iloc[:, 3:].sum()]
     assumed = next((row["assumed"] for row in plans if row["assumed"].get("mfu")), {})
-    lines = ["assumed: " + ", ".join(f"{name} {value}" for name, value in assumed.items() if name != "judge")]
-    lines += [f"{row['stage']}: {row['assumed']['judge']}" for row in plans if "judge" in row["assumed"]]
+    words = "judge", "calls"  # what is assumed of these is a sentence
+    lines = ["assumed: " + ", ".join(f"{name} {value}" for name, value in assumed.items() if name not in words)]
+    lines += [f"{row['stage']}: {row['assumed'][name]}" for row in plans for name in words if name in row["assumed"]]
     return "\n\n".join([text_table(table), *lines])
 
 # %% ../../nbs/runner/07_commands.ipynb #13044112

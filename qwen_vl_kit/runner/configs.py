@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['read_toml', 'stage_of', 'parse_set', 'config_file', 'load_config']
 
-# %% ../../nbs/runner/00_configs.ipynb #3069d9b6
+# %% ../../nbs/runner/00_configs.ipynb #75773c46
 import tomllib
 from pathlib import Path
 
-from ..config import STAGES, Stage, _toml, key_hint, validate
+from ..config import STAGES, TABLES, Stage, _toml, key_hint, validate
 from ..core import InputError, nearest, read_text, resolve
 from ..foreign.tomls import translate
 
@@ -26,9 +26,9 @@ def read_toml(path: str | Path) -> dict:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"cannot be read as TOML ({error})", path, "fix that line; strings stand in quotes") from None
 
-# %% ../../nbs/runner/00_configs.ipynb #6f8d0669
+# %% ../../nbs/runner/00_configs.ipynb #2437d0bd
 def _is_nested(document: dict) -> bool:
-    return any(isinstance(value, dict) for value in document.values())
+    return any(isinstance(value, dict) and key not in TABLES for key, value in document.items())
 
 
 def _stage_of_tables(path: str | Path, document: dict) -> str:
@@ -70,25 +70,43 @@ def parse_set(pair: str) -> tuple[str, object]:
         raise InputError(f"{text or 'nothing'} is not a TOML value", f"--set {key}", fix)
     return key, table["value"]
 
-# %% ../../nbs/runner/00_configs.ipynb #793c6d06
+# %% ../../nbs/runner/00_configs.ipynb #396a0fd8
+def _in_table(field: str, value) -> tuple[str, object]:
+    "The field that a key is in, and its value there: that of `arm.NAME.key` is a table of tables."
+    table, dot, rest = field.partition(".")
+    if not dot or table not in TABLES:
+        return field, value
+    name, dot, key = rest.rpartition(".")
+    return table, {name: {key: value}} if dot and not isinstance(value, dict) else {rest: value}
+
+
+def _merged(one: dict, other: dict) -> dict:
+    "The values of both; where both have one it is that of `other`, and two tables are merged."
+    tables = {key: _merged(one[key], value) for key, value in other.items()
+              if isinstance(value, dict) and isinstance(one.get(key), dict)}
+    return one | other | tables
+
+# %% ../../nbs/runner/00_configs.ipynb #dea0fbaf
 def _concerning(stage: str, values: dict, where: object, shared: bool) -> dict:
     """The `values` that concern `stage`: `stage.key`, and plain keys.
 
     With `shared`, a plain key that `stage` lacks is skipped if another stage has it; without, every plain key is
     kept, to be checked.
     """
-    own = {}
+    own: dict = {}
     every = {field for model in STAGES.values() for field in model.model_fields}
     for key, value in values.items():
         first, dot, rest = key.partition(".")
-        target, field = (first, rest) if dot else (stage, key)
-        if target not in STAGES or dot and field not in STAGES[target].model_fields:
-            hint = key_hint(field, target) if target in STAGES else nearest(first, STAGES)
+        named = bool(dot) and first not in TABLES  # the stage is
+        target, field = (first, rest) if named else (stage, key)
+        field, value = _in_table(field, value)
+        if target not in STAGES or named and field not in STAGES[target].model_fields:
+            hint = key_hint(field, target) if target in STAGES else nearest(first, [*STAGES, *TABLES])
             raise InputError(f"unknown key '{key}'", where, hint)
         if shared and field not in every:
             raise InputError(f"no stage has the key '{key}'", where, key_hint(key))
-        if target == stage and (dot or not shared or field in STAGES[stage].model_fields):
-            own[field] = value
+        if target == stage and (named or not shared or field in STAGES[stage].model_fields):
+            own = _merged(own, {field: value})
     return own
 
 # %% ../../nbs/runner/00_configs.ipynb #e0150b29
@@ -109,7 +127,22 @@ def config_file(path: str | Path, stage: str) -> Path:
         raise InputError(f"{', '.join(matches)} are all for {stage}", path, "keep one")
     return path / matches[0]
 
-# %% ../../nbs/runner/00_configs.ipynb #2f49b460
+# %% ../../nbs/runner/00_configs.ipynb #6d5c1725
+_CALLS = ("detail", "max_reprompts", "retries", "call_seconds", "episode_seconds", "budget_usd", "budget_calls")
+
+
+def _idle_tables(config: Stage) -> list[str]:
+    "A notice for each table that no arm has, and for each key in one that does nothing there."
+    lines = []
+    for name, table in getattr(config, "arm", {}).items():
+        if name not in config.arms:
+            lines.append(f"[arm.{name}] is not in arms, and is not played")
+        elif config.arm_settings(name).engine != "server":
+            lines += [f"arm.{name}.{key} acts with engine = \"server\" alone" for key in _CALLS
+                      if key in table.model_fields_set]
+    return lines
+
+# %% ../../nbs/runner/00_configs.ipynb #92c74c6c
 def load_config(path: str | Path, stage: str, overrides=()) -> Stage:
     """The config of `stage` from a TOML file or from a folder of them, with `overrides` on top.
 
@@ -140,6 +173,7 @@ def load_config(path: str | Path, stage: str, overrides=()) -> Stage:
         names = {field: name for field, name in names.items() if field not in document}
     overrides = overrides if isinstance(overrides, dict) else dict(parse_set(pair) for pair in overrides)
     own = _concerning(stage, overrides, "--set", shared=resolve(path).is_dir())
-    config = validate(stage, values | document | own, file, names | {field: ("--set", field) for field in own})
-    config._notices = notices
+    names |= {field: ("--set", field) for field in own if field not in TABLES or field not in document}
+    config = validate(stage, _merged(_merged(values, document), own), file, names)
+    config._notices = notices + _idle_tables(config)
     return config

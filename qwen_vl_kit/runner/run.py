@@ -4,32 +4,36 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'HEADLINES', 'source_folders', 'check_sources', 'asked_models', 'check_access', 'check_devices',
-           'check_adapters', 'spending', 'headline', 'notices', 'run_stage', 'run_one', 'load_all', 'run_folder',
-           'stage_range', 'run_all']
+           'check_adapters', 'spending', 'headline', 'notices', 'ArmsFailed', 'run_stage', 'run_one', 'load_all',
+           'run_folder', 'stage_range', 'run_all']
 
-# %% ../../nbs/runner/03_run.ipynb #2e3003e8
+# %% ../../nbs/runner/03_run.ipynb #9052c367
 import contextlib
 import sys
 import time
 from pathlib import Path
 
-from ..config import STAGES, GRPOConfig, SFTConfig, Stage, Training
+from ..config import STAGES, BenchmarkConfig, GRPOConfig, SFTConfig, Stage, Training
 from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, read_json,
                               reporting_os_errors, resolve, site)
 from . import notebook
 from .configs import load_config
 from .notebook import RunFailed
-from .workspace import (RESUMED, State, claim, conflict_hint, discard, has_succeeded, prepare,
-                                          publish, settle, state, unfinished_config)
+from .workspace import (KEEPS_EPISODES, RESUMED, State, claim, conflict_hint, discard, failed_arms,
+                                          has_succeeded, prepare, publish, settle, state, unfinished_config)
 
-# %% ../../nbs/runner/03_run.ipynb #859ef52d
-SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "export"}, "grpo": {"adapter": "sft"},
-           "benchmark": {"sft_adapter": "sft", "grpo_adapter": "grpo"}}
+# %% ../../nbs/runner/03_run.ipynb #b9d45d8c
+SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "export"}, "grpo": {"adapter": "sft"}}
 
 
 def source_folders(stage: str, settings: Stage, out: Path) -> dict[Path, str]:
     "The folders that `stage` reads from, each with the stage that writes there."
     folders = {}
+    if isinstance(settings, BenchmarkConfig):
+        for name, arm in settings.model_arms().items():
+            if arm.adapter or name in ("sft", "grpo"):
+                folders[adapter_folder(arm.adapter).parent if arm.adapter else out.parent / name] = \
+                    name if name in ("sft", "grpo") else "the stage that trains it"
     for field, writer in SOURCES.get(stage, {}).items():
         given = getattr(settings, field)
         if field == "val" and settings.train and not given:  # it is val.jsonl beside those
@@ -46,17 +50,19 @@ def check_sources(stage: str, settings: Stage, out: Path) -> None:
         if (folder / WORK).is_dir() and not (folder / MANIFEST).is_file():
             raise InputError(f"is unfinished, and {stage} reads it", display_path(folder), f"run {writer} again first")
 
-# %% ../../nbs/runner/03_run.ipynb #916b84e4
+# %% ../../nbs/runner/03_run.ipynb #5cf373e3
 def asked_models(settings: Stage) -> list[str]:
     "The models that a stage will call at an endpoint."
     models = []
-    if getattr(settings, "engine", "") == "server" and getattr(settings, "teacher", "model") == "model":
+    if isinstance(settings, BenchmarkConfig):
+        models += [arm.model for arm in settings.model_arms("server").values()]
+    elif getattr(settings, "engine", "") == "server" and getattr(settings, "teacher", "model") == "model":
         models.append(settings.model)
     if getattr(settings, "judge", "") == "remote":
         models.append(settings.judge_model)
     return models
 
-# %% ../../nbs/runner/03_run.ipynb #f8f93bb9
+# %% ../../nbs/runner/03_run.ipynb #802f65cc
 def check_access(settings: Stage) -> None:
     "Raise `InputError` when a stage calls an endpoint and the environment does not say how; note what has no price."
     if not (models := asked_models(settings)):
@@ -67,7 +73,7 @@ def check_access(settings: Stage) -> None:
     read_access(models[0])
     check_prices(settings)
     book = prices()
-    for model in models:
+    for model in dict.fromkeys(models):
         if book_name(model, book) is None:
             notify(f"no price for '{model}': its tokens are counted, its dollars are not; "
                    "configs/README.md says how to add one")
@@ -88,21 +94,22 @@ def check_devices(settings: Stage) -> None:
         for line in plan_serving(settings)[1]:
             notify(line)
 
-# %% ../../nbs/runner/03_run.ipynb #9c36704c
+# %% ../../nbs/runner/03_run.ipynb #99fe2d92
 def check_adapters(settings: Stage) -> None:
     "Note what is unknown of the adapters that a config names. Raises `InputError` for what is not one, or damaged."
     from qwen_vl_kit.model.cards import missing_facts, read_card
 
-    for field in ("student", "adapter", "sft_adapter", "grpo_adapter"):
-        path = getattr(settings, field, "")
+    named = {field: getattr(settings, field, "") for field in ("student", "adapter")}
+    if isinstance(settings, BenchmarkConfig):
+        named |= {f"arm {name}": arm.adapter for name, arm in settings.model_arms().items()}
+    for name, path in named.items():
         if path and (parts := missing_facts(read_card(path))):
-            notify(f"{field} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), "
+            notify(f"{name} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), "
                    "so they are not checked")
 
-# %% ../../nbs/runner/03_run.ipynb #204eac0b
+# %% ../../nbs/runner/03_run.ipynb #5f8ed88a
 HEADLINES = {"collect": ("episodes", "achievement_rate"), "export": ("train_rows", "val_rows"),
-             "sft": ("updates", "val_loss"), "grpo": ("return_first", "return_last"),
-             "benchmark": ("random", "base", "sft", "grpo", "expert")}
+             "sft": ("updates", "val_loss"), "grpo": ("return_first", "return_last")}
 
 
 def spending(numbers: dict) -> str:
@@ -115,10 +122,10 @@ def spending(numbers: dict) -> str:
     line += f", up to ${in_doubt:.6f} more in doubt" if in_doubt else ""
     return line + (f" ({failed} not answered)" if failed else "")
 
-# %% ../../nbs/runner/03_run.ipynb #6043dc37
+# %% ../../nbs/runner/03_run.ipynb #ebe814af
 def headline(stage: str, numbers: dict) -> str:
     "The figures of a stage that say in one line how it went, and, of calls, what they cost."
-    figures = {name: numbers[name] for name in HEADLINES.get(stage, ()) if name in numbers}
+    figures = {name: numbers[name] for name in HEADLINES.get(stage, ()) if name in numbers} | numbers.get("rates", {})
     parts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
              for name, value in figures.items()]
     if earlier := numbers.get("earlier_episodes"):
@@ -136,6 +143,17 @@ def notices(*several: Stage) -> None:
         for line in settings.notices:
             notify(line)
 
+# %% ../../nbs/runner/03_run.ipynb #3f40331c
+class ArmsFailed(RunFailed):
+    "A benchmark whose table lacks arms. `failed` says why, by their names; `run` is the run's folder."
+
+    def __init__(self, failed: dict[str, str], count: int, run: Path):
+        reasons = "; ".join(f"{arm}: {reason}" for arm, reason in failed.items())
+        what = "1 arm is" if len(failed) == 1 else f"{len(failed)} arms are"
+        super().__init__(f"benchmark: {what} not in the table, of {count} ({reasons}); the same command plays what is "
+                         "missing")
+        self.failed, self.run = failed, run
+
 # %% ../../nbs/runner/03_run.ipynb #7c76ddb0
 def _after_failure(stage: str, out: Path, error: BaseException) -> BaseException:
     "The error to raise for a run that raised `error`, when `.work` has been moved up, kept or discarded."
@@ -151,7 +169,7 @@ def _after_failure(stage: str, out: Path, error: BaseException) -> BaseException
         discard(out)
     return error
 
-# %% ../../nbs/runner/03_run.ipynb #b928d62d
+# %% ../../nbs/runner/03_run.ipynb #834fb8c8
 def _execute(stage: str, settings: Stage, out: Path, resume: bool) -> None:
     "Execute a stage's form in a folder that is ours, and move up what it made."
     began = time.perf_counter()
@@ -170,6 +188,15 @@ def _execute(stage: str, settings: Stage, out: Path, resume: bool) -> None:
     _say(f"{stage:<10} {time.perf_counter() - began:.0f} s  {headline(stage, numbers)}")
     for line in numbers.get("notices", ()):
         notify(f"{stage}: {line}")
+    if failed := failed_arms({"numbers": numbers}):
+        raise ArmsFailed(failed, len(settings.arms), out.parent)
+
+# %% ../../nbs/runner/03_run.ipynb #054df9be
+def _resumes(stage: str, found: State | None, renew: bool) -> bool:
+    "Whether a stage begins with what is there; `found` is None where all is to be replaced."
+    if stage == KEEPS_EPISODES:
+        return found in (State.INCOMPLETE, State.STALE)
+    return stage in RESUMED and found == State.INCOMPLETE and not renew
 
 # %% ../../nbs/runner/03_run.ipynb #2ad47df7
 def _check_state(stage: str, settings: Stage, out: Path, option: str, force: bool, renew: bool) -> State | None:
@@ -189,7 +216,7 @@ def _check_inputs(stage: str, settings: Stage, out: Path) -> None:
     check_devices(settings)
     check_adapters(settings)
 
-# %% ../../nbs/runner/03_run.ipynb #7394211f
+# %% ../../nbs/runner/03_run.ipynb #87bc72d1
 def run_stage(stage: str, settings: Stage, out: str | Path, force: bool = False, renew: bool = False,
               option: str = "--out", noted: bool = False) -> bool:
     """Run one stage's form into `out`; False when it was done already. One line to standard error at its start and end.
@@ -205,8 +232,9 @@ def run_stage(stage: str, settings: Stage, out: str | Path, force: bool = False,
     noted
         the config's notices have been printed
 
-    Raises `InputError` on bad input, `RunFailed` when it broke and `OSError` when the disk was full. Then `out` is
-    as it was, and what the run has played, trained or paid for is resumed by the next call with the same config.
+    Raises `ArmsFailed` when it is done but for some arms, `InputError` on bad input, `RunFailed` when it broke and
+    `OSError` when the disk was full. After the last three `out` is as it was, and what the run has played, trained or
+    paid for is resumed by the next call with the same config.
     """
     out = resolve(out)
     found = _check_state(stage, settings, out, option, force, renew)
@@ -223,13 +251,17 @@ def run_stage(stage: str, settings: Stage, out: str | Path, force: bool = False,
         if not force and state(stage, settings, out, option) != found:
             fix = "give the same command again"
             raise InputError("has just been written by another process", display_path(out), fix)
-        _execute(stage, settings, out, resume=found == State.INCOMPLETE and stage in RESUMED and not renew)
+        _execute(stage, settings, out, _resumes(stage, found, renew))
     return True
 
-# %% ../../nbs/runner/03_run.ipynb #9891051d
+# %% ../../nbs/runner/03_run.ipynb #3c60d8e3
 def run_one(stage: str, settings: Stage, out: Path, force: bool, option: str = "--out") -> int:
     "Run one stage for a command, and print where its outputs are. Returns the exit code."
-    run_stage(stage, settings, out, force, option=option)
+    try:
+        run_stage(stage, settings, out, force, option=option)
+    except ArmsFailed:
+        print(f"outputs: {display_path(out)}")
+        raise
     print(f"outputs: {display_path(out)}")
     return 0
 
@@ -265,10 +297,10 @@ def _states(loaded: dict[str, Stage], run: Path, force: bool) -> dict[str, State
         settle(run / stage)
     return {stage: None if force else state(stage, settings, run / stage) for stage, settings in loaded.items()}
 
-# %% ../../nbs/runner/03_run.ipynb #3945b591
+# %% ../../nbs/runner/03_run.ipynb #d894a741
 def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides=(), force: bool = False) -> Path:
     """Run the stages of a config folder in order, and return the run's folder. Stages that are done are passed over,
-    stale ones start again, incomplete ones resume."""
+    stale ones start again, incomplete ones resume. Raises `ArmsFailed` at the end when the benchmark lacks arms."""
     from qwen_vl_kit.store.prices import check_prices
 
     stages, run = stage_range(first, last), run_folder(path, out)
@@ -278,10 +310,15 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     notices(*(loaded[stage] for stage in stages[done:]))  # what follows on the first to run may have to run again
     for stage in stages[done:]:
         check_prices(loaded[stage])
-    renew = False
+    renew, incomplete = False, None
     for stage in stages:
         if states[stage] == State.STALE and not renew:
             notify(f"{stage} was made from other inputs than there are now, and is done again")
             renew = True
-        renew |= run_stage(stage, loaded[stage], run / stage, force, renew, noted=True)
+        try:
+            renew |= run_stage(stage, loaded[stage], run / stage, force, renew, noted=True)
+        except ArmsFailed as error:
+            renew, incomplete = True, error
+    if incomplete:
+        raise incomplete
     return run

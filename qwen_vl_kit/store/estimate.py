@@ -6,12 +6,12 @@
 __all__ = ['PEAKS', 'LANGUAGE', 'HEAD', 'VISION', 'PEAK_H200', 'DECODE_STEP', 'FRONT_END', 'JUDGE_INSTRUCTIONS', 'JUDGE_TURNS',
            'JUDGE_REPLY', 'peak', 'gpu_item', 'rent', 'image_tokens', 'turn_tokens', 'training_flops', 'estimate']
 
-# %% ../../nbs/store/08_estimate.ipynb #586db89c
+# %% ../../nbs/store/08_estimate.ipynb #a4f33274
 import math
 import re
 from typing import Any
 
-from ..config import CollectConfig, GRPOConfig, Protocol, Stage, horizon
+from ..config import BenchmarkConfig, CollectConfig, GRPOConfig, Protocol, SettledArm, Stage, horizon
 from ..core import InputError, parse_seeds
 from ..protocol.turns import system
 from .meter import image_bound
@@ -81,15 +81,12 @@ def _generation(turns: int, tokens: dict, concurrency: int, images: int, mfu: fl
     steps = math.ceil(turns / min(concurrency, 256)) * tokens["completion"]
     return reading + writing, max(reading / (PEAK_H200 * mfu) + steps * DECODE_STEP, turns * images / FRONT_END)
 
-# %% ../../nbs/store/08_estimate.ipynb #525aa030
+# %% ../../nbs/store/08_estimate.ipynb #ce99daa0
 def _turns_to_play(stage: str, config: Stage) -> int:
     "Turns that a model plays in a stage, if no episode ends early."
     if stage == "grpo":
         return round(config.iterations * config.turns)
-    if stage == "benchmark":
-        players = len(set(config.arms) - {"random", "expert"})
-    else:
-        players = int(config.teacher == "model")
+    players = int(config.teacher == "model") if stage == "collect" else 1
     return players * len(parse_seeds(config.seeds)) * horizon(config.horizon).turns
 
 # %% ../../nbs/store/08_estimate.ipynb #97a59a10
@@ -163,18 +160,48 @@ def _judge_cost(stage: str, config: Stage, completion: int, book: dict[str, Pric
     usd = book[f"{name}/input"](calls * prompt) + book[f"{name}/output"](calls * JUDGE_REPLY)
     return float(usd), {"judge": words}
 
-# %% ../../nbs/store/08_estimate.ipynb #a49b3957
-def _teacher_cost(name: str, config: CollectConfig, turns: int, tokens: dict,
+# %% ../../nbs/store/08_estimate.ipynb #14236c93
+def _teacher_cost(name: str, protocol: Protocol, detail: str, turns: int, tokens: dict,
                   book: dict[str, Price]) -> tuple[int, float]:
     "Prompt tokens and US dollars of a teacher that the book lists as `name`; its endpoint may bill images its own way."
-    image = image_tokens(config.render_size)
+    image = image_tokens(protocol.render_size)
     if name in IMAGE_TOKENS:
-        image = image_bound(name, config.detail, config.render_size)
-    images = config.frames * (config.observe != "text")
+        image = image_bound(name, detail, protocol.render_size)
+    images = protocol.frames * (protocol.observe != "text")
     prompt = turns * (tokens["prompt"] - tokens["image"] + image * images)
     return prompt, float(book[f"{name}/input"](prompt) + book[f"{name}/output"](turns * tokens["completion"]))
 
-# %% ../../nbs/store/08_estimate.ipynb #9617fbc7
+# %% ../../nbs/store/08_estimate.ipynb #86640a1e
+def _arm_estimate(arm: SettledArm, protocol: Protocol, seeds: int, completion: int, mfu: float, rate: float,
+                  book: dict[str, Price]) -> dict:
+    "What an arm will take at the horizon of `protocol`, as `estimate` says it; an endpoint without a price costs 0."
+    tokens, turns = turn_tokens(protocol, completion), seeds * horizon(protocol.horizon).turns
+    if arm.engine == "server":
+        name = book_name(arm.model, book)
+        prompt, usd = _teacher_cost(name, protocol, arm.detail, turns, tokens, book) if name else (0, 0.0)
+        return {"turns": turns, "tokens": prompt + turns * completion, "flops": 0.0, "gpu_seconds": 0.0, "usd": usd}
+    images, scale = protocol.frames * (protocol.observe != "text"), _times_2b(arm.model)
+    flops, seconds = _generation(turns, tokens, arm.concurrency, images, mfu)
+    return {"turns": turns, "tokens": turns * (tokens["prompt"] + completion), "flops": flops * scale,
+            "gpu_seconds": seconds * scale, "usd": float(gpu_cost(seconds * scale, 1, rate))}
+
+# %% ../../nbs/store/08_estimate.ipynb #83fd43b4
+def _benchmark_estimate(config: BenchmarkConfig, completion: int, mfu: float, rate: float,
+                        book: dict[str, Price]) -> dict:
+    "The sum over all arms that a model plays, and what is assumed."
+    total: dict = {"turns": 0, "tokens": 0, "flops": 0.0, "gpu_seconds": 0.0, "usd": 0.0}
+    for arm in config.model_arms().values():
+        for played in config.played_horizons:
+            protocol = Protocol(**config.fields() | {"horizon": played})
+            part = _arm_estimate(arm, protocol, len(parse_seeds(config.seeds)), completion, mfu, rate, book)
+            total = {key: total[key] + part[key] for key in total}
+    assumed: dict = {"completion": completion, "mfu": mfu, "usd_per_gpu_hour": rate}
+    unpriced = sorted({arm.model for arm in config.model_arms("server").values() if not book_name(arm.model, book)})
+    if unpriced:
+        assumed["calls"] = f"the calls of {', '.join(unpriced)} have no price and are not in the sum"
+    return {"stage": "benchmark", **total, "assumed": assumed}
+
+# %% ../../nbs/store/08_estimate.ipynb #796dce3d
 def estimate(stage: str, config: Any, protocol: Protocol | None = None, rows: int = 18_000, completion: int = 24,
              mfu: float = 0.3, usd_per_hour: float | None = None) -> dict:
     """What a stage will take on H200s: turns, tokens (without a judge's), FLOP, GPU seconds, US dollars, assumptions.
@@ -199,15 +226,17 @@ def estimate(stage: str, config: Any, protocol: Protocol | None = None, rows: in
         raise InputError(f"mfu {mfu} is not a share", fix="give a number above 0 and up to 1")
     protocol = protocol or (CollectConfig() if stage == "sft" else config)
     tokens, book = turn_tokens(protocol, completion), prices()
+    rate = float(price("h200", book).usd) if usd_per_hour is None else usd_per_hour
+    if stage == "benchmark":
+        return _benchmark_estimate(config, completion, mfu, rate, book)
     turns, flops, seconds = _work(stage, config, protocol, rows, tokens, mfu)
     judge_usd, judge = _judge_cost(stage, config, completion, book)
     teacher = book_name(config.model, book) if stage == "collect" else None
     if teacher:
-        prompt, usd = _teacher_cost(teacher, config, turns, tokens, book)
+        prompt, usd = _teacher_cost(teacher, config, config.detail, turns, tokens, book)
         return zero | {"turns": turns, "tokens": prompt + turns * completion, "usd": usd + judge_usd,
                        "assumed": {"completion": completion, **judge}}
     scale = _times_2b(config.model)
-    rate = float(price("h200", book).usd) if usd_per_hour is None else usd_per_hour
     assumed = {"completion": completion, "mfu": mfu, "usd_per_gpu_hour": rate, "times_the_2B": scale, **judge}
     if stage == "sft":
         assumed["rows"] = rows

@@ -16,7 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..config import Stage
+from ..config import Stage, hashed_fields
 from ..core import MANIFEST, WORK, InputError, Result, digest, read_json, resolve, stage_folder, write_json
 from .ledger import Ledger
 from .provenance import provenance
@@ -66,22 +66,22 @@ def content_hash(path: str | Path) -> str:
         raise InputError("no such file or folder", path, "check the path, or run the stage that writes it")
     return digest(path)
 
-# %% ../../nbs/store/10_manifest.ipynb #baa40705
+# %% ../../nbs/store/10_manifest.ipynb #3ce52143
 def _hashed_fields(config: Stage) -> dict:
-    return config.model_dump(mode="json", exclude=set(config.unhashed))
+    return hashed_fields(type(config), config.model_dump(mode="json"))
 
 
 def config_hash(config: Stage) -> str:
     "sha256 over every resolved value of a stage's settings but the `unhashed` ones."
     return digest([type(config).__name__, _hashed_fields(config)])
 
-# %% ../../nbs/store/10_manifest.ipynb #baa40706
+# %% ../../nbs/store/10_manifest.ipynb #d44119d4
 def changed_fields(config: Stage, recorded: dict) -> list[str]:
     "Names of the settings that differ from the config that a manifest has recorded, but for the `unhashed` ones."
-    fields = _hashed_fields(config)
-    names = fields.keys() | recorded.keys() - config.unhashed
+    fields, recorded = _hashed_fields(config), hashed_fields(type(config), recorded)
     missing = object()
-    return sorted(name for name in names if fields.get(name, missing) != recorded.get(name, missing))
+    return sorted(name for name in fields.keys() | recorded.keys()
+                  if fields.get(name, missing) != recorded.get(name, missing))
 
 # %% ../../nbs/store/10_manifest.ipynb #db2a0379
 def machine() -> dict:

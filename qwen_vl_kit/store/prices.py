@@ -6,7 +6,7 @@
 __all__ = ['BOOK', 'IMAGE_TOKENS', 'SYNTH_GPUS', 'Price', 'prices', 'price', 'book_name', 'require_prices', 'check_prices',
            'gpu_cost', 'synth_equivalent']
 
-# %% ../../nbs/store/04_prices.ipynb #50e5bdd0
+# %% ../../nbs/store/04_prices.ipynb #1cbaa5a8
 import datetime
 import re
 import tomllib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from ..config import Stage
+from ..config import BenchmarkConfig, Stage
 from ..core import InputError, nearest, read_json, read_text, resolve, site
 
 # %% ../../nbs/store/04_prices.ipynb #4ea0ae8b
@@ -142,9 +142,13 @@ def require_prices(model: str, book: dict[str, Price]) -> None:
         price(f"{model}/input", book)
         price(f"{model}/output", book)
 
-# %% ../../nbs/store/04_prices.ipynb #cb79c199
+# %% ../../nbs/store/04_prices.ipynb #bfef731c
 def check_prices(config: Stage) -> None:
     "Raise `InputError` when a stage has a budget in dollars and asks a model without a price."
+    if isinstance(config, BenchmarkConfig):
+        for arm in config.model_arms("server").values():
+            if arm.budget_usd:
+                require_prices(arm.model, prices())
     if not getattr(config, "budget_usd", 0):
         return
     book = prices()
