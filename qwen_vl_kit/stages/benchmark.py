@@ -6,7 +6,7 @@
 __all__ = ['check_unseen', 'episode_row', 'dollars', 'arm_row', 'write_csv', 'missing_seeds', 'outdated_runs', 'stored_episodes',
            'failure', 'Table', 'run']
 
-# %% ../../nbs/stages/05_benchmark.ipynb #7a2990c9
+# %% ../../nbs/stages/05_benchmark.ipynb #c1df4926
 import contextlib
 import time
 from itertools import chain
@@ -28,6 +28,7 @@ from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
 from ..protocol.turns import prompt_hash
 from ..show.stats import crafter_score, mean_interval
+from ..show.tables import write_differences
 from ..store import traces
 from ..store.meter import Meter, total_numbers, total_usage
 from ..store.traces import Store, load_episodes
@@ -294,9 +295,10 @@ def _begin(store: Store, arms: list[Arm], seeds: list[int], outdated: list[str])
         store.check_seeds(run_name, seeds)
     return round(sum(store.seconds(*run) for run in runs), 3)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #037bf630
+# %% ../../nbs/stages/05_benchmark.ipynb #c81977d4
 def run(config: BenchmarkConfig, out: str | Path) -> Result:
-    """Play every arm on the config's seeds at each horizon: `out/arms.csv`, `out/episodes.csv`, `out/rollouts.db`.
+    """Play every arm on the config's seeds at each horizon: `out/arms.csv`, `out/episodes.csv`, `out/differences.csv`,
+    `out/rollouts.db`.
 
     Its seconds are those of all sessions that stored episodes there. An arm that fails is left out of the tables and
     named in the numbers, as `failed_arms`. Raises `InputError` for what is wrong with an arm before any is played, for
@@ -322,6 +324,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
         raise StageError("no arm is complete: " + "; ".join(f"{arm}: {why}" for arm, why in table.failed.items()))
     write_csv(out / "arms.csv", table.rows(table.arms))
     write_csv(out / "episodes.csv", table.rows(table.episodes))
+    write_differences(out / "episodes.csv")
     numbers = _numbers(config, arms, table, players) | ({"earlier_seconds": earlier} if earlier else {})
     adapters = {arm.name: arm.adapter for arm in arms if arm.adapter}
     seconds = earlier + time.perf_counter() - began
