@@ -66,6 +66,13 @@ def test_the_run_of_all_stages_does_a_stale_one_again(tmp_path, capsys, monkeypa
     assert "note: benchmark was made from other inputs than there are now, and is done again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["grpo.horizon=t9", "sft.horizon=t9", "export.form=plain"])
+def test_a_run_whose_stages_have_different_prompts_is_refused_before_anything_is_played(tmp_path, setting):
+    code, said, error = qvk("run", "configs/demo", "--out", tmp_path / "run", "--set", setting)
+    assert (code, said) == (2, "") and "is for another prompt than the rows that collect makes: " in one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_cannot_be_loaded_leaves_nothing_in_the_way(tmp_path):
     sets = ["--set", 'teacher="model"', "--set", 'model="tinyy"']
     code, _, error = qvk("collect", *SMALL, *sets, "--out", tmp_path / "run")

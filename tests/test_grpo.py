@@ -57,6 +57,12 @@ def played(out: Path) -> list[tuple]:
                   for session, e in read_sessions(out / "rollouts.db", frames=False))
 
 
+def test_an_adapter_of_single_actions_is_refused_where_plans_are_to_be_played(settings, tmp_path):
+    with pytest.raises(InputError, match=r'trained with prompt .*\(horizon = "s20" and not "t50"\)'):
+        grpo.run(GRPOConfig(**settings | {"horizon": "t50"}), tmp_path / "grpo")
+    assert not (tmp_path / "grpo").exists()
+
+
 def test_killed_and_resumed_it_learns_the_same(settings, tmp_path):
     config = GRPOConfig(**settings)
     whole = grpo.run(config, tmp_path / "whole")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import QVK, qvk
+from commands import QVK, one_line, qvk
 from runs import alike, figures, kill_when, lora
 
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig, ExportConfig, SFTConfig
@@ -21,6 +21,8 @@ from qwen_vl_kit.learn.sft_fit import sft_rows
 from qwen_vl_kit.learn.trackers import TRACKERS
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.model.lora import lora_config
+from qwen_vl_kit.play.rollout import rollout
+from qwen_vl_kit.protocol.episodes import Decision
 from qwen_vl_kit.protocol.turns import data_url
 from qwen_vl_kit.stages import benchmark, collect, export, sft
 from qwen_vl_kit.store import traces
@@ -360,8 +362,37 @@ def test_rows_that_are_not_what_they_say(rows, tmp_path, spoil, expected):
     assert "train.jsonl" in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "sft").exists()
 
 
+def test_rows_of_single_actions_are_refused_where_plans_are_to_be_learned(rows, tmp_path):
+    given = [word for name, path in rows.items() for word in ("--set", f"{name}={path}")]
+    code, said, error = qvk("sft", "--config", "configs/demo", *given, "--set", "horizon=t50", "--out", tmp_path)
+    assert (code, said) == (2, "") and "its rows are of horizon s12, and t50 is to be learned" in one_line(error), error
+    assert not (tmp_path / "sft").exists()
+
+
+def test_rows_of_a_teacher_that_does_not_plan_are_noted_before_training(tmp_path, capsys):
+    "The teacher is one that gives a single action where four are allowed."
+    def single(policy, situations):
+        return [Decision(["do"], "wait", "wait -> do") for _ in situations]
+
+    protocol = CollectConfig(**PLAY | {"horizon": "t6"})
+    (tmp_path / "collect").mkdir()
+    teacher = type("Single", (), {"name": "single", "act": single})()
+    with traces.Store(tmp_path / "collect" / "rollouts.db") as store:
+        store.begin("collect", protocol)
+        rollout(teacher, protocol, [1, 2, 3], sink=lambda episode: store.add(episode, arm="single"), keep=False)
+    export.run(ExportConfig(val_fraction=0.34), tmp_path / "export")
+    config = SFTConfig(**FAST | {"max_steps": 1, "eval_steps": 1}, horizon="t6")
+    notice = "each of the 12 answers to learn has one action, where t6 has room for 4"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sft, "fit", lambda *_: pytest.fail("begun"))
+        with pytest.raises(pytest.fail.Exception, match="begun"):
+            sft.run(config, tmp_path / "sft")
+    assert f"note: {notice}" in capsys.readouterr().err
+    assert sft.run(config, tmp_path / "sft").numbers["notices"][0].startswith(notice)
+
+
 def test_on_the_command_line_a_killed_run_goes_on(rows, tmp_path):
-    values = [f"{name}={json.dumps(value)}" for name, value in {**FAST, **rows}.items()]
+    values = [f"{name}={json.dumps(value)}" for name, value in {**FAST, **rows, "horizon": PLAY["horizon"]}.items()]
     line = [
         "sft",
         "--config",

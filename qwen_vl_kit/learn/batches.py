@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows', 'Packer']
 
-# %% ../../nbs/learn/06_batches.ipynb #39dcb348
+# %% ../../nbs/learn/06_batches.ipynb #dd42b6cf
 import base64
 import json
 from itertools import chain
@@ -13,11 +13,12 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..config import Protocol
+from ..config import Protocol, horizon
 from ..core import InputError, dumps, resolve
 from ..game.images import png_size
 from ..model import encode, packing
 from ..model.encode import EncodedTurn
+from ..protocol.turns import parse, prompt_hash
 from ..store.rows import numbered_rows
 
 # %% ../../nbs/learn/06_batches.ipynb #882611a2
@@ -54,6 +55,31 @@ def protocol(self: Rows) -> Protocol:
         raise InputError("its rows do not say how to play", self.path,
                          "write protocol into their metadata, as export does")
     return Protocol(**json.loads(fields))
+
+# %% ../../nbs/learn/06_batches.ipynb #c5ba3c3b
+@patch
+def check_horizon(self: Rows, name: str) -> None:
+    "Raise `InputError` when the rows say that they were made under another prompt than there is at a horizon."
+    if not self.rows[0]["metadata"].get("protocol"):
+        return
+    own = self.protocol()
+    if prompt_hash(own.model_copy(update={"horizon": name})) != self.prompt_hash:
+        raise InputError(f"its rows are of horizon {own.horizon}, and {name} is to be learned", self.path,
+                         f'collect and export at {name}, or set horizon = "{own.horizon}"')
+
+# %% ../../nbs/learn/06_batches.ipynb #ff8717db
+@patch
+def plan_notices(self: Rows) -> list[str]:
+    "The line about rows whose answers all have one action, where their protocol allows several; none for others."
+    if not self.rows[0]["metadata"].get("protocol"):
+        return []
+    protocol = self.protocol()
+    most = horizon(protocol.horizon).actions
+    answers = (row["messages"][-1]["content"] for row in self.rows)
+    if most == 1 or any(len(parse(protocol, answer).actions) > 1 for answer in answers):
+        return []
+    return [f"each of the {len(self.rows)} answers to learn has one action, where {protocol.horizon} has room for "
+            f"{most}: what is trained on them does not plan"]
 
 # %% ../../nbs/learn/06_batches.ipynb #32c0f78b
 @patch

@@ -22,11 +22,12 @@ from ..model.counts import parameter_counts
 from ..model.fast import apply_training_fast_paths
 from ..model.loading import load_model, model_notices, silence_transformers
 
-# %% ../../nbs/learn/08_sft_fit.ipynb #dab7da6f
+# %% ../../nbs/learn/08_sft_fit.ipynb #6d355982
 def sft_rows(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
     """Training and validation rows of a config.
 
-    Raises `InputError` when their prompts differ, or when `best_by` wants to play and they do not say how.
+    Raises `InputError` when their prompts differ, when they are of another horizon than the config's, or when `best_by`
+    wants to play and they do not say how.
     """
     train = Rows(config.train or stage_folder(out).parent / "export" / "train.jsonl")
     val = Rows(config.val or train.path.with_name("val.jsonl"), config.eval_rows)
@@ -34,6 +35,8 @@ def sft_rows(config: SFTConfig, out: Path) -> tuple[Rows, Rows]:
         ours, theirs = val.prompt_hash[:8], train.prompt_hash[:8]
         raise InputError(f"its rows are of prompt {ours}, and those to train on of {theirs}", val.path,
                          "validate on rows of the same prompt, such as export writes beside them")
+    if config.horizon:
+        train.check_horizon(config.horizon)
     if config.best_by == "dev.achievement_rate":
         train.protocol()
         if not config.dev_seeds:
@@ -102,7 +105,7 @@ def kept_figures(state, keep_best: bool) -> dict:
     figures = {SFT_COLUMNS[name]: round(float(value), 6) for name, value in row.items() if name in SFT_COLUMNS}
     return figures | {"kept_update": row["step"]}
 
-# %% ../../nbs/learn/08_sft_fit.ipynb #deded135
+# %% ../../nbs/learn/08_sft_fit.ipynb #0cda3b44
 def fit(config: SFTConfig, out: Path, earlier: dict, rows: tuple[Rows, Rows] | None = None, processor=None) -> dict:
     """Train in this process, alone or as one of those that were launched, from the last checkpoint on.
 
@@ -121,7 +124,7 @@ def fit(config: SFTConfig, out: Path, earlier: dict, rows: tuple[Rows, Rows] | N
     train, val = rows or sft_rows(config, out)
     loaded = load_model(config.model, config.revision, bf16=config.bf16, qlora=config.variety == "qlora")
     loaded.processor = processor or loaded.processor
-    row_count, seeds = len(train.rows), used_seeds(config, train, val)
+    row_count, seeds, notices = len(train.rows), used_seeds(config, train, val), train.plan_notices()
     if config.window != 1:
         for part in (train, val):
             part.join(loaded.processor, config.sequence_length, config.window)
@@ -137,7 +140,8 @@ def fit(config: SFTConfig, out: Path, earlier: dict, rows: tuple[Rows, Rows] | N
     if trainer.is_world_process_zero():
         write_card(out / "adapter", loaded, train.prompt_hash, stage="sft", variety=config.variety, rows=row_count,
                    updates=updates, seeds=seeds, **({"protocol": protocol.fields()} if protocol else {}))
-    notices = model_notices(loaded, protocol, config.best_by == "dev.achievement_rate") if protocol else []
+    if protocol:
+        notices += model_notices(loaded, protocol, config.best_by == "dev.achievement_rate")
     return {**kept_figures(trainer.state, config.keep_best), **loaded.identity, "updates": updates, "rows": row_count,
             "samples": updates * per_update, "processes": process_count(), "prompt_hash": train.prompt_hash,
             "parameters": parameters, **({"notices": notices} if notices else {})}

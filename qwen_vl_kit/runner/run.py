@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SOURCES', 'HEADLINES', 'source_folders', 'check_sources', 'asked_models', 'check_access', 'check_devices',
            'check_adapters', 'spending', 'headline', 'notices', 'ArmsFailed', 'run_stage', 'run_one', 'load_all',
-           'run_folder', 'stage_range', 'run_all']
+           'check_protocols', 'run_folder', 'stage_range', 'run_all']
 
-# %% ../../nbs/runner/03_run.ipynb #9052c367
+# %% ../../nbs/runner/03_run.ipynb #5b260647
 import contextlib
 import sys
 import time
 from pathlib import Path
 
-from ..config import STAGES, BenchmarkConfig, GRPOConfig, SFTConfig, Stage, Training
+from ..config import STAGES, BenchmarkConfig, GRPOConfig, Protocol, SFTConfig, Stage, Training
 from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, read_json,
                               reporting_os_errors, resolve, site)
 from . import notebook
@@ -265,13 +265,33 @@ def run_one(stage: str, settings: Stage, out: Path, force: bool, option: str = "
     print(f"outputs: {display_path(out)}")
     return 0
 
-# %% ../../nbs/runner/03_run.ipynb #628cf8c0
+# %% ../../nbs/runner/03_run.ipynb #5004c1bc
 def load_all(path: str, stages: tuple = tuple(STAGES), overrides=()) -> dict[str, Stage]:
     "The configs of `stages` from a folder."
     if not resolve(path).is_dir():
         what = "is not a folder" if resolve(path).exists() else "no such folder"
         raise InputError(what, path, "name a folder of configs, such as configs/demo; qvk new makes one")
-    return {stage: load_config(path, stage, overrides) for stage in stages}
+    loaded = {stage: load_config(path, stage, overrides) for stage in stages}
+    check_protocols(loaded, path)
+    return loaded
+
+# %% ../../nbs/runner/03_run.ipynb #424f1292
+def check_protocols(loaded: dict[str, Stage], where: object = None) -> None:
+    "Raise `InputError` when SFT or GRPO of a run is for another prompt than its rows will have."
+    from qwen_vl_kit.protocol.turns import differences, prompt_hash
+
+    collect, export, sft, grpo = (loaded.get(stage) for stage in ("collect", "export", "sft", "grpo"))
+    if not (collect and export and sft) or export.traces or sft.train:  # the rows are not of this run
+        return
+    rows = Protocol(**collect.fields() | ({"form": export.form} if export.form else {}))
+    others = {"sft": rows.fields() | {"horizon": sft.horizon or rows.horizon}}
+    if grpo and not grpo.adapter:
+        others["grpo"] = grpo.fields()
+    for stage, fields in others.items():
+        if prompt_hash(Protocol(**fields)) != prompt_hash(rows):
+            other = differences(fields, rows.fields())
+            what = f"{stage} is for another prompt than the rows that collect makes: {other}"
+            raise InputError(what, where, "give both the same, as in run.toml")
 
 # %% ../../nbs/runner/03_run.ipynb #c1c7fe99
 def run_folder(path: str, out: str = "") -> Path:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['run']
 
-# %% ../../nbs/stages/03_sft.ipynb #875a075b
+# %% ../../nbs/stages/03_sft.ipynb #618a7ea0
 import time
 from pathlib import Path
 
 from ..config import SFTConfig
-from ..core import Result, digest, resolve
+from ..core import Result, digest, notify, resolve
 from ..learn.checkpoints import find_sft_checkpoint, truncate_metrics, updates_of
 from ..learn.devices import describe_sharding, device_name, plan_processes, threads
 from ..learn.sft_fit import fit, sft_rows
@@ -30,7 +30,7 @@ def _processor(config: SFTConfig):
         return make_processor(tiny_tokenizer())
     return load_without_weights(config.model, config.revision)[0].processor
 
-# %% ../../nbs/stages/03_sft.ipynb #104233a4
+# %% ../../nbs/stages/03_sft.ipynb #b3e55ecc
 def run(config: SFTConfig, out: str | Path) -> Result:
     """Train an adapter on exported rows: `out/adapter` with its card, `out/checkpoints`, `out/metrics.jsonl`.
 
@@ -43,6 +43,8 @@ def run(config: SFTConfig, out: str | Path) -> Result:
     rendezvous_options(config.machines)
     all_processes = processes * config.machines
     train, val = sft_rows(config, out)
+    for line in train.plan_notices():
+        notify(line)
     processor = _processor(config)
     for rows in (train, val):
         rows.check_lengths(processor, config.sequence_length)
