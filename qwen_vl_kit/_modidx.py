@@ -2562,6 +2562,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'qwen_vl_kit/stages/benchmark.py'),
                                               'qwen_vl_kit.stages.benchmark.arm_row': ( 'stages/benchmark.html#arm_row',
                                                                                         'qwen_vl_kit/stages/benchmark.py'),
+                                              'qwen_vl_kit.stages.benchmark.check_store': ( 'stages/benchmark.html#check_store',
+                                                                                            'qwen_vl_kit/stages/benchmark.py'),
                                               'qwen_vl_kit.stages.benchmark.check_unseen': ( 'stages/benchmark.html#check_unseen',
                                                                                              'qwen_vl_kit/stages/benchmark.py'),
                                               'qwen_vl_kit.stages.benchmark.dollars': ( 'stages/benchmark.html#dollars',

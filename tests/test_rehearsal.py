@@ -3,6 +3,7 @@
 
 Only counts are lowered. What is compared is what transformers and PEFT make of the same files."""
 
+import csv
 import re
 import shutil
 
@@ -261,4 +262,7 @@ def test_the_seed_documents_six_commands(hub, tmp_path):
         command("benchmark", "--config", "configs/seed/benchmark.toml",
             *options({"horizon": "t3", "seeds": "1000000", "max_new_tokens": 8,
                       "grpo_adapter": "lora_adapters/qwen3vl_2b_crafter_rl_iter1"}), **access)
+        rows = {row["arm"]: row for row in csv.DictReader(open(tmp_path / "outputs/seed/benchmark/arms.csv"))}
+        assert list(rows) == ["base", "sft", "grpo", "teacher"] and float(rows["teacher"]["usd"]) > 0
+        assert (rows["teacher"]["model"], rows["sft"]["model"]) == ("gpt-4o-mini", rehearsal.NAME)
         command("report", "--config", "configs/seed/report.toml", **access)

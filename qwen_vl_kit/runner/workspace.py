@@ -28,11 +28,11 @@ OUTPUTS = (MANIFEST, "run.ipynb", "run.html", "metrics.jsonl", *STORE, "calls.js
            "adapter", "checkpoints", "policies", "tracker", "processes.log", "vllm.log",
            "arms.csv", "episodes.csv", "report.json")
 
-# %% ../../nbs/runner/02_workspace.ipynb #3f7017b5
+# %% ../../nbs/runner/02_workspace.ipynb #8cf064b1
 RESUMED = {"collect": (*STORE, "metrics.jsonl", "calls.jsonl", "answers.jsonl"),
            "sft": ("metrics.jsonl", "checkpoints", "tracker"),
            "grpo": (*STORE, "metrics.jsonl", "checkpoints", "tracker", "calls.jsonl", "answers.jsonl"),
-           "benchmark": (*STORE, "calls")}
+           "benchmark": (*STORE, "metrics.jsonl", "calls")}
 # its store knows of each episode what has played it, so it resumes whatever else has changed, and plays the rest
 KEEPS_EPISODES = "benchmark"
 

@@ -1,0 +1,322 @@
+"""Arms of the benchmark that a config describes: models behind endpoints, other models, adapters of others, several
+horizons; what is refused before anything is played, and what fails later. Real HTTP on loopback."""
+
+import csv
+import json
+
+import contract
+import pytest
+from commands import one_line, qvk
+from servers import Endpoint, refuses, says
+
+from qwen_vl_kit.config import ArmConfig, BenchmarkConfig, Protocol, to_toml
+from qwen_vl_kit.core import InputError, read_json
+from qwen_vl_kit.model.cards import write_card
+from qwen_vl_kit.model.loading import load_without_weights, save_model
+from qwen_vl_kit.model.tiny import random_model
+from qwen_vl_kit.protocol.turns import prompt_hash
+from qwen_vl_kit.runner.configs import load_config
+from qwen_vl_kit.runner.workspace import state
+from qwen_vl_kit.stages import benchmark
+from qwen_vl_kit.store import manifest, traces
+from qwen_vl_kit.store.meter import Meter
+
+pytestmark = pytest.mark.process
+
+SEEDS = 3
+PLAY = dict(prompt="brief", render_size=144, horizon="s3", seeds="1000000-1000002", model="tiny", engine="hf",
+            max_new_tokens=8, bf16=False, threads=1)
+TEACHER = {"model": "gpt-4o-mini", "engine": "server", "retries": 0, "concurrency": 1}
+
+
+def config(arms, horizons=(), **tables):
+    return BenchmarkConfig(**PLAY, arms=arms, horizons=list(horizons),
+                           arm={name: ArmConfig(**table) for name, table in tables.items()})
+
+
+def table(out):
+    "The rows of arms.csv by arm and horizon."
+    return {(row["arm"], row["horizon"]): row for row in csv.DictReader(open(out / "arms.csv"))}
+
+
+def played(out):
+    "(arm, horizon, seed): when and as which run each stored episode was played."
+    stored = traces.episodes(out / "rollouts.db")
+    return {(row.arm, row.horizon, row.seed): (row.session, row.run) for row in stored.itertuples()}
+
+
+@pytest.fixture
+def at(monkeypatch):
+    "Point the environment at an endpoint."
+    for name in ("OPENAI_API_KEY", "OPENAI_HEADERS", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda url: monkeypatch.setenv("OPENAI_BASE_URL", url)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    "An adapter of tiny."
+    return contract.adapter(tmp_path_factory.mktemp("adapter") / "adapter", 1)
+
+
+# What is refused
+
+WRITTEN = {
+    "arms = ['base', 'teacher']\n[arm.teacher]\nengine = 'server'": "key 'arm.teacher.model': an arm needs a model",
+    "arms = ['base', 'techer']\n[arm.teacher]\nmodel = 'm'": "no arm is called 'techer'; did you mean 'teacher'?",
+    "arms = ['base', 'teacher']": "write a table [arm.teacher] that names its model",
+    "arms = ['base', 'base']": "key 'arms': names something twice",
+    "arms = []": "key 'arms': list should have at least 1 item",
+    "arms = ['a b']": "the name of an arm has letters, digits",
+    "[arm.sft]\nadaptor = 'x'": "unknown key 'arm.sft.adaptor' for benchmark; did you mean 'adapter'?",
+    "[arm.sft]\ntemperature = 'hot'": "key 'arm.sft.temperature': input should be a valid number",
+    "[arm.expert]\nmodel = 'tiny'": 'policy = "expert" plays no model',
+    "[arm]\nmodel = 'tiny'": "key 'arm.model': input should be a valid dictionary",
+    "horizons = ['t50', '50']": "unknown horizon '50'",
+    "horizons = ['t50', 't50']": "key 'horizons': names something twice",
+    "sft_adapter = 'a'\n[arm.sft]\nadapter = 'b'": "key 'arm.sft.adapter': sft_adapter names another one",
+    "[arm.a]\nmodel = 'm'\n[arm.a]\nmodel = 'n'": "cannot be read as TOML",
+}
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_table_that_is_wrong_is_one_line_with_its_key(text, tmp_path):
+    (tmp_path / "benchmark.toml").write_text(text)
+    with pytest.raises(InputError) as refused:
+        load_config(tmp_path / "benchmark.toml", "benchmark")
+    assert WRITTEN[text] in one_line(refused) and "benchmark.toml" in one_line(refused)
+
+
+def test_what_check_prints_is_read_back(tmp_path):
+    text = 'arms = ["base", "sft.v2", "teacher"]\nhorizons = ["t9", "s9"]\n[arm."sft.v2"]\nadapter = "a"\n'
+    (tmp_path / "benchmark.toml").write_text(text + '[arm.teacher]\nmodel = "m"\n')
+    given = load_config(tmp_path, "benchmark", ["arm.teacher.engine=server", "arm.sft.v2.temperature=0.2"])
+    assert given.arm["sft.v2"] == ArmConfig(adapter="a", temperature=0.2) and given.arm["teacher"].engine == "server"
+    (tmp_path / "benchmark.toml").write_text(to_toml(given))
+    assert load_config(tmp_path, "benchmark") == given
+
+
+def test_arms_that_cannot_play_are_refused_before_any_is_played(adapter, tmp_path, at):
+    lost, other = contract.adapter(tmp_path / "lost", 2, base="random:tiny"), tmp_path / "no-folder"
+    at("http://127.0.0.1:1/v1")
+    for name, settings, says_why in (
+        ("mine", {"adapter": str(lost)}, "arm mine: the adapter was made for random:tiny"),
+        ("mine", {"adapter": str(other)}, "no adapter here"),
+        ("mine", {"model": "tinyy"}, "arm mine: unknown model 'tinyy'; did you mean 'tiny'?"),
+        ("mine", {"model": str(other)}, "arm mine: no such folder"),
+        ("mine", TEACHER | {"model": "mine", "budget_usd": 1.0}, "arm mine: no price for 'mine/input'"),
+        ("mine", TEACHER, "arm mine: no server answers there"),
+    ):
+        with pytest.raises(InputError) as refused:
+            benchmark.run(config(["random", name], **{name: settings}), tmp_path / "out")
+        assert says_why in one_line(refused)
+        assert not (tmp_path / "out" / "rollouts.db").exists() and not (tmp_path / "out" / "arms.csv").exists()
+
+
+@pytest.mark.parametrize("answer", [refuses(401, "Incorrect API key"), refuses(404, "no such model")])
+def test_an_endpoint_that_refuses_key_or_model_is_bad_input_and_nothing_is_paid(answer, tmp_path, at):
+    with Endpoint(lambda number, body: answer) as endpoint:
+        at(endpoint.url)
+        with pytest.raises(InputError) as refused:
+            benchmark.run(config(["random", "teacher"], teacher=TEACHER), tmp_path)
+    assert f"arm teacher: the endpoint refuses model 'gpt-4o-mini' ({answer[0]}: " in one_line(refused)
+    assert len(endpoint.bodies) == 1 and not (tmp_path / "rollouts.db").exists()
+
+
+def test_without_a_key_an_api_arm_is_refused(tmp_path, at):
+    with pytest.raises(InputError, match="arm teacher: no key for model 'gpt-4o-mini'; set OPENAI_API_KEY"):
+        benchmark.run(config(["random", "teacher"], teacher=TEACHER), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Models behind endpoints
+
+
+def test_an_api_arm_has_its_dollars_in_its_row_and_on_the_bill(tmp_path, at):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        result = benchmark.run(config(["random", "teacher"], teacher=TEACHER | {"temperature": 0.1}), tmp_path)
+        assert {body["temperature"] for body in endpoint.bodies} == {0.1}
+        benchmark.run(config(["random", "teacher"], teacher=TEACHER | {"temperature": 0.1}), tmp_path)
+    calls, price = SEEDS * 3, (900 * 0.15 + 12 * 0.60) / 1e6
+    assert len(endpoint.bodies) == calls + 1  # one to probe; the second time there is nothing to ask
+    rows = table(tmp_path)
+    assert float(rows["teacher", "s3"]["usd"]) == pytest.approx(calls * price, abs=1e-6)
+    assert float(rows["random", "s3"]["usd"]) == 0 and rows["teacher", "s3"]["model"] == "gpt-4o-mini"
+    assert (result.numbers["calls"], result.numbers["usd"]) == (calls + 1, pytest.approx((calls + 1) * price))
+    assert {row["unit"]: row["quantity"] for row in result.usage}["prompt_tokens"] == 900 * (calls + 1)
+    assert Meter(journal=tmp_path / "calls" / "teacher.jsonl").calls == calls + 1
+
+
+def test_a_budget_stops_its_arm_alone_and_a_larger_one_goes_on(tmp_path, at):
+    small, large = ({"teacher": TEACHER | {"budget_calls": calls}} for calls in (5, 50))
+    first, second = config(["teacher", "random"], **small), config(["teacher", "random"], **large)
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        result = benchmark.run(first, tmp_path)
+        assert list(table(tmp_path)) == [("random", "s3")] and len(endpoint.bodies) <= 5
+        assert "the budget of 5 calls would be passed" in result.numbers["failed_arms"]["teacher"]
+        assert "1 of 3 episodes are stored; with a larger budget" in result.numbers["failed_arms"]["teacher"]
+        manifest.write(tmp_path, result, first)
+        assert [state("benchmark", each, tmp_path) for each in (first, second)] == ["incomplete"] * 2
+        before = played(tmp_path)
+        again = benchmark.run(second, tmp_path)
+    assert list(table(tmp_path)) == [("teacher", "s3"), ("random", "s3")] and "failed_arms" not in again.numbers
+    assert before.items() <= played(tmp_path).items()  # nothing was played, or paid, twice
+    assert again.numbers["calls"] == len(endpoint.bodies)
+
+
+def test_two_arms_behind_one_endpoint_have_budgets_of_their_own(tmp_path, at):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        arms = {"one": TEACHER | {"budget_calls": 2}, "two": TEACHER | {"model": "gpt-4o", "max_new_tokens": 5}}
+        result = benchmark.run(config(["one", "two"], **arms), tmp_path)
+    assert list(result.numbers["failed_arms"]) == ["one"] and list(table(tmp_path)) == [("two", "s3")]
+    assert {(body["model"], body["max_tokens"]) for body in endpoint.bodies} == {("gpt-4o-mini", 8), ("gpt-4o", 5)}
+    assert result.numbers["calls_of_arms"]["two"]["calls"] == SEEDS * 3 + 1
+
+
+def test_an_arm_that_was_paid_is_not_played_again_as_another(tmp_path, at):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        benchmark.run(config(["teacher"], teacher=TEACHER), tmp_path)
+        asked = len(endpoint.bodies)
+        with pytest.raises(InputError, match="arm teacher has paid for with other settings; give the arm another name"):
+            benchmark.run(config(["teacher"], teacher=TEACHER | {"temperature": 0.9}), tmp_path)
+        benchmark.run(config(["teacher"], teacher=TEACHER | {"budget_usd": 5.0, "concurrency": 4}), tmp_path)
+        (tmp_path / "rollouts.db").unlink()
+        with pytest.raises(InputError, match="is missing, and calls/teacher.jsonl beside it shows"):
+            benchmark.run(config(["teacher"], teacher=TEACHER), tmp_path)
+    assert len(endpoint.bodies) == asked
+
+
+def dying(count):
+    "Answers so many calls, and is busy from then on."
+    return lambda number, body: says() if number < count else refuses(503, "busy", retry_after_ms="1")
+
+
+@pytest.mark.slow
+def test_an_arm_that_fails_takes_nothing_along_and_the_same_command_completes_it(tmp_path):
+    (tmp_path / "configs").mkdir()
+    arms = config(["random", "base", "teacher"], teacher=TEACHER)
+    (tmp_path / "configs" / "benchmark.toml").write_text(to_toml(arms))
+    (tmp_path / "configs" / "report.toml").write_text("")
+    command = ("run", tmp_path / "configs", "--from", "benchmark", "--out", tmp_path / "run")
+    out = tmp_path / "run" / "benchmark"
+    with Endpoint(dying(5)) as endpoint:
+        failed = qvk(*command, OPENAI_BASE_URL=endpoint.url)
+    assert failed.code == 1
+    last = failed.err.splitlines()[-1]
+    assert last.startswith("qvk: benchmark: 1 arm is not in the table, of 3 (teacher: ") and "503: busy" in last
+    assert list(table(out)) == [("random", "s3"), ("base", "s3")] and "random" in failed.out
+    assert list(read_json(out / "manifest.json")["numbers"]["failed_arms"]) == ["teacher"]
+    assert (tmp_path / "run" / "report" / "run.html").is_file() and not (out / ".work").exists()
+    before = played(out)
+    with Endpoint() as endpoint:
+        done = qvk(*command, OPENAI_BASE_URL=endpoint.url)
+    assert done.code == 0, done.err
+    assert list(table(out)) == [("random", "s3"), ("base", "s3"), ("teacher", "s3")]
+    assert before.items() <= played(out).items()
+    assert len(endpoint.bodies) == 1 + 3 * sum(key[0] == "teacher" for key in played(out).keys() - before.keys())
+    assert qvk("verify", tmp_path / "run").code == 0
+    assert qvk(*command).code == 0  # there is nothing left to ask, so nobody has to answer
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_2_for_a_key_that_is_refused(tmp_path):
+    (tmp_path / "benchmark.toml").write_text(to_toml(config(["random", "teacher"], teacher=TEACHER)))
+    with Endpoint(lambda number, body: refuses(401, "Incorrect API key")) as endpoint:
+        code, _, error = qvk("benchmark", "--config", tmp_path / "benchmark.toml", "--out", tmp_path / "run",
+                             OPENAI_BASE_URL=endpoint.url)
+    assert code == 2 and "arm teacher: the endpoint refuses model" in one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+# Other models and adapters
+
+
+def test_two_models_in_one_table(tmp_path):
+    folder = save_model(*random_model("tiny"), tmp_path / "other")
+    arms = config(["base", "other", "cold"], other={"model": str(folder)}, cold={"model": "tiny", "temperature": 0.0})
+    result = benchmark.run(arms, tmp_path / "out")
+    rows = table(tmp_path / "out")
+    assert [row["model"] for row in rows.values()] == ["tiny", str(folder), "tiny"]
+    turns = traces.turns(tmp_path / "out" / "rollouts.db")
+    assert set(turns.reply[turns.arm == "base"]).isdisjoint(turns.reply[turns.arm == "other"])
+    assert result.numbers["model"] == "tiny" and result.numbers["models"] == {"other": {"model": str(folder)}}
+
+
+def test_an_adapter_without_a_card_plays_and_what_nobody_knows_is_said(adapter, tmp_path):
+    bare = contract.adapter(tmp_path / "bare", 3)
+    (bare / "qvk.json").unlink()
+    result = benchmark.run(config(["base", "bare"], bare={"adapter": str(bare)}), tmp_path / "out")
+    assert result.numbers["seeds_not_told"] == ["bare"] and result.inputs == {"bare": bare}
+    assert ("bare", "s3") in table(tmp_path / "out")
+    own = Protocol(**BenchmarkConfig(**PLAY, arms=["base"]).fields())
+    assert set(traces.episodes(tmp_path / "out" / "rollouts.db").prompt_hash) == {prompt_hash(own)}
+
+
+def test_an_adapter_plays_at_another_horizon_under_its_own_prompt(tmp_path):
+    folder = contract.adapter(tmp_path / "adapter", 1)
+    trained = Protocol(prompt="brief", render_size=144, horizon="t3", progress=True)
+    write_card(folder, load_without_weights("tiny")[0], prompt_hash(trained), protocol=trained.fields(), seeds="7-9")
+    played_at = config(["base", "mine"], ["t3", "s3"], mine={"adapter": str(folder)}).model_copy(
+        update={"progress": True})
+    result = benchmark.run(played_at, tmp_path / "out")
+    rows = table(tmp_path / "out")
+    assert list(rows) == [("base", "t3"), ("base", "s3"), ("mine", "t3"), ("mine", "s3")]
+    assert [row["trained_horizon"] for row in rows.values()] == ["", "", "", "t3"]
+    assert "mine: its adapter was trained at t3 and plays s3 under its own prompt" in result.numbers["notices"]
+    stored = traces.episodes(tmp_path / "out" / "rollouts.db")
+    assert set(stored.prompt_hash[stored.arm == "mine"]) == {prompt_hash(trained)} and len(stored) == 4 * SEEDS
+    for changes, says_why in (({"horizons": ["s9"]}, "counts the 3 turns of t3, and s9 has 9"),
+                              ({"history": 2}, "history = 4 and not 2")):
+        with pytest.raises(InputError, match=says_why):
+            benchmark.run(played_at.model_copy(update=changes), tmp_path / "other")
+    with pytest.raises(InputError, match="seed 8 was trained on by the adapter of arm mine"):
+        benchmark.run(played_at.model_copy(update={"seeds": "8"}), tmp_path / "other")
+
+
+# More of the same
+
+
+def test_arms_and_horizons_that_are_added_are_all_that_is_played(tmp_path):
+    first = config(["random", "base"])
+    manifest.write(tmp_path, benchmark.run(first, tmp_path), first)
+    before = played(tmp_path)
+    more = config(["base", "expert", "random"], ["s3", "s5"])
+    assert [state("benchmark", each, tmp_path) for each in (first, more)] == ["done", "incomplete"]
+    benchmark.run(more, tmp_path)
+    assert list(table(tmp_path)) == [(arm, horizon) for arm in ("base", "expert", "random") for horizon in ("s3", "s5")]
+    assert before.items() <= played(tmp_path).items() and len(played(tmp_path)) == 6 * SEEDS
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_an_arm_that_has_changed_is_played_again_alone(tmp_path):
+    benchmark.run(config(["random", "base", "cold"], cold={"model": "tiny", "temperature": 0.3}), tmp_path)
+    before = played(tmp_path)
+    benchmark.run(config(["random", "base", "cold"], cold={"model": "tiny", "temperature": 0.0}), tmp_path)
+    after = played(tmp_path)
+    assert before.keys() == after.keys()
+    assert {key[0] for key in before if before[key] != after[key]} == {"cold"}
+
+
+def test_a_retrained_adapter_is_another_player(tmp_path):
+    folder = contract.adapter(tmp_path / "adapter", 1)
+    benchmark.run(config(["base", "mine"], mine={"adapter": str(folder)}), tmp_path / "out")
+    before = played(tmp_path / "out")
+    contract.adapter(folder, 2)
+    benchmark.run(config(["base", "mine"], mine={"adapter": str(folder)}), tmp_path / "out")
+    after = played(tmp_path / "out")
+    assert {key[0] for key in before if before[key] != after[key]} == {"mine"} and len(after) == len(before)
+
+
+def test_an_arm_that_is_left_out_keeps_its_table_and_its_episodes(tmp_path):
+    (tmp_path / "benchmark.toml").write_text(to_toml(config(["random", "mine"], mine={"policy": "expert"})))
+    less = load_config(tmp_path / "benchmark.toml", "benchmark", ['arms=["random"]'])
+    assert less.notices == ["[arm.mine] is not in arms, and is not played"]
+    both = load_config(tmp_path / "benchmark.toml", "benchmark")
+    for each in (both, less, both):
+        benchmark.run(each, tmp_path / "out")
+    assert len({session for session, _ in played(tmp_path / "out").values()}) == 2 * SEEDS
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["arm"] == "mine"
