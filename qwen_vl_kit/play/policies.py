@@ -156,12 +156,17 @@ class RandomPolicy:
 
 # %% ../../nbs/play/01_policies.ipynb #41716c91
 class ExpertPolicy:
-    "The scripted expert: plans of as many actions a turn as the protocol allows, and the reason for each."
+    """The scripted expert: plans of as many actions a turn as the protocol allows, and the reason for each.
+
+    `settings` are those of `Expert` that are to differ.
+    """
 
     name = "expert"
 
-    def __init__(self, protocol: Protocol):
+    def __init__(self, protocol: Protocol, **settings):
+        _, _, actions, steps = horizon(protocol.horizon)
         self.protocol, self.experts = protocol, {}
+        self.settings = {"budget": steps, "actions": actions} | settings
 
     def act(self, situations: list[Situation]) -> list[Decision | Exception]:
         "One decision per situation."
@@ -170,8 +175,7 @@ class ExpertPolicy:
     def _one(self, situation) -> Decision:
         seed, member, turn = situation.key
         if turn == 0:
-            _, _, actions, steps = horizon(self.protocol.horizon)
-            self.experts[seed, member] = Expert(budget=steps, actions=actions)
+            self.experts[seed, member] = Expert(**self.settings)
         decision = self.experts[seed, member].act(situation.world, turn)
         decision.text = answer(self.protocol, decision.actions, decision.reason)
         return decision
