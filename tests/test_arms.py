@@ -10,11 +10,12 @@ from commands import one_line, qvk
 from servers import Endpoint, refuses, says
 
 from qwen_vl_kit.config import ArmConfig, BenchmarkConfig, Protocol, to_toml
-from qwen_vl_kit.core import InputError, read_json
+from qwen_vl_kit.core import InputError, StageError, read_json
 from qwen_vl_kit.model.cards import write_card
 from qwen_vl_kit.model.loading import load_without_weights, save_model
 from qwen_vl_kit.model.tiny import random_model
 from qwen_vl_kit.protocol.turns import prompt_hash
+from qwen_vl_kit.runner.commands import main
 from qwen_vl_kit.runner.configs import load_config
 from qwen_vl_kit.runner.workspace import state
 from qwen_vl_kit.stages import benchmark
@@ -222,6 +223,33 @@ def test_an_arm_that_fails_takes_nothing_along_and_the_same_command_completes_it
     assert qvk(*command).code == 0  # there is nothing left to ask, so nobody has to answer
 
 
+def test_without_any_complete_arm_there_is_no_table_and_the_same_command_goes_on(tmp_path, at):
+    with Endpoint(dying(5)) as endpoint:
+        at(endpoint.url)
+        with pytest.raises(StageError, match="no arm is complete: teacher: 2 of 3 episodes are lost"):
+            benchmark.run(config(["teacher"], teacher=TEACHER), tmp_path)
+    assert len(played(tmp_path)) == 1 and not (tmp_path / "arms.csv").exists()
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        benchmark.run(config(["teacher"], teacher=TEACHER), tmp_path)
+    assert len(endpoint.bodies) == 1 + 2 * 3 and list(table(tmp_path)) == [("teacher", "s3")]
+
+
+def test_a_run_knows_before_its_first_stage_that_an_arm_cannot_play(tmp_path, monkeypatch, capsys):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    lost = contract.adapter(tmp_path / "lost", 2, base="random:tiny")
+    for sets, says_why in (
+        (["arm.api.model=m", "arm.api.engine=server"], "no key for model 'm'"),
+        (["arm.api.model=tinyy"], "arm api: unknown model 'tinyy'"),
+        ([f"arm.api.adapter={lost}"], "arm api: the adapter was trained with prompt"),
+    ):
+        words = [word for each in ['benchmark.arms=["sft", "api"]', *sets] for word in ("--set", each)]
+        assert main(["run", "configs/demo", "--out", str(tmp_path / "run"), *words]) == 2
+        assert says_why in one_line(capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_the_command_ends_with_2_for_a_key_that_is_refused(tmp_path):
     (tmp_path / "benchmark.toml").write_text(to_toml(config(["random", "teacher"], teacher=TEACHER)))
@@ -266,7 +294,8 @@ def test_an_adapter_plays_at_another_horizon_under_its_own_prompt(tmp_path):
     rows = table(tmp_path / "out")
     assert list(rows) == [("base", "t3"), ("base", "s3"), ("mine", "t3"), ("mine", "s3")]
     assert [row["trained_horizon"] for row in rows.values()] == ["", "", "", "t3"]
-    assert "mine: its adapter was trained at t3 and plays s3 under its own prompt" in result.numbers["notices"]
+    own_prompt = "mine: its adapter was trained at t3 and plays s3 under its own prompt"
+    assert f"{own_prompt}, the first 1 of its actions a turn" in result.numbers["notices"]
     stored = traces.episodes(tmp_path / "out" / "rollouts.db")
     assert set(stored.prompt_hash[stored.arm == "mine"]) == {prompt_hash(trained)} and len(stored) == 4 * SEEDS
     for changes, says_why in (({"horizons": ["s9"]}, "counts the 3 turns of t3, and s9 has 9"),

@@ -6,7 +6,7 @@
 __all__ = ['adapter_of', 'Arm', 'protocol_at', 'naming', 'read_arm', 'known_base', 'check_playable', 'check_arm', 'check_arms',
            'EngineSlot', 'engine_key', 'playing_order', 'Players']
 
-# %% ../../nbs/play/04_arms.ipynb #c8657a82
+# %% ../../nbs/play/04_arms.ipynb #d43ff5ea
 import contextlib
 import functools
 import itertools
@@ -16,6 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..config import BenchmarkConfig, Protocol, SettledArm
+from ..config import horizon as horizon_of
 from ..core import InputError, adapter_folder, digest
 from ..engine import factory
 from ..engine.access import read_access
@@ -80,15 +81,16 @@ def naming(arm: str):
     except InputError as error:
         raise InputError(f"arm {arm}: {error.what}", error.where, error.fix, error.code) from None
 
-# %% ../../nbs/play/04_arms.ipynb #6d6f4ea7
+# %% ../../nbs/play/04_arms.ipynb #b99ec8a3
 def read_arm(name: str, config: BenchmarkConfig, run_folder: Path) -> Arm:
     "An arm as its config and its adapter's card describe it. Raises `InputError` for an adapter of another protocol."
     settings = config.arm_settings(name)
     folder = adapter_of(name, settings, run_folder)
-    card = read_card(folder) if folder else {}
-    protocols = {horizon: trained_protocol(card, protocol_at(config, horizon), folder)
-                 for horizon in config.played_horizons}
-    return Arm(name, settings, protocols, folder, card, factory.rank_of(folder) if folder else 0)
+    with naming(name):
+        card = read_card(folder) if folder else {}
+        protocols = {horizon: trained_protocol(card, protocol_at(config, horizon), folder)
+                     for horizon in config.played_horizons}
+        return Arm(name, settings, protocols, folder, card, factory.rank_of(folder) if folder else 0)
 
 # %% ../../nbs/play/04_arms.ipynb #096846ea
 def known_base(model: str, revision: str = ""):
@@ -165,7 +167,7 @@ def run_name(self: Arm, horizon: str) -> str:
     "What a store calls the episodes of the arm at a horizon."
     return f"benchmark {self.name} {horizon} {self.identity(horizon)}"
 
-# %% ../../nbs/play/04_arms.ipynb #1a388dc6
+# %% ../../nbs/play/04_arms.ipynb #023d8011
 @patch
 def trained_horizon(self: Arm, horizon: str) -> str:
     "The horizon that its adapter was trained at, if it plays at another one and that is known."
@@ -177,8 +179,11 @@ def trained_horizon(self: Arm, horizon: str) -> str:
 def notices(self: Arm) -> list[str]:
     "One line for each way in which its adapter plays otherwise than it was trained."
     lines = base_notices(self.base, self.card) if self.base and self.card else []
-    lines += [f"its adapter was trained at {shown.horizon} and plays {horizon} under its own prompt"
-              for horizon, shown in self.protocols.items() if shown.horizon != horizon]
+    for played, shown in self.protocols.items():
+        most = horizon_of(played).actions
+        cut = f", the first {most} of its actions a turn" if most < horizon_of(shown.horizon).actions else ""
+        if shown.horizon != played:
+            lines.append(f"its adapter was trained at {shown.horizon} and plays {played} under its own prompt{cut}")
     return [f"{self.name}: {line}" for line in lines]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'HEADLINES', 'source_folders', 'check_sources', 'asked_models', 'check_access', 'check_devices',
            'check_adapters', 'spending', 'headline', 'notices', 'ArmsFailed', 'run_stage', 'run_one', 'load_all',
-           'check_protocols', 'run_folder', 'stage_range', 'run_all']
+           'check_protocols', 'run_folder', 'stage_range', 'check_late_arms', 'run_all']
 
 # %% ../../nbs/runner/03_run.ipynb #5b260647
 import contextlib
@@ -310,6 +310,18 @@ def stage_range(first: str, last: str) -> tuple:
         raise InputError(f"{first} comes after {last}", "--from", "the order is " + ", ".join(names))
     return names[begin:end + 1]
 
+# %% ../../nbs/runner/03_run.ipynb #5dc512f8
+def check_late_arms(settings: BenchmarkConfig, run: Path) -> None:
+    "Raise `InputError` for an arm with a table that cannot play, unless it plays an adapter that is made in `run`."
+    from qwen_vl_kit.play.arms import check_arms, read_arm
+
+    arms = []
+    for name, arm in settings.model_arms().items():
+        made_here = resolve(arm.adapter).is_relative_to(run) if arm.adapter else name in ("sft", "grpo")
+        if name in settings.arm and not made_here:
+            arms.append(read_arm(name, settings, run))
+    check_arms(arms)
+
 # %% ../../nbs/runner/03_run.ipynb #9b86315f
 def _states(loaded: dict[str, Stage], run: Path, force: bool) -> dict[str, State | None]:
     "The state of each stage's folder in a run; None for all with `force`."
@@ -317,10 +329,11 @@ def _states(loaded: dict[str, Stage], run: Path, force: bool) -> dict[str, State
         settle(run / stage)
     return {stage: None if force else state(stage, settings, run / stage) for stage, settings in loaded.items()}
 
-# %% ../../nbs/runner/03_run.ipynb #d894a741
+# %% ../../nbs/runner/03_run.ipynb #a82d007e
 def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides=(), force: bool = False) -> Path:
     """Run the stages of a config folder in order, and return the run's folder. Stages that are done are passed over,
     stale ones start again, incomplete ones resume. Raises `ArmsFailed` at the end when the benchmark lacks arms."""
+    from qwen_vl_kit.engine.access import read_access
     from qwen_vl_kit.store.prices import check_prices
 
     stages, run = stage_range(first, last), run_folder(path, out)
@@ -328,8 +341,12 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     states = _states(loaded, run, force)
     done = next((index for index, stage in enumerate(stages) if states[stage] != State.DONE), len(stages))
     notices(*(loaded[stage] for stage in stages[done:]))  # what follows on the first to run may have to run again
-    for stage in stages[done:]:
-        check_prices(loaded[stage])
+    for settings in [loaded[stage] for stage in stages[done:]]:
+        check_prices(settings)
+        for model in asked_models(settings)[:1]:
+            read_access(model)
+        if isinstance(settings, BenchmarkConfig):
+            check_late_arms(settings, run)
     renew, incomplete = False, None
     for stage in stages:
         if states[stage] == State.STALE and not renew:

@@ -19,14 +19,14 @@ from ..config import Stage
 from ..core import (MANIFEST, WORK, InputError, display_path, missing_parents, read_json, remove_empty,
                               reporting_os_errors, write_json)
 
-# %% ../../nbs/runner/02_workspace.ipynb #b9657be4
+# %% ../../nbs/runner/02_workspace.ipynb #999c723d
 CONFIG = ".config.json"  # in .work: an unfinished run's config
 LOCK = ".lock"  # in the stage's folder while a process runs the stage there
 STORE = ("rollouts.db", "rollouts.db-wal", "rollouts.db-shm")
 OUTPUTS = (MANIFEST, "run.ipynb", "run.html", "metrics.jsonl", *STORE, "calls.jsonl", "calls", "answers.jsonl",
            "train.jsonl", "val.jsonl", "train.parquet", "val.parquet", "sharegpt", "stats.json", "kept.json",
            "adapter", "checkpoints", "policies", "tracker", "processes.log", "vllm.log",
-           "arms.csv", "episodes.csv", "report.json")
+           "arms.csv", "episodes.csv", "differences.csv", "report.json")
 
 # %% ../../nbs/runner/02_workspace.ipynb #8cf064b1
 RESUMED = {"collect": (*STORE, "metrics.jsonl", "calls.jsonl", "answers.jsonl"),

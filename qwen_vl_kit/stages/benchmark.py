@@ -6,7 +6,7 @@
 __all__ = ['check_unseen', 'episode_row', 'dollars', 'arm_row', 'write_csv', 'missing_seeds', 'check_store', 'outdated_runs',
            'stored_episodes', 'failure', 'Table', 'run']
 
-# %% ../../nbs/stages/05_benchmark.ipynb #c1df4926
+# %% ../../nbs/stages/05_benchmark.ipynb #e0125a83
 import contextlib
 import time
 from itertools import chain
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..config import BenchmarkConfig
-from ..core import (InputError, OverBudget, Result, StageError, append_jsonl, as_input_error, atomic,
+from ..config import horizon as horizon_of
+from ..core import (InputError, OverBudget, Result, StageError, append_jsonl, as_input_error, atomic, notify,
                               one_line, parse_seeds, read_json, resolve, stage_folder)
 from ..game.description import GAME
 from ..learn.devices import threads
@@ -45,11 +46,11 @@ def _adapter_facts(arms: list[Arm]) -> dict:
         "trained_in_4_bits": [arm for arm, card in cards.items() if card.get("quantization")]}  # and play in 16
     return {name: value for name, value in facts.items() if value}
 
-# %% ../../nbs/stages/05_benchmark.ipynb #7c3dfdda
+# %% ../../nbs/stages/05_benchmark.ipynb #68da7228
 def _training_sources(arms: list[Arm]) -> dict[str, tuple[Path, list[int] | range]]:
     "What was trained, in words: the file that knows, and the seeds of its worlds."
     sources, base = {}, tiny_folder() / "base.json"
-    models = {arm.settings.model for arm in arms if arm.settings.policy == "model" and not arm.calls}
+    models = {arm.settings.model for arm in arms if arm.settings.policy == "model"}
     if any(model == "tiny" or resolve(model) == base.parent for model in models) and base.is_file():
         worlds = read_json(base)
         sources["the base of tiny"] = base, range(worlds["first_seed"], worlds["first_seed"] + worlds["episodes"])
@@ -245,7 +246,17 @@ def _play_arm(players: Players, arm: Arm, table: Table, seeds: list[int], store:
         seconds = store.seconds(arm.run_name(horizon), arm.name)
         table.add(arm, horizon, stored_episodes(db, arm, horizon), seconds)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #d1f5d4d4
+# %% ../../nbs/stages/05_benchmark.ipynb #1a87caac
+def _ask(players: Players, arm: Arm, missing: dict[str, list[int]]) -> None:
+    "Make one call for an arm whose `missing` seeds, by horizon, are to be played. Raises `InputError` if refused."
+    horizon = next(iter(missing))
+    with naming(arm.name):
+        plan = forecast(players.caller(arm, horizon), arm.protocols[horizon], missing[horizon])
+    calls = sum(len(seeds) * horizon_of(name).turns for name, seeds in missing.items())
+    price = "" if plan.usd is None else f" and ${plan.usd / plan.calls * calls:.2f}"
+    notify(f"arm {arm.name} will take at most {calls} calls{price}, unless a reply is asked for again")
+
+
 def _ask_endpoints(players: Players, arms: list[Arm], table: Table, seeds: list[int]) -> None:
     "Make one call for each arm that has to make more. Raises `InputError` when an endpoint refuses it."
     db = table.out / "rollouts.db"
@@ -253,14 +264,13 @@ def _ask_endpoints(players: Players, arms: list[Arm], table: Table, seeds: list[
         missing = {horizon: left for horizon in arm.protocols if (left := missing_seeds(db, arm, horizon, seeds))}
         if not arm.calls or not missing:
             continue
-        horizon, left = next(iter(missing.items()))
         try:
-            with naming(arm.name):
-                forecast(players.caller(arm, horizon), arm.protocols[horizon], left)
+            _ask(players, arm, missing)
         except InputError:
             raise
         except Exception as error:
-            table.fail(arm.name, failure(error, db, len(seeds) - len(left), len(seeds)))
+            left = len(next(iter(missing.values())))
+            table.fail(arm.name, failure(error, db, len(seeds) - left, len(seeds)))
 
 # %% ../../nbs/stages/05_benchmark.ipynb #2ffc33a6
 def _notices(arms: list[Arm], config: BenchmarkConfig) -> list[str]:
