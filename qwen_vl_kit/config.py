@@ -476,7 +476,7 @@ def _check_arm(name: str, table: ArmConfig | None, other_adapter: str) -> None:
     if table.adapter and other_adapter and table.adapter != other_adapter:
         raise _refusal(f"{name}_adapter names another one", "leave out one of them", name, "adapter")
 
-# %% ../nbs/01_config.ipynb #9d32d42c
+# %% ../nbs/01_config.ipynb #73d7dea7
 class BenchmarkConfig(_ArmChecks, Protocol):
     "All arms on the same unseen seeds."
 
@@ -499,8 +499,8 @@ class BenchmarkConfig(_ArmChecks, Protocol):
     arm: dict[ArmName, ArmConfig] = Field({}, validate_default=True)  # the tables [arm.NAME]
 
     paths: ClassVar[frozenset[str]] = frozenset({"model", "sft_adapter", "grpo_adapter"})
-    extendable: ClassVar[Mapping[str, Callable]] = {"seeds": seeds_added, "arms": any_value, "horizons": any_value,
-                                                    "arm": any_value}
+    extendable: ClassVar[Mapping[str, Callable]] = {"seeds": seeds_added, **dict.fromkeys(
+        ("arms", "horizons", "arm", "sft_adapter", "grpo_adapter"), any_value)}
 
 # %% ../nbs/01_config.ipynb #8767f1c5
 class SettledArm(ArmConfig):

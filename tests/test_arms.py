@@ -6,7 +6,8 @@ import json
 
 import contract
 import pytest
-from commands import one_line, qvk
+from commands import QVK, one_line, qvk
+from runs import kill_when
 from servers import Endpoint, refuses, says
 
 from qwen_vl_kit.config import ArmConfig, BenchmarkConfig, Protocol, to_toml
@@ -221,6 +222,22 @@ def test_an_arm_that_fails_takes_nothing_along_and_the_same_command_completes_it
     assert len(endpoint.bodies) == 1 + 3 * sum(key[0] == "teacher" for key in played(out).keys() - before.keys())
     assert qvk("verify", tmp_path / "run").code == 0
     assert qvk(*command).code == 0  # there is nothing left to ask, so nobody has to answer
+
+
+@pytest.mark.slow
+def test_what_was_paid_before_a_kill_is_not_paid_again(tmp_path, at):
+    (tmp_path / "benchmark.toml").write_text(to_toml(config(["random", "teacher"], teacher=TEACHER)))
+    line = ["benchmark", "--config", str(tmp_path / "benchmark.toml"), "--out", str(tmp_path / "run")]
+    with Endpoint(lambda number, body: says() if number < 5 else "hang") as endpoint:
+        at(endpoint.url)
+        kill_when(lambda: len(endpoint.bodies) > 5, [*QVK, *line])
+        endpoint.answer = lambda number, body: says()
+        done = qvk(*line)
+    assert done.code == 0, done.err
+    assert len(endpoint.bodies) == 6 + 1 + 2 * 3  # one episode was stored; the next one begins anew, after a probe
+    made = read_json(tmp_path / "run" / "benchmark" / "manifest.json")
+    assert made["numbers"]["calls"] == 13 and made["numbers"]["failed_calls"] == 1
+    assert [row["quantity"] for row in made["usage"]] == endpoint.tokens
 
 
 def test_without_any_complete_arm_there_is_no_table_and_the_same_command_goes_on(tmp_path, at):

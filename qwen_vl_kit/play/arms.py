@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['adapter_of', 'Arm', 'protocol_at', 'naming', 'read_arm', 'known_base', 'check_playable', 'check_arm', 'check_arms',
-           'EngineSlot', 'engine_key', 'playing_order', 'Players']
+           'engine_key', 'playing_order', 'EngineSlot', 'Players']
 
 # %% ../../nbs/play/04_arms.ipynb #d43ff5ea
 import contextlib
@@ -118,7 +118,7 @@ def check_playable(arm: Arm, engine: str, base: LoadedModel | None, config) -> N
     if engine != "hf" and arm.rank:
         language_only(arm.adapter)
 
-# %% ../../nbs/play/04_arms.ipynb #5288cc84
+# %% ../../nbs/play/04_arms.ipynb #8bb369f2
 def check_arm(arm: Arm, base_of=known_base) -> Arm:
     """The arm, with its base. Raises `InputError` for an engine that is not installed, a model that is not there, an
     adapter for another base, an endpoint without a key, a budget in dollars without a price.
@@ -138,7 +138,7 @@ def check_arm(arm: Arm, base_of=known_base) -> Arm:
     check_playable(arm, choose_engine(settings.engine), arm.base, config)
     return arm
 
-
+# %% ../../nbs/play/04_arms.ipynb #69fa7715
 def check_arms(arms: list[Arm]) -> None:
     "`check_arm` for each; errors name the arm."
     base_of = functools.cache(known_base)
@@ -146,7 +146,7 @@ def check_arms(arms: list[Arm]) -> None:
         with naming(arm.name):
             check_arm(arm, base_of)
 
-# %% ../../nbs/play/04_arms.ipynb #a469a311
+# %% ../../nbs/play/04_arms.ipynb #c80db471
 @patch
 def identity(self: Arm, horizon: str) -> str:
     "The first digits of a hash of all that decides how the arm plays at a horizon, beside what is the benchmark's own."
@@ -161,13 +161,13 @@ def identity(self: Arm, horizon: str) -> str:
         parts |= {"revision": settings.revision, "detail": settings.detail, "max_reprompts": settings.max_reprompts}
     return digest(parts)[:8]
 
-
+# %% ../../nbs/play/04_arms.ipynb #b2ff8aef
 @patch
 def run_name(self: Arm, horizon: str) -> str:
     "What a store calls the episodes of the arm at a horizon."
     return f"benchmark {self.name} {horizon} {self.identity(horizon)}"
 
-# %% ../../nbs/play/04_arms.ipynb #023d8011
+# %% ../../nbs/play/04_arms.ipynb #e0e07474
 @patch
 def trained_horizon(self: Arm, horizon: str) -> str:
     "The horizon that its adapter was trained at, if it plays at another one and that is known."
@@ -175,6 +175,12 @@ def trained_horizon(self: Arm, horizon: str) -> str:
     return trained if trained != horizon else ""
 
 
+@patch
+def other_base(self: Arm) -> str:
+    "The base that its adapter names, where that is another one than it plays on; else an empty string."
+    return mismatched_base(self.base, self.card) if self.base and self.card else ""
+
+# %% ../../nbs/play/04_arms.ipynb #a5c7580f
 @patch
 def notices(self: Arm) -> list[str]:
     "One line for each way in which its adapter plays otherwise than it was trained."
@@ -186,11 +192,19 @@ def notices(self: Arm) -> list[str]:
             lines.append(f"its adapter was trained at {shown.horizon} and plays {played} under its own prompt{cut}")
     return [f"{self.name}: {line}" for line in lines]
 
+# %% ../../nbs/play/04_arms.ipynb #be56f756
+def engine_key(arm: Arm) -> tuple:
+    "What an engine has to be made for; empty for an arm that needs none here. Arms with the same key share one."
+    settings = arm.settings
+    if settings.policy != "model" or arm.calls:
+        return ()
+    return choose_engine(settings.engine), settings.model, settings.revision, arm.weights
 
-@patch
-def other_base(self: Arm) -> str:
-    "The base that its adapter names, where that is another one than it plays on; else an empty string."
-    return mismatched_base(self.base, self.card) if self.base and self.card else ""
+# %% ../../nbs/play/04_arms.ipynb #a7c6848b
+def playing_order(arms: list[Arm]) -> list[Arm]:
+    "The arms in the order of their names, but for those that share an engine: they follow the first of them."
+    keys = [engine_key(arm) or (arm.name,) for arm in arms]
+    return [arm for _, arm in sorted(zip(keys, arms, strict=True), key=lambda pair: keys.index(pair[0]))]
 
 # %% ../../nbs/play/04_arms.ipynb #802e4f1b
 class EngineSlot:
@@ -220,21 +234,7 @@ class EngineSlot:
         if engine is not None:
             engine.close()
 
-# %% ../../nbs/play/04_arms.ipynb #be56f756
-def engine_key(arm: Arm) -> tuple:
-    "What an engine has to be made for; empty for an arm that needs none here. Arms with the same key share one."
-    settings = arm.settings
-    if settings.policy != "model" or arm.calls:
-        return ()
-    return choose_engine(settings.engine), settings.model, settings.revision, arm.weights
-
-# %% ../../nbs/play/04_arms.ipynb #a7c6848b
-def playing_order(arms: list[Arm]) -> list[Arm]:
-    "The arms in the order of their names, but for those that share an engine: they follow the first of them."
-    keys = [engine_key(arm) or (arm.name,) for arm in arms]
-    return [arm for _, arm in sorted(zip(keys, arms, strict=True), key=lambda pair: keys.index(pair[0]))]
-
-# %% ../../nbs/play/04_arms.ipynb #8282e272
+# %% ../../nbs/play/04_arms.ipynb #9f5a4a8d
 class Players:
     "Makes the policies of arms. `calls` is a folder for the journals of those that call an endpoint."
 
@@ -249,15 +249,17 @@ class Players:
         self._adapters: dict[str, tuple[Engine, str]] = {}  # of an arm: its engine, and the name there
         self._versions = itertools.count()
 
-    def adapter(self, engine: Engine, arm: Arm) -> str:
-        "The name of an arm's adapter in its engine, which reads it if it has not; empty for none."
-        if arm.adapter is None or not arm.rank:
-            return ""
-        if self._adapters.get(arm.name, (None,))[0] is not engine:
-            self._adapters[arm.name] = engine, engine.set_policy(next(self._versions), arm.adapter)
-        return self._adapters[arm.name][1]
+# %% ../../nbs/play/04_arms.ipynb #e8ab8d46
+@patch
+def adapter(self: Players, engine: Engine, arm: Arm) -> str:
+    "The name of an arm's adapter in its engine, which reads it if it has not; empty for none."
+    if arm.adapter is None or not arm.rank:
+        return ""
+    if self._adapters.get(arm.name, (None,))[0] is not engine:
+        self._adapters[arm.name] = engine, engine.set_policy(next(self._versions), arm.adapter)
+    return self._adapters[arm.name][1]
 
-# %% ../../nbs/play/04_arms.ipynb #6a4762f1
+# %% ../../nbs/play/04_arms.ipynb #d0b25dfc
 @patch
 def caller(self: Players, arm: Arm, horizon: str) -> ServerPolicy:
     "The policy of an arm that calls an endpoint, under the prompt that it is shown at a horizon."
@@ -267,7 +269,7 @@ def caller(self: Players, arm: Arm, horizon: str) -> ServerPolicy:
                                                           self.config.seed, self.adapter(engine, arm))
     return self.callers[arm.name, horizon]
 
-
+# %% ../../nbs/play/04_arms.ipynb #b17886d9
 @patch
 def policy(self: Players, arm: Arm, horizon: str):
     "The policy that plays an arm at a horizon."
@@ -284,7 +286,7 @@ def policy(self: Players, arm: Arm, horizon: str):
         policy = EnginePolicy(engine, shown, sampling, arm.name, self.adapter(engine, arm))
     return policy if shown == played else AtHorizon(policy, played)
 
-
+# %% ../../nbs/play/04_arms.ipynb #34fcd9e4
 @patch
 def close(self: Players) -> None:
     "Let go of all engines; what is in flight is counted before its meter is closed."
