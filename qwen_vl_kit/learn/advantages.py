@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CREDITS', 'GroupRewards', 'episode_credit', 'turn_credit', 'minus_mean_by_turn', 'critic_credit', 'Credit',
-           'advantages']
+           'advantages', 'scale_of']
 
 # %% ../../nbs/learn/13_advantages.ipynb #4d1ed8b4
 from collections.abc import Callable
@@ -69,12 +69,13 @@ CREDITS = {
     "episode": Credit(episode_credit),
 }
 
-# %% ../../nbs/learn/13_advantages.ipynb #ff005193
-def advantages(groups: list[GroupRewards], credit: str, scale: bool = True) -> list[list[np.ndarray]]:
-    "Advantages (turns,) of each member of each group, by a credit in `CREDITS`; with `scale`, of standard deviation 1."
-    members_by_group = [CREDITS[credit].advantages(group) for group in groups]
-    deviation = np.std(np.concatenate(list(chain(*members_by_group)))) if scale else 0.0
-    if deviation > 1e-8:
-        for members in members_by_group:
-            members[:] = [member / deviation for member in members]
-    return members_by_group
+# %% ../../nbs/learn/13_advantages.ipynb #0fdbd6b8
+def advantages(groups: list[GroupRewards], credit: str) -> list[list[np.ndarray]]:
+    "Advantages (turns,) of each member of each group, by a credit in `CREDITS`, in achievements."
+    return [CREDITS[credit].advantages(group) for group in groups]
+
+
+def scale_of(members_by_group: list[list[np.ndarray]]) -> float:
+    "The number that advantages are divided by: their standard deviation; 1 where they are all alike."
+    deviation = float(np.std(np.concatenate(list(chain(*members_by_group)))))
+    return deviation if deviation > 1e-8 else 1.0

@@ -54,21 +54,22 @@ def packed_logprobs(model, processor, samples: list[Sample], length: int,
     own = (torch.arange(width)[None] < counts[:, None]).to(model.device)
     return out.log_probs[rows, columns] * own, entropies[rows, columns] * own
 
-# %% ../../nbs/learn/17_grpo_trainer.ipynb #892a536f
-def turn_batch(samples: list[Sample], advantages: list[float], parts: int, pad_token_id: int, device) -> dict:
-    """TRL's dict of an iteration: `completion_ids`, `completion_mask`, `old_per_token_logps` (rows, longest reply),
-    `advantages` and `sample_index` (rows,), with rows a multiple of `parts`."""
+# %% ../../nbs/learn/17_grpo_trainer.ipynb #ad4f0be1
+def turn_batch(samples: list[Sample], advantages: list[np.ndarray], parts: int, pad_token_id: int, device) -> dict:
+    """TRL's dict of an iteration: `completion_ids`, `completion_mask`, `old_per_token_logps`, `advantages` (rows,
+    longest reply) and `sample_index` (rows,), with rows a multiple of `parts`."""
     rows, longest = -(-len(samples) // parts) * parts, max(len(sample.token_ids) for sample in samples)
     sample_index = torch.arange(rows, device=device).clamp(max=len(samples) - 1)
     ids = torch.full((rows, longest), pad_token_id)
-    mask, old = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.float32)
+    mask = torch.zeros_like(ids)
+    old, weights = torch.zeros((2, *ids.shape), dtype=torch.float32)
     for row, sample in enumerate(samples):
         count = len(sample.token_ids)
         ids[row, :count] = torch.tensor(sample.token_ids)
         mask[row, :count] = 1
         old[row, :count] = torch.tensor(sample.logprobs)
-    ids, mask, old = (tensor.to(device) for tensor in (ids, mask, old))
-    weights = torch.tensor(advantages, dtype=torch.float32, device=device)
+        weights[row, :count] = torch.from_numpy(advantages[row])
+    ids, mask, old, weights = (tensor.to(device) for tensor in (ids, mask, old, weights))
     return {"prompt_ids": ids[:, :0], "prompt_mask": mask[:, :0], "completion_ids": ids, "completion_mask": mask,
             "sample_index": sample_index, "advantages": weights[sample_index], "num_items_in_batch": mask.sum(),
             "old_per_token_logps": old}

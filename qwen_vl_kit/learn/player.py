@@ -6,11 +6,11 @@
 __all__ = ['seeds_to_play', 'branch_keys', 'SnapshottingPolicy', 'GroupPlayer', 'play_metrics', 'turn_metrics',
            'IterationSamples', 'SampleMaker', 'updates_per_epoch', 'updates_per_iteration', 'Player', 'previous_policy']
 
-# %% ../../nbs/learn/16_player.ipynb #779b89fc
+# %% ../../nbs/learn/16_player.ipynb #c75e70a6
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from threading import Event
 
@@ -21,12 +21,12 @@ from ..config import GRPOConfig, horizon
 from ..core import InputError, TrainingStopped, parse_seeds
 from ..engine.base import EngineDied, Sampling
 from ..game.description import GAME
-from .advantages import CREDITS, GroupRewards, advantages
+from .advantages import CREDITS, GroupRewards, advantages, scale_of
 from .checkpoints import updates_of
 from .judge import RemoteJudge, TrainingReward
 from .rewards import total_rewards
 from .samples import (Group, PlayedTurn, Sample, all_episodes, branch_points, by_group, informative,
-                                       largest, merge_duplicates, played_turns, sample_of)
+                                       largest, merge_duplicates, played_turns, sample_of, scaled, token_advantages)
 from .sync import Sync
 from .values import Critic
 from ..model.vision import VisionFeatureCache
@@ -138,16 +138,16 @@ def turn_metrics(played: list[PlayedTurn], useful: list[PlayedTurn]) -> dict[str
             "invalid_rate": float(np.mean([not turn.decision.valid for turn in played])),
             "cut_off": float(sum(turn.decision.cut_off for turn in played))}
 
-# %% ../../nbs/learn/16_player.ipynb #c0948420
+# %% ../../nbs/learn/16_player.ipynb #c5f6b058
 @dataclass
 class IterationSamples:
-    "Samples, the advantage of each, and the iteration's figures for `metrics.jsonl`."
+    "Samples, the advantages (tokens,) of each, and the iteration's figures for `metrics.jsonl`."
 
     samples: list[Sample]
-    advantages: list[float]
+    advantages: list[np.ndarray]
     metrics: dict[str, float]
 
-# %% ../../nbs/learn/16_player.ipynb #d7f72eb5
+# %% ../../nbs/learn/16_player.ipynb #b2b29050
 class SampleMaker:
     "Makes training samples of played groups, as a config says; it remembers what its critic has learned."
 
@@ -163,7 +163,7 @@ class SampleMaker:
         episodes = all_episodes(groups)
         terms = self.reward.terms(episodes)
         rewards = [total_rewards(columns) for columns in terms]
-        played = played_turns(groups, self._advantages(groups, episodes, rewards))
+        played = self._credit(groups, episodes, rewards)
         useful = informative(played, self.forbidden)
         self._stop_when_empty(useful)
         samples = self._samples(useful or played[:1], round(self.config.top_share * len(played)))
@@ -172,18 +172,23 @@ class SampleMaker:
             samples.metrics["explained_variance"] = self.critic.explained
         return samples
 
-# %% ../../nbs/learn/16_player.ipynb #118f903b
+# %% ../../nbs/learn/16_player.ipynb #8e95e174
 @patch
-def _advantages(self: SampleMaker, groups: list[Group], episodes: list[Episode], rewards: list[list[float]]) -> list:
-    "The advantages of each group's members, by the config's credit."
-    config = self.config
-    rewards_by_group = by_group(rewards, groups)
-    values_by_group: list[list] = [[]] * len(groups)
-    if self.critic is not None:
-        values_by_group = by_group(self.critic(episodes, rewards), groups)
+def _credit(self: SampleMaker, groups: list[Group], episodes: list[Episode],
+            rewards: list[list[float]]) -> list[PlayedTurn]:
+    "The turns of all groups with their advantages by the config's credit; a critic tells a plan's actions apart."
+    config, rewards_by_group = self.config, by_group(rewards, groups)
+    values = self.critic(episodes, rewards) if self.critic is not None else []
+    values_by_group: list[list] = by_group(values, groups) if values else [[]] * len(groups)
     earned = [GroupRewards(rewards, config.gamma, values, config.gae_lambda)
               for rewards, values in zip(rewards_by_group, values_by_group)]
-    return advantages(earned, config.credit, config.scale_rewards)
+    by_member = advantages(earned, config.credit)
+    played = played_turns(groups, by_member)
+    if self.critic is not None and horizon(config.horizon).actions > 1:
+        spent_by_group = by_group(self.critic.spent(episodes, values), groups)
+        for turn, spent in zip(played, chain(*chain(*spent_by_group)), strict=True):
+            turn.spent = spent
+    return scaled(played, scale_of(by_member)) if config.scale_rewards else played
 
 # %% ../../nbs/learn/16_player.ipynb #a9dbeb27
 @patch
@@ -193,12 +198,12 @@ def _stop_when_empty(self: SampleMaker, useful: list[PlayedTurn]) -> None:
         raise TrainingStopped("in three iterations every episode of every group earned the same, "
                               "so there is nothing to learn; raise temperature, group_size or groups")
 
-# %% ../../nbs/learn/16_player.ipynb #24fe4d47
+# %% ../../nbs/learn/16_player.ipynb #6c49a0ff
 @patch
 def _samples(self: SampleMaker, chosen: list[PlayedTurn], most: int) -> IterationSamples:
     "The samples of some turns, merged where a KL term does not forbid it, `most` of them."
     samples = [sample_of(self.processor, self.config, turn.episode, turn.number) for turn in chosen]
-    weights = [turn.advantage for turn in chosen]
+    weights = [token_advantages(turn, self.processor.tokenizer) for turn in chosen]
     if not self.config.beta:
         samples, weights = merge_duplicates(samples, weights)
     kept = largest(weights, most)
