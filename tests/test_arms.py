@@ -18,6 +18,7 @@ from qwen_vl_kit.model.tiny import random_model
 from qwen_vl_kit.protocol.turns import prompt_hash
 from qwen_vl_kit.runner.commands import main
 from qwen_vl_kit.runner.configs import load_config
+from qwen_vl_kit.runner.run import run_stage
 from qwen_vl_kit.runner.workspace import state
 from qwen_vl_kit.stages import benchmark
 from qwen_vl_kit.store import manifest, traces
@@ -355,6 +356,22 @@ def test_a_retrained_adapter_is_another_player(tmp_path):
     benchmark.run(config(["base", "mine"], mine={"adapter": str(folder)}), tmp_path / "out")
     after = played(tmp_path / "out")
     assert {key[0] for key in before if before[key] != after[key]} == {"mine"} and len(after) == len(before)
+
+
+@pytest.mark.slow
+def test_a_benchmark_after_another_training_plays_what_was_trained_and_pays_for_nothing_again(tmp_path, at):
+    folder, out = contract.adapter(tmp_path / "adapter", 1), tmp_path / "run" / "benchmark"
+    settings = config(["mine", "teacher"], mine={"adapter": str(folder)}, teacher=TEACHER)
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        run_stage("benchmark", settings, out)
+        asked, before = len(endpoint.bodies), played(out)
+        contract.adapter(folder, 2)
+        assert state("benchmark", settings, out) == "stale"
+        run_stage("benchmark", settings, out, renew=True)  # as `qvk run` does, when it has trained again
+    after = played(out)
+    assert len(endpoint.bodies) == asked and {key[0] for key in before if before[key] != after[key]} == {"mine"}
+    assert (state("benchmark", settings, out), manifest.verify(tmp_path / "run")) == ("done", [])
 
 
 def test_an_arm_that_is_left_out_keeps_its_table_and_its_episodes(tmp_path):

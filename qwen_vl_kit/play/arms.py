@@ -6,10 +6,11 @@
 __all__ = ['adapter_of', 'Arm', 'protocol_at', 'naming', 'read_arm', 'known_base', 'check_playable', 'check_arm', 'check_arms',
            'engine_key', 'playing_order', 'EngineSlot', 'Players']
 
-# %% ../../nbs/play/04_arms.ipynb #d43ff5ea
+# %% ../../nbs/play/04_arms.ipynb #7fa2f265
 import contextlib
 import functools
 import itertools
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def playing_order(arms: list[Arm]) -> list[Arm]:
     keys = [engine_key(arm) or (arm.name,) for arm in arms]
     return [arm for _, arm in sorted(zip(keys, arms, strict=True), key=lambda pair: keys.index(pair[0]))]
 
-# %% ../../nbs/play/04_arms.ipynb #802e4f1b
+# %% ../../nbs/play/04_arms.ipynb #0b76fa3e
 class EngineSlot:
     "The engine of a benchmark's models in this process: one at a time."
 
@@ -219,7 +220,8 @@ class EngineSlot:
         "The engine that plays the arm's model; another one is closed first."
         if self.engine is None or self.key != engine_key(arm):
             self.close()
-            settings, sharing = arm.settings, [other for other in self.arms if engine_key(other) == engine_key(arm)]
+            settings = arm.settings
+            sharing = [arm, *(other for other in self.arms if engine_key(other) == engine_key(arm))]
             self.engine = create_engine(
                 settings.engine, settings.model, settings.revision, arm.weights, self.config.bf16,
                 concurrency=max(other.settings.concurrency for other in sharing),
@@ -234,7 +236,7 @@ class EngineSlot:
         if engine is not None:
             engine.close()
 
-# %% ../../nbs/play/04_arms.ipynb #9f5a4a8d
+# %% ../../nbs/play/04_arms.ipynb #660a96f5
 class Players:
     "Makes the policies of arms. `calls` is a folder for the journals of those that call an endpoint."
 
@@ -246,18 +248,20 @@ class Players:
         self.servers: dict[str, ServerEngine] = {
             arm.name: make_engine(arm.settings, self.meters[arm.name]) for arm in calling}
         self.callers: dict[tuple, ServerPolicy] = {}  # by arm and horizon
-        self._adapters: dict[str, tuple[Engine, str]] = {}  # of an arm: its engine, and the name there
+        # of an engine: the names of its adapters by arm; a closed engine must not be held by them
+        self._adapters: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._versions = itertools.count()
 
-# %% ../../nbs/play/04_arms.ipynb #e8ab8d46
+# %% ../../nbs/play/04_arms.ipynb #1d603ec9
 @patch
 def adapter(self: Players, engine: Engine, arm: Arm) -> str:
     "The name of an arm's adapter in its engine, which reads it if it has not; empty for none."
     if arm.adapter is None or not arm.rank:
         return ""
-    if self._adapters.get(arm.name, (None,))[0] is not engine:
-        self._adapters[arm.name] = engine, engine.set_policy(next(self._versions), arm.adapter)
-    return self._adapters[arm.name][1]
+    names = self._adapters.setdefault(engine, {})
+    if arm.name not in names:
+        names[arm.name] = engine.set_policy(next(self._versions), arm.adapter)
+    return names[arm.name]
 
 # %% ../../nbs/play/04_arms.ipynb #d0b25dfc
 @patch
