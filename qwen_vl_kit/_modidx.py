@@ -1868,6 +1868,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'qwen_vl_kit.model.vision.forward_with_frames': ( 'model/vision.html#forward_with_frames',
                                                                                             'qwen_vl_kit/model/vision.py')},
             'qwen_vl_kit.play.arms': { 'qwen_vl_kit.play.arms.Arm': ('play/arms.html#arm', 'qwen_vl_kit/play/arms.py'),
+                                       'qwen_vl_kit.play.arms.Arm.adapter_digest': ( 'play/arms.html#arm.adapter_digest',
+                                                                                     'qwen_vl_kit/play/arms.py'),
                                        'qwen_vl_kit.play.arms.Arm.calls': ('play/arms.html#arm.calls', 'qwen_vl_kit/play/arms.py'),
                                        'qwen_vl_kit.play.arms.Arm.identity': ('play/arms.html#arm.identity', 'qwen_vl_kit/play/arms.py'),
                                        'qwen_vl_kit.play.arms.Arm.notices': ('play/arms.html#arm.notices', 'qwen_vl_kit/play/arms.py'),

@@ -45,7 +45,7 @@ def adapter_of(arm: str, settings: SettledArm, run_folder: Path) -> Path | None:
         return adapter_folder(settings.adapter or run_folder / arm / "adapter")
     return adapter_folder(settings.adapter) if settings.adapter else None
 
-# %% ../../nbs/play/04_arms.ipynb #7464a68c
+# %% ../../nbs/play/04_arms.ipynb #444c9705
 @dataclass
 class Arm:
     "A player of the benchmark."
@@ -67,6 +67,11 @@ class Arm:
     def weights(self) -> Path | None:
         "The folder of whole weights that it plays, if it does."
         return None if self.rank else self.adapter
+
+    @functools.cached_property
+    def adapter_digest(self) -> str:
+        "sha256 of the adapter, which may be gigabytes; empty for none."
+        return weights_digest(self.adapter) if self.adapter else ""
 
 # %% ../../nbs/play/04_arms.ipynb #240dd3d3
 def protocol_at(config: Protocol, horizon: str) -> Protocol:
@@ -147,7 +152,7 @@ def check_arms(arms: list[Arm]) -> None:
         with naming(arm.name):
             check_arm(arm, base_of)
 
-# %% ../../nbs/play/04_arms.ipynb #c80db471
+# %% ../../nbs/play/04_arms.ipynb #0638dc80
 @patch
 def identity(self: Arm, horizon: str) -> str:
     "The first digits of a hash of all that decides how the arm plays at a horizon, beside what is the benchmark's own."
@@ -156,7 +161,7 @@ def identity(self: Arm, horizon: str) -> str:
     if settings.policy == "model":
         stored = base is not None and not settings.model.startswith("random:")
         parts |= {"model": base.digest if stored else settings.model, "engine": settings.engine,
-                  "adapter": weights_digest(self.adapter) if self.adapter else "",
+                  "adapter": self.adapter_digest,
                   "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens}
     if self.calls:
         parts |= {"revision": settings.revision, "detail": settings.detail, "max_reprompts": settings.max_reprompts}

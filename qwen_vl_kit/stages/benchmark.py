@@ -131,9 +131,10 @@ def missing_seeds(db: Path, arm: Arm, horizon: str, seeds: list[int]) -> list[in
     done = set() if table is None else set(table.seed[(table.run == arm.run_name(horizon)) & (table.arm == arm.name)])
     return [seed for seed in seeds if seed not in done]
 
-# %% ../../nbs/stages/05_benchmark.ipynb #391beb3f
-def check_store(out: Path, arms: list[Arm]) -> None:
-    "Raise `InputError` when the store is missing or empty, and held episodes that an arm has paid for."
+# %% ../../nbs/stages/05_benchmark.ipynb #45e319ea
+def check_store(out: Path, arms: list[Arm], seeds: list[int]) -> None:
+    """Raise `InputError` when the store is missing or empty, and held episodes that an arm has paid for, or when it
+    holds some of other seeds."""
     db, metrics = out / "rollouts.db", out / "metrics.jsonl"
     is_lost = not db.stat().st_size if db.is_file() else metrics.is_file() and metrics.stat().st_size > 0
     paid = [arm.name for arm in arms if is_lost and Meter(journal=out / "calls" / f"{arm.name}.jsonl").usd]
@@ -141,6 +142,11 @@ def check_store(out: Path, arms: list[Arm]) -> None:
         state = "empty" if db.is_file() else "missing"
         what = f"is {state}, and calls/{paid[0]}.jsonl beside it shows that it held paid episodes"
         raise InputError(what, db, PAID_AGAIN)
+    if db.is_file():
+        with Store(db) as store:
+            for arm in arms:
+                for horizon in arm.protocols:
+                    store.check_seeds(arm.run_name(horizon), seeds)
 
 # %% ../../nbs/stages/05_benchmark.ipynb #1b1251b1
 def outdated_runs(db: Path, arms: list[Arm], calls: Path) -> list[str]:
@@ -198,7 +204,7 @@ def failure(error: Exception, db: Path, stored: int, count: int) -> str:
         error = over_budget(error, stored, count)
     return str(error) if isinstance(error, (StageError, InputError)) else one_line(error)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #234a1b48
+# %% ../../nbs/stages/05_benchmark.ipynb #0181e5c5
 class Table:
     "Rows of `arms.csv` and `episodes.csv` by arm, notices, and why arms are not complete."
 
@@ -208,7 +214,6 @@ class Table:
         self.episodes: dict[str, list[dict]] = {}
         self.notices: list[str] = []
         self.failed: dict[str, str] = {}
-        (out / "metrics.jsonl").unlink(missing_ok=True)
 
     def add(self, arm: Arm, horizon: str, played: list[Episode], seconds: float) -> None:
         "Add an arm at a horizon. The metrics say how long all took up to it, over all sessions."
@@ -303,20 +308,16 @@ def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, players: Pl
     return {**numbers, **({"notices": notices} if notices else {}),
             **({"failed_arms": table.failed} if table.failed else {}), **total_numbers([*meters.values()]), **bills}
 
-# %% ../../nbs/stages/05_benchmark.ipynb #e228fb95
-def _begin(store: Store, arms: list[Arm], seeds: list[int], outdated: list[str]) -> float:
-    """Remove `outdated` runs; returns the seconds that earlier sessions have spent on the episodes that are left.
-
-    Raises `InputError` when there are some of other seeds.
-    """
+# %% ../../nbs/stages/05_benchmark.ipynb #7679bde2
+def _begin(store: Store, arms: list[Arm], outdated: list[str]) -> float:
+    "Remove `outdated` runs; returns the seconds that earlier sessions have spent on the episodes that are left."
+    store.path.with_name("metrics.jsonl").unlink(missing_ok=True)
     for run_name in outdated:
         store.forget(run_name, "")
     runs = [(arm.run_name(horizon), arm.name) for arm in arms for horizon in arm.protocols]
-    for run_name, _ in runs:
-        store.check_seeds(run_name, seeds)
     return round(sum(store.seconds(*run) for run in runs), 3)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #c81977d4
+# %% ../../nbs/stages/05_benchmark.ipynb #6aab478a
 def run(config: BenchmarkConfig, out: str | Path) -> Result:
     """Play every arm on the config's seeds at each horizon: `out/arms.csv`, `out/episodes.csv`, `out/differences.csv`,
     `out/rollouts.db`.
@@ -330,7 +331,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     arms = [read_arm(name, config, stage_folder(out).parent) for name in config.arms]
     check_unseen(seeds, arms)
     check_arms(arms)
-    check_store(out, arms)
+    check_store(out, arms, seeds)
     outdated = outdated_runs(out / "rollouts.db", arms, out / "calls")
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads(config.threads))
@@ -338,7 +339,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
         table = Table(config, out)
         _ask_endpoints(players, arms, table, seeds)
         store = stack.enter_context(Store(out / "rollouts.db"))
-        earlier = _begin(store, arms, seeds, outdated)
+        earlier = _begin(store, arms, outdated)
         for arm in playing_order(arms):
             if arm.name not in table.failed:
                 _play_arm(players, arm, table, seeds, store)
