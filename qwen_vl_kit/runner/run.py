@@ -125,7 +125,8 @@ def spending(numbers: dict) -> str:
 # %% ../../nbs/runner/03_run.ipynb #ebe814af
 def headline(stage: str, numbers: dict) -> str:
     "The figures of a stage that say in one line how it went, and, of calls, what they cost."
-    figures = {name: numbers[name] for name in HEADLINES.get(stage, ()) if name in numbers} | numbers.get("rates", {})
+    figures = {name: numbers[name] for name in HEADLINES.get(stage, ()) if name in numbers}
+    figures |= dict(numbers.get("rates", ()))  # of arms
     parts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
              for name, value in figures.items()]
     if earlier := numbers.get("earlier_episodes"):

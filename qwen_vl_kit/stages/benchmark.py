@@ -294,11 +294,12 @@ def _identities(arms: list[Arm], config: BenchmarkConfig) -> dict:
               if arm.settings.policy == "model" and arm.settings.model != config.model}
     return {"model": config.model, **(own.identity if own else {}), **({"models": others} if others else {})}
 
-# %% ../../nbs/stages/05_benchmark.ipynb #9fde485f
+# %% ../../nbs/stages/05_benchmark.ipynb #4d04a963
 def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, players: Players) -> dict:
     "The numbers of the result."
     horizons = config.played_horizons
-    rates = {_label(row["arm"], row["horizon"], config): row["achievement_rate"] for row in table.rows(table.arms)}
+    # a list, since JSON's keys would be sorted
+    rates = [[_label(row["arm"], row["horizon"], config), row["achievement_rate"]] for row in table.rows(table.arms)]
     numbers = {**_identities(arms, config), "prompt_hash": prompt_hash(protocol_at(config, horizons[0])),
                "horizons": horizons, "seeds": config.seeds, "rates": rates, **_adapter_facts(arms)}
     notices = _notices(arms, config) + table.notices
