@@ -342,7 +342,7 @@ def test_a_finished_run_goes_on_when_more_is_asked_of_it(settings, tmp_path):
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole") and played(tmp_path / "parts") == played(
         tmp_path / "whole"
     )
-    with pytest.raises(InputError, match="there are 2 iterations already"):
+    with pytest.raises(InputError, match="which 1 does not extend"):
         go("parts", 1)
     assert state("grpo", GRPOConfig(**settings | {"iterations": 2}), tmp_path / "parts") == "done"
 
