@@ -34,9 +34,8 @@ def _form(protocol: Protocol) -> str:
 # %% ../../nbs/protocol/01_turns.ipynb #ff8c25b6
 def system(protocol: Protocol) -> str:
     "The system prompt of a protocol."
-    most = horizon(protocol.horizon).actions
     if protocol.prompt == "brief":
-        return "play crafter" if most == 1 else f"play crafter, next 1-{most}"
+        return "play crafter"
     sees = {"image": "You see the game's screen", "text": "You are told your state in words",
             "both": "You see the game's screen and are told your state in words"}[protocol.observe]
     goal = (f"{GAME.goal} {sees}. You stand in the middle; the lower rows show your vitals and inventory. Unlock as "
@@ -46,13 +45,17 @@ def system(protocol: Protocol) -> str:
 # %% ../../nbs/protocol/01_turns.ipynb #9eaa26ad
 def user_text(protocol: Protocol, past: list[str], text: str = "", unlocked: Sequence[str] = (), turn: int = 0) -> str:
     """The words beside the picture: the state where it is observed in words, the last `history` actions taken (oldest
-    first), and with `progress` which `turn` it is (from 0) and the achievements `unlocked` so far."""
+    first), with `progress` which `turn` it is (from 0) and the achievements `unlocked` so far, and how many actions are
+    expected where the system prompt does not say so."""
     lines = [text] if protocol.observe != "image" and text else []
     if protocol.history:
         lines.append("last " + " ".join((["noop"] * protocol.history + list(past))[-protocol.history:]))
     if protocol.progress:
         lines.append(f"turn {turn + 1} of {horizon(protocol.horizon).turns}")
         lines.append("unlocked " + (", ".join(name.replace("_", " ") for name in unlocked) or "nothing"))
+    most = horizon(protocol.horizon).actions
+    if protocol.prompt == "brief" and most > 1:
+        lines.append(f"next 1-{most}")
     return "\n".join(lines) or "next"
 
 # %% ../../nbs/protocol/01_turns.ipynb #1677a58e
