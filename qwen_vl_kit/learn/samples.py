@@ -142,7 +142,7 @@ def action_numbers(texts: list[str], actions: int) -> np.ndarray:
 # %% ../../nbs/learn/14_samples.ipynb #056d2db6
 def token_advantages(turn: PlayedTurn, tokenizer) -> np.ndarray:
     "The advantage of each token of a turn's reply, float64 (tokens,)."
-    tokens = turn.decision.token_ids
+    tokens = turn.decision.token_ids or []
     if turn.spent is None:
         return np.full(len(tokens), turn.advantage)
     texts = [tokenizer.decode([token]) for token in tokens]

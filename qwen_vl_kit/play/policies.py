@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -166,7 +167,7 @@ class ExpertPolicy:
     def __init__(self, protocol: Protocol, **settings):
         _, _, actions, steps = horizon(protocol.horizon)
         self.protocol, self.experts = protocol, {}
-        self.settings = {"budget": steps, "actions": actions} | settings
+        self.settings: dict[str, Any] = {"budget": steps, "actions": actions} | settings
 
     def act(self, situations: list[Situation]) -> list[Decision | Exception]:
         "One decision per situation."
