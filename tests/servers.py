@@ -1,8 +1,15 @@
-"""An OpenAI-compatible server on loopback, for tests: real HTTP, scripted answers, and its own count of what it was
-asked and has said."""
+"""OpenAI-compatible servers on loopback, for tests: one with scripted answers over real HTTP, which counts what it was
+asked and has said, and those of other makers, in processes of their own."""
 import json
+import os
+import socket
+import subprocess
 import threading
+import time
+import urllib.request
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 ANSWER = "grass ahead; go on -> move_right"
 # A teacher behind this server: `collect` of short episodes with small frames.
@@ -126,3 +133,51 @@ class Endpoint:
         handler.wfile.write(blob[:len(blob) // 2] if answer == "short" else blob)
         if answer == "short":
             handler.close_connection = True
+
+
+class ServerProcess:
+    """`with ServerProcess(line, log) as server`: somebody's server on a free port, its API at `server.url`.
+
+    `line(port)` is its command, `well` a path that answers with 200 as soon as it serves, `log` takes what it prints.
+    It can be started again after `kill`, at the same address.
+    """
+
+    def __init__(self, line: Callable[[int], list[str]], log: Path, well: str = "/v1/models", **variables: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.line, self.log, self.environment = line(port), log, os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        self.url, self.well = f"http://127.0.0.1:{port}/v1", f"http://127.0.0.1:{port}{well}"
+
+    def start(self, seconds: float = 60) -> None:
+        "Start it, and wait until it answers."
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.line, stdout=log, stderr=log, env=self.environment)
+        until = time.monotonic() + seconds
+        while not self.answers():
+            assert time.monotonic() < until and self.process.poll() is None, self.log.read_text()[-2000:]
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        "Whether it serves."
+        try:
+            with urllib.request.urlopen(self.well, timeout=5) as reply:
+                return reply.status == 200
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        "End it, as kill -9 does."
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self):
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.kill()

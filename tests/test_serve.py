@@ -1,17 +1,13 @@
 """A folder that the kit saves, behind `transformers serve`: a stock server, a real process, and the kit plays against
 it."""
 
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from decimal import Decimal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from servers import ServerProcess
 
 from qwen_vl_kit.config import CollectConfig
 from qwen_vl_kit.core import read_jsonl
@@ -52,46 +48,11 @@ date = "2026-11-23"
 """
 
 
-class Server:
-    "`with Server(folder, log) as server`: `transformers serve` on a free port of loopback, its address `server.url`."
-
-    def __init__(self, folder: Path, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
-        self.line = [sys.executable, "-c", START + "from transformers.cli.transformers import main; main()",
-                     "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-
-    def __enter__(self):
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(self.line, stdout=log, stderr=log,
-                                            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-        try:
-            self.wait(time.monotonic() + 50)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def wait(self, until: float) -> None:
-        "Ask until it is well."
-        while True:
-            try:
-                with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5) as reply:
-                    assert reply.status == 200
-                    return
-            except OSError:
-                assert time.monotonic() < until, self.log.read_text()[-2000:]
-            try:
-                self.process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            raise AssertionError(self.log.read_text()[-2000:])
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
+def stock(folder: Path, log: Path) -> ServerProcess:
+    "`transformers serve` of a folder."
+    line = [sys.executable, "-c", START + "from transformers.cli.transformers import main; main()",
+            "serve", str(folder), "--host", "127.0.0.1", "--device", "cpu", "--port"]
+    return ServerProcess(lambda port: [*line, str(port)], log, well="/health", HF_HUB_OFFLINE="1")
 
 
 def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
@@ -119,7 +80,7 @@ def test_a_stock_server_sees_and_reads_what_the_kit_does(tmp_path, monkeypatch):
     monkeypatch.setenv("QVK_ROOT", str(tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("OPENAI_HEADERS", "")
-    with Server(folder, tmp_path / "server.log") as server:
+    with stock(folder, tmp_path / "server.log") as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         first = collect.run(config, tmp_path / "collect")
         engine = ServerEngine(str(folder), 1)

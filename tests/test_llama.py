@@ -1,0 +1,157 @@
+"""A real language model that is no Qwen3-VL, behind a real server of other makers: it plays by words, as an arm of the
+benchmark and as a teacher.
+
+`make test-llama` runs this file, with llama.cpp in an environment of its own."""
+
+import csv
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from commands import Outcome, qvk
+from llama_server import MODEL
+from servers import ServerProcess
+
+from qwen_vl_kit.config import ArmConfig, BenchmarkConfig, CollectConfig, to_toml
+from qwen_vl_kit.core import read_json, read_jsonl
+from qwen_vl_kit.stages import benchmark, collect
+from qwen_vl_kit.store import traces
+from qwen_vl_kit.store.traces import load_episodes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.process,
+    pytest.mark.skipif(not find_spec("llama_cpp"), reason="llama.cpp is not installed here; make test-llama runs this"),
+]
+
+WORDS = dict(prompt="rules", observe="text", render_size=18, max_new_tokens=12)
+HORIZONS = {"t3": 3, "s2": 2}  # turns of each
+SEEDS = 4
+
+
+def llama(log: Path, *context: str) -> ServerProcess:
+    "The server, not yet started."
+    program = str(Path(__file__).with_name("llama_server.py"))
+    return ServerProcess(lambda port: [sys.executable, program, str(port), *context], log)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with llama(tmp_path_factory.mktemp("server") / "llama.log") as running:
+        yield running
+
+
+@pytest.fixture
+def at(monkeypatch):
+    "Point the environment at an endpoint."
+    for name in ("OPENAI_API_KEY", "OPENAI_HEADERS"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda server: monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+
+
+def config(seeds: int = SEEDS, **arm) -> BenchmarkConfig:
+    "Random play and the text model, which is asked once for each turn."
+    table = ArmConfig(model=MODEL, engine="server", retries=1, **arm)
+    return BenchmarkConfig(**WORDS, arms=["random", "text"], horizons=[*HORIZONS], arm={"text": table}, threads=1,
+                           seeds=f"1000000-{1000000 + seeds - 1}")
+
+
+def table(out: Path) -> dict:
+    "The rows of arms.csv by arm and horizon."
+    return {(row["arm"], row["horizon"]): row for row in csv.DictReader((out / "arms.csv").open())}
+
+
+def played(out: Path) -> dict:
+    "(arm, horizon, seed): the session that stored the episode; of a store that may not be there yet."
+    stored = traces.episodes(out / "rollouts.db") if (out / "rollouts.db").is_file() else None
+    return {} if stored is None else {(row.arm, row.horizon, row.seed): row.session for row in stored.itertuples()}
+
+
+def test_a_text_model_is_an_arm_beside_random_play(server, at, tmp_path):
+    at(server)
+    result = benchmark.run(config(concurrency=2), tmp_path)
+    rows, notices = table(tmp_path), result.numbers["notices"]
+    assert list(rows) == [(arm, horizon) for arm in ("random", "text") for horizon in HORIZONS]
+    asked = SEEDS * sum(HORIZONS.values())
+    assert len(played(tmp_path)) == 2 * 2 * SEEDS and result.numbers["calls"] == asked + 1  # and one to probe
+    for horizon, turns in HORIZONS.items():
+        row, random = rows["text", horizon], rows["random", horizon]
+        assert row["model"] == MODEL and int(row["turns"]) == SEEDS * turns
+        decisions = [turn.decision for episode in load_episodes(tmp_path / "rollouts.db", arm="text")
+                     if episode.horizon == horizon for turn in episode.turns]
+        unusable = sum(not decision.valid for decision in decisions)
+        assert float(row["invalid_rate"]) == pytest.approx(unusable / len(decisions), abs=1e-6)
+        assert all(decision.valid or decision.actions == ["noop"] for decision in decisions)
+        cut_off = sum(decision.finish_reason == "length" for decision in decisions)
+        line = f"text ({horizon}): {cut_off} of {SEEDS * turns} replies were cut off; raise max_new_tokens"
+        assert cut_off > 0 and line in notices
+        assert all(decision.usage["prompt_tokens"] > 300 for decision in decisions)  # the rules, in words
+        assert {decision.usage["completion_tokens"] <= 12 for decision in decisions} == {True}
+        assert len({decision.text for decision in decisions}) > 1
+        assert row["usd"] == "" and float(random["usd"]) == 0 and float(random["invalid_rate"]) == 0
+    # without a price, what was used is counted and what it cost is not known
+    assert result.numbers["usd"] is None
+    used = {row["unit"]: row["quantity"] for row in result.usage}
+    assert used["prompt_tokens"] > 300 * asked and 0 < used["completion_tokens"] <= 12 * (asked + 1)
+
+
+def kill_when_an_episode_is_stored(server: ServerProcess, out: Path, *command) -> Outcome:
+    "How a command ended whose server was killed as soon as the first episode of the text model was stored."
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(qvk, *command, OPENAI_BASE_URL=server.url)
+        while not running.done() and not any(arm == "text" for arm, _, _ in played(out)):
+            time.sleep(0.02)
+        assert not running.done(), "it had ended before the server was killed"
+        server.kill()
+        return running.result()
+
+
+def test_a_server_that_is_killed_takes_its_arm_alone_and_the_same_command_completes_it(at, tmp_path):
+    (tmp_path / "benchmark.toml").write_text(to_toml(config(seeds=8, concurrency=1)))
+    command = ("benchmark", "--config", tmp_path / "benchmark.toml", "--out", tmp_path / "run")
+    out = tmp_path / "run" / "benchmark"
+    server = llama(tmp_path / "llama.log")
+    with server:
+        failed = kill_when_an_episode_is_stored(server, out, *command)
+        assert failed.code == 1
+        last = failed.err.splitlines()[-1]
+        assert last.startswith("qvk: benchmark: 1 arm is not in the table, of 2 (text: ") and "are lost" in last
+        assert {arm for arm, _ in table(out)} == {"random"} and "random" in failed.out
+        assert list(read_json(out / "manifest.json")["numbers"]["failed_arms"]) == ["text"]
+        before = played(out)
+        server.start()
+        done = qvk(*command, OPENAI_BASE_URL=server.url)
+    assert done.code == 0, done.err
+    assert [*table(out)] == [(arm, horizon) for arm in ("random", "text") for horizon in HORIZONS]
+    after = played(out)
+    assert before.items() <= after.items() and len(after) == 2 * 2 * 8
+    assert any(arm == "text" for arm, _, _ in before) and len(before) < len(after)
+    assert "failed_arms" not in read_json(out / "manifest.json")["numbers"]
+    assert qvk("verify", tmp_path / "run").code == 0
+
+
+def test_a_prompt_longer_than_the_models_context_is_told_in_the_endpoints_words(at, tmp_path):
+    with llama(tmp_path / "llama.log", "256") as server:
+        at(server)
+        result = benchmark.run(config(), tmp_path / "out")
+    assert "maximum context length is 256 tokens" in result.numbers["failed_arms"]["text"]
+    assert {arm for arm, _ in table(tmp_path / "out")} == {"random"} and result.numbers["calls"] == 1
+
+
+def test_a_text_model_teaches(server, at, tmp_path):
+    at(server)
+    given = CollectConfig(**WORDS, teacher="model", engine="server", model=MODEL, seeds="0-2", horizon="t3", noise=0.0,
+                          max_reprompts=1, concurrency=2)
+    result = collect.run(given, tmp_path)
+    numbers, episodes = result.numbers, list(load_episodes(tmp_path / "rollouts.db"))
+    decisions = [turn.decision for episode in episodes for turn in episode.turns]
+    assert sorted(episode.seed for episode in episodes) == [0, 1, 2] and len(decisions) == numbers["turns"] == 9
+    assert numbers["invalid"] == sum(not decision.valid for decision in decisions)
+    calls = sum(decision.usage["calls"] for decision in decisions)  # an unusable reply is asked for once more
+    assert numbers["calls"] == calls + 1 and calls == 9 + numbers["asked_again"]
+    assert numbers["asked_again"] >= numbers["invalid"] and numbers["usd"] is None
+    assert [row["usd"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [None] * 3
+    assert not any(turn.frame for episode in episodes for turn in episode.turns)
