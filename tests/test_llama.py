@@ -53,7 +53,7 @@ def at(monkeypatch):
 
 def two_arms(seeds: int = SEEDS, **arm) -> BenchmarkConfig:
     "Random play and the text model, which is asked once for each turn."
-    table = ArmConfig(model=MODEL, engine="server", retries=1, **arm)
+    table = ArmConfig(model=MODEL, engine="server", retries=1, call_seconds=600.0, **arm)
     return BenchmarkConfig(**WORDS, arms=["random", "text"], horizons=[*HORIZONS], arm={"text": table}, threads=1,
                            seeds=f"1000000-{1000000 + seeds - 1}")
 
@@ -64,9 +64,9 @@ def table(out: Path) -> dict:
 
 
 def played(out: Path) -> dict:
-    "(arm, horizon, seed): the session that stored the episode; of a store that may not be there yet."
-    stored = traces.episodes(out / "rollouts.db") if (out / "rollouts.db").is_file() else None
-    return {} if stored is None else {(row.arm, row.horizon, row.seed): row.session for row in stored.itertuples()}
+    "(arm, horizon, seed): the session that stored the episode."
+    stored = traces.episodes(out / "rollouts.db")
+    return {(row.arm, row.horizon, row.seed): row.session for row in stored.itertuples()}
 
 
 def test_a_text_model_is_an_arm_beside_random_play(server, at, tmp_path):
@@ -96,11 +96,12 @@ def test_a_text_model_is_an_arm_beside_random_play(server, at, tmp_path):
     assert used["prompt_tokens"] > 300 * asked and 0 < used["completion_tokens"] <= 12 * (asked + 1)
 
 
-def kill_when_an_episode_is_stored(server: ServerProcess, out: Path, *command) -> Outcome:
-    "How a benchmark ended whose server was killed as soon as the text model's first episode was stored in `out/.work`."
+def kill_at_the_second_episode(server: ServerProcess, out: Path, *command) -> Outcome:
+    "How a benchmark ended whose server was killed when its journal had a call for the text model's second episode."
+    journal = out / ".work" / "calls" / "text.jsonl"
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(qvk, *command, OPENAI_BASE_URL=server.url)
-        while not running.done() and not any(arm == "text" for arm, _, _ in played(out / ".work")):
+        while not running.done() and not (journal.is_file() and '"key":[1000001,' in journal.read_text()):
             time.sleep(0.02)
         assert not running.done(), "it had ended before the server was killed"
         server.kill()
@@ -113,7 +114,7 @@ def test_a_server_that_is_killed_takes_its_arm_alone_and_the_same_command_comple
     out = tmp_path / "run" / "benchmark"
     server = llama(tmp_path / "llama.log")
     with server:
-        failed = kill_when_an_episode_is_stored(server, out, *command)
+        failed = kill_at_the_second_episode(server, out, *command)
         assert failed.code == 1
         last = failed.err.splitlines()[-1]
         assert last.startswith("qvk: benchmark: 1 arm is not in the table, of 2 (text: ") and "are lost" in last
@@ -143,7 +144,7 @@ def test_a_text_model_teaches_by_calling_a_tool(server, at, tmp_path):
     "llama.cpp holds the model to the tool's schema, and does not say when a call is cut off in its middle."
     at(server)
     config = CollectConfig(**WORDS | {"max_new_tokens": 28}, form="tool", teacher="model", engine="server", model=MODEL,
-                           seeds="0-2", horizon="t4", noise=0.0, max_reprompts=1, concurrency=2)
+                           seeds="0-2", horizon="t4", noise=0.0, max_reprompts=1, concurrency=2, call_seconds=600.0)
     numbers, episodes = collect.run(config, tmp_path).numbers, list(load_episodes(tmp_path / "rollouts.db"))
     decisions = [turn.decision for episode in episodes for turn in episode.turns]
     assert sorted(episode.seed for episode in episodes) == [0, 1, 2] and len(decisions) == numbers["turns"] == 12
