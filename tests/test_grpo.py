@@ -12,13 +12,19 @@ import pytest
 from runs import alike, figures, kill_when, lora, student
 from servers import Endpoint, refuses, says
 
-from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig
+from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig, Protocol
 from qwen_vl_kit.core import InputError, OverBudget, TrainingStopped, read_json, read_jsonl, write_json
 from qwen_vl_kit.engine.base import EngineDied, Sampling
 from qwen_vl_kit.engine.hf import HFEngine
 from qwen_vl_kit.learn import player
+from qwen_vl_kit.learn.rewards import has_unlocked
+from qwen_vl_kit.learn.samples import Group, token_advantages
 from qwen_vl_kit.model.cards import read_card
+from qwen_vl_kit.model.encode import encode
 from qwen_vl_kit.model.loading import load_model
+from qwen_vl_kit.play.policies import ExpertPolicy
+from qwen_vl_kit.play.rollout import rollout
+from qwen_vl_kit.protocol.turns import prompt
 from qwen_vl_kit.runner.run import run_stage, state
 from qwen_vl_kit.stages import benchmark, grpo
 from qwen_vl_kit.store import traces
@@ -209,6 +215,39 @@ def test_copies_of_a_turn_count_as_often_as_they_are(settings, tmp_path, monkeyp
     assert one["grad_norm"] == pytest.approx(each["grad_norm"], rel=1e-4) and kept_near["kl"] == pytest.approx(
         0, abs=1e-6
     )
+
+
+def as_if_sampled(episodes: list, protocol: Protocol, processor) -> None:
+    "Give the teacher's decisions the tokens that an engine would have."
+    for episode in episodes:
+        for number, turn in enumerate(episode.turns):
+            chat = prompt(protocol, episode.turns[:number], turn.frame, turn.text, urls=False)
+            turn.decision.prompt_ids = encode(processor, chat).input_ids
+            turn.decision.token_ids = processor.tokenizer(turn.decision.text + "<|im_end|>")["input_ids"]
+            turn.decision.logprobs = [-1.0] * len(turn.decision.token_ids)
+
+
+@pytest.mark.parametrize("credit", ["critic", "turn"])
+def test_the_critic_tells_the_actions_of_a_plan_apart(settings, credit):
+    """What the first action of a plan earned is not credited to those that follow; all of a turn's advantage is, where
+    there is no critic to say what each was worth."""
+    config = GRPOConfig(**settings | {"horizon": "t20", "group_size": 2, "credit": credit, "scale_rewards": False})
+    processor, protocol = load_model("tiny").processor, Protocol(**config.fields())
+    seeds = list(range(50, 62))
+    episodes = rollout(ExpertPolicy(protocol), protocol, seeds, members=2, noise=0.1)
+    as_if_sampled(episodes, protocol, processor)
+    groups = [Group(0, episodes[i:i + 2]) for i in range(0, len(episodes), 2)]
+    made = player.SampleMaker(config, processor)(groups)
+    assert {len(row) == len(sample.token_ids) for row, sample in zip(made.advantages, made.samples)} == {True}
+    assert any(len(set(row.round(9))) > 1 for row in made.advantages) == (credit == "critic")
+    if credit == "turn":
+        return
+    maker = player.SampleMaker(config, processor)
+    early = [(turn, token_advantages(turn, processor.tokenizer))
+             for turn in maker._credit(groups, episodes, [[float(len(t.unlocked)) for t in e.turns] for e in episodes])
+             if has_unlocked(turn.episode.turns[turn.number].rewards[0]) and len(turn.spent) > 2]
+    assert len(early) > 10  # unlocks by the first of several actions
+    assert sum(row[0] - row[-2] for _, row in early) / len(early) > 0.3  # its tokens, and those of the last action
 
 
 def test_nothing_to_learn_is_said(settings, tmp_path):

@@ -6,16 +6,16 @@
 __all__ = ['FAR', 'costs', 'plant_walls', 'obstacles', 'detours', 'enclosure', 'Ground', 'survey', 'Field', 'search',
            'plot_field']
 
-# %% ../../nbs/expert/03_field.ipynb #42534660
+# %% ../../nbs/expert/03_field.ipynb #d01d1b9a
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
-from .memory import MOVES, RIPE, ROW, WALKABLE, Memory, at_edge, border, count_missing
+from .memory import MOVES, RIPE, ROW, WALKABLE, Memory, at_edge, border, count_missing, holds
 from ..game.rules import COLLECT
 
-# %% ../../nbs/expert/03_field.ipynb #3ef033df
+# %% ../../nbs/expert/03_field.ipynb #e2dc4148
 _DIG = {material: rule["require"] for material, rule in COLLECT.items()
         if rule["leaves"] in WALKABLE and material not in WALKABLE}  # what can be taken away -> tools it takes
 
@@ -24,7 +24,7 @@ def costs(memory: Memory) -> dict:
     "Steps to enter a tile, by material; what cannot be entered is missing."
     held, enter = memory.inventory, dict.fromkeys(WALKABLE, 1)
     for material, tools in _DIG.items():
-        if all(held[tool] >= amount for tool, amount in tools.items()):
+        if holds(memory, tools):
             enter[material] = 2
     if held["wood_pickaxe"] and held["stone"]:
         enter["water"] = 3

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['copied', 'Foresight']
 
-# %% ../../nbs/expert/08_foresight.ipynb #c12f199e
+# %% ../../nbs/expert/08_foresight.ipynb #6af8fbab
 import copy
 from collections import Counter
 from dataclasses import replace
 
-from .memory import RIPE, WAYS, Memory, block, can_make, materials_nearby, strength
+from .memory import RIPE, WAYS, Memory, block, can_make, holds, materials_nearby, strength
+from .moves import fits
 from ..game.rules import COLLECT, MAKE, PLACE
 
 # %% ../../nbs/expert/08_foresight.ipynb #c174c292
@@ -55,22 +56,21 @@ def _strike(memory: Memory, tile: int, damage: Counter) -> None:
         else:
             memory.achievements[f"defeat_{name}"] += 1
 
-# %% ../../nbs/expert/08_foresight.ipynb #9d24adbf
+# %% ../../nbs/expert/08_foresight.ipynb #b137dc19
 def _collect(memory: Memory, tile: int) -> None:
     "Take what a tile holds, if the tools for it are in hand."
     rule = COLLECT.get(memory.materials.get(tile))
-    if rule and "probability" not in rule and all(memory.inventory[t] >= n for t, n in rule["require"].items()):
+    if rule and "probability" not in rule and holds(memory, rule["require"]):
         memory.materials[tile] = rule["leaves"]
         (item,) = rule["receive"]
         _gain(memory, rule["receive"], f"collect_{item}")
 
-# %% ../../nbs/expert/08_foresight.ipynb #6d40d525
+# %% ../../nbs/expert/08_foresight.ipynb #9f1477f3
 def _place(memory: Memory, thing: str, tile: int) -> None:
     "Place a thing on a tile, if it is in hand and fits."
-    rule = PLACE[thing]
-    held = all(memory.inventory[item] >= amount for item, amount in rule["uses"].items())
-    if held and memory.materials.get(tile) in rule["where"] and tile not in memory.creatures | memory.plants:
-        _pay(memory, rule["uses"])
+    uses = PLACE[thing]["uses"]
+    if holds(memory, uses) and fits(memory, thing, tile):
+        _pay(memory, uses)
         memory.achievements[f"place_{thing}"] += 1
         if thing == "plant":
             memory.plants[tile] = 0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW', 'MOVES', 'WAYS', 'WALKABLE', 'PASSABLE', 'EVENING', 'DUSK', 'DAWN', 'DAY', 'RIPE', 'square', 'border', 'Tiles',
-           'block', 'Memory', 'remember', 'count_missing', 'can_make', 'strength', 'at_edge', 'materials_nearby',
-           'memory_map']
+           'block', 'Memory', 'remember', 'count_missing', 'holds', 'can_make', 'strength', 'at_edge',
+           'materials_nearby', 'memory_map']
 
 # %% ../../nbs/expert/02_memory.ipynb #9a47573a
 from itertools import product
@@ -154,10 +154,15 @@ def count_missing(memory: Memory, *names: str) -> int:
     "How many of these achievements are still to be made."
     return sum(not memory.achievements[name] for name in names)
 
-# %% ../../nbs/expert/02_memory.ipynb #336846b2
+# %% ../../nbs/expert/02_memory.ipynb #53b3f4de
+def holds(memory: Memory, items: dict[str, int]) -> bool:
+    "Whether these amounts of items are in hand."
+    return all(memory.inventory[item] >= amount for item, amount in items.items())
+
+
 def can_make(memory: Memory, tool: str) -> bool:
     "Whether the materials for a tool are in hand."
-    return all(memory.inventory[item] >= amount for item, amount in MAKE[tool]["uses"].items())
+    return holds(memory, MAKE[tool]["uses"])
 
 # %% ../../nbs/expert/02_memory.ipynb #0b3977e1
 def strength(memory: Memory) -> int:

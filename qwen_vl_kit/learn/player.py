@@ -172,7 +172,7 @@ class SampleMaker:
             samples.metrics["explained_variance"] = self.critic.explained
         return samples
 
-# %% ../../nbs/learn/16_player.ipynb #8e95e174
+# %% ../../nbs/learn/16_player.ipynb #debdc462
 @patch
 def _credit(self: SampleMaker, groups: list[Group], episodes: list[Episode],
             rewards: list[list[float]]) -> list[PlayedTurn]:
@@ -180,8 +180,8 @@ def _credit(self: SampleMaker, groups: list[Group], episodes: list[Episode],
     config, rewards_by_group = self.config, by_group(rewards, groups)
     values = self.critic(episodes, rewards) if self.critic is not None else []
     values_by_group: list[list] = by_group(values, groups) if values else [[]] * len(groups)
-    earned = [GroupRewards(rewards, config.gamma, values, config.gae_lambda)
-              for rewards, values in zip(rewards_by_group, values_by_group)]
+    earned = [GroupRewards(group_rewards, config.gamma, group_values, config.gae_lambda)
+              for group_rewards, group_values in zip(rewards_by_group, values_by_group)]
     by_member = advantages(earned, config.credit)
     played = played_turns(groups, by_member)
     if self.critic is not None and horizon(config.horizon).actions > 1:

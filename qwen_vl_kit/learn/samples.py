@@ -118,35 +118,31 @@ def sample_of(processor, protocol: Protocol, episode: Episode, number: int) -> S
     messages = turns.prompt(protocol, episode.turns[:number], turn.frame, turn.text, urls=False)
     return Sample(processor, messages, turn.decision)
 
-# %% ../../nbs/learn/14_samples.ipynb #5e5ca5c6
-_SEPARATORS = ",;\n"
-
-
+# %% ../../nbs/learn/14_samples.ipynb #15ff652d
 def action_numbers(texts: list[str], actions: int) -> np.ndarray:
     """For each token of a reply, given by its text, the number of the action that it belongs to, from 0: int (tokens,).
 
-    The reason belongs to the first, a separator to the action that it leads to, and what follows the last of `actions`
-    is numbered `actions`.
+    The reason belongs to the first, a separator to the action that it leads to. What comes after the `actions` that
+    were executed is numbered `actions`.
     """
-    reply, number, out = "".join(texts), 0, []
+    reply, end, number, out = "".join(texts), 0, 0, []
     start = max(reply.rfind("->") + 2 if "->" in reply else 0, reply.rfind('"actions"'))
-    end = 0
     for text in texts:
         end += len(text)
-        if end > start and any(sign in text for sign in _SEPARATORS):
-            number += 1
-        is_over = not text.strip() or text.startswith(("<|", "]"))
-        out.append(actions if is_over and number + 1 >= actions else min(number, actions - 1))
+        number += end > start and any(sign in text for sign in turns.SEPARATORS)
+        out.append(min(number, actions))
     return np.array(out)
 
-# %% ../../nbs/learn/14_samples.ipynb #056d2db6
+# %% ../../nbs/learn/14_samples.ipynb #453037f8
 def token_advantages(turn: PlayedTurn, tokenizer) -> np.ndarray:
     "The advantage of each token of a turn's reply, float64 (tokens,)."
     tokens = turn.decision.token_ids or []
-    if turn.spent is None:
+    if turn.spent is None or not turn.decision.valid:
         return np.full(len(tokens), turn.advantage)
-    texts = [tokenizer.decode([token]) for token in tokens]
-    return turn.advantage - turn.spent[action_numbers(texts, len(turn.spent) - 1)]
+    actions = len(turn.spent) - 1
+    numbers = action_numbers([tokenizer.decode([token]) for token in tokens], actions)
+    numbers[np.isin(tokens, tokenizer.all_special_ids)] = actions
+    return turn.advantage - turn.spent[numbers]
 
 # %% ../../nbs/learn/14_samples.ipynb #59ee97e0
 def merge_duplicates(samples: list[Sample], advantages: list[np.ndarray]) -> tuple[list[Sample], list[np.ndarray]]:

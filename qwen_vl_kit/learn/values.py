@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'achievement_features', 'state_features', 'episode_features', 'Critic', 'gae', 'plan_features',
            'spent_advantage']
 
-# %% ../../nbs/learn/12_values.ipynb #8be19ddf
+# %% ../../nbs/learn/12_values.ipynb #fb043fb6
 from collections import deque
 
 import numpy as np
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..config import horizon
 from ..game.description import GAME
 from ..game.world import World
+from .rewards import has_unlocked
 from ..protocol.episodes import Episode, replay, returns_to_go
 
 # %% ../../nbs/learn/12_values.ipynb #22ed4f03
@@ -172,7 +173,7 @@ def spent_advantage(rewards: list[float], before: float, after: np.ndarray) -> n
     values = np.concatenate([[before], after])
     return np.concatenate([[0.0], np.cumsum(np.array(rewards) + np.diff(values))])
 
-# %% ../../nbs/learn/12_values.ipynb #e1e85049
+# %% ../../nbs/learn/12_values.ipynb #fa31365b
 @patch
 def spent(self: Critic, episodes: list[Episode], values: list[np.ndarray]) -> list[list[np.ndarray]]:
     """`spent_advantage` of each turn of each episode. `values` are what the critic returned for these episodes, just
@@ -183,6 +184,6 @@ def spent(self: Critic, episodes: list[Episode], values: list[np.ndarray]) -> li
         for turn, features, value in zip(episode.turns, plan_features(episode), before):
             after = features @ weights
             after[-1] *= not turn.done
-            rows.append(spent_advantage([float(reward > 0.15) for reward in turn.rewards], value, after))
+            rows.append(spent_advantage([float(has_unlocked(reward)) for reward in turn.rewards], value, after))
         out.append(rows)
     return out
