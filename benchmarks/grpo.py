@@ -23,7 +23,8 @@ from .material import LARGE, SMALL, peak_memory, update_flop, use_bf16
 from .race import NotComparable, row
 from .script import Script, scripted_engines
 from .trl_grpo import LORA, Cost, stock_cost, tool_call_words
-from qwen_vl_kit.config import GRPOConfig, horizon
+from qwen_vl_kit.config import GRPOConfig
+from qwen_vl_kit.settings import horizon
 from qwen_vl_kit.core import InputError, read_jsonl
 from qwen_vl_kit.learn.devices import device_name
 from qwen_vl_kit.model import encode

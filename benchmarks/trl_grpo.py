@@ -22,7 +22,8 @@ from PIL import Image
 from .material import as_stock, clock_updates, peak_memory, update_flop, use_bf16
 from .race import NotComparable
 from .script import Script
-from qwen_vl_kit.config import GRPOConfig, horizon
+from qwen_vl_kit.config import GRPOConfig
+from qwen_vl_kit.settings import horizon
 from qwen_vl_kit.game.rules import ACTIONS
 from qwen_vl_kit.learn.devices import on_one_device
 from qwen_vl_kit.model.lora import lora_config

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from commands import QVK, SMALL, one_line, qvk
 
-from qwen_vl_kit.config import STAGES, Stage
+from qwen_vl_kit.config import STAGES
 from qwen_vl_kit.core import root
 from qwen_vl_kit.runner import notebook, run
 from qwen_vl_kit.runner.commands import main
 from qwen_vl_kit.runner.notebook import RunFailed
 from qwen_vl_kit.runner.run import run_all
+from qwen_vl_kit.settings import Stage
 
 pytestmark = pytest.mark.process
 

@@ -14,6 +14,7 @@ from qwen_vl_kit.core import root
 NOTEBOOKS = root() / "nbs"
 FLOORS = [
     "core",
+    "settings",
     "config",
     "process",
     "game",

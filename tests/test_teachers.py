@@ -526,8 +526,8 @@ OPENAI_HEADERS='{{"X-Team": "secret-team"}}'
 
 
 def test_the_seeds_line_obeys_max_turns():
-    from qwen_vl_kit.config import horizon
     from qwen_vl_kit.runner.configs import load_config
+    from qwen_vl_kit.settings import horizon
     assert horizon(load_config(EVAL, "collect").horizon).turns == 50
 
 

@@ -13,7 +13,8 @@ __all__ = ['LANGUAGE_LAYERS', 'Rule', 'rule', 'confirm', 'max_turns', 'max_llm_c
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config import _toml, horizon
+from ..config import _toml
+from ..settings import horizon
 from ..core import InputError
 
 # %% ../../nbs/foreign/01_rules.ipynb #7d5f5120

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..config import Protocol, horizon
+from ..config import Protocol
+from ..settings import horizon
 from ..core import InputError, dumps, resolve
 from ..game.images import png_size
 from ..model import encode, packing

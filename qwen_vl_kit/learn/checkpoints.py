@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..config import seeds_appended
+from ..settings import seeds_appended
 from ..core import InputError, TrainingStopped, atomic, dumps, read_json, write_json
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #d98a78c4

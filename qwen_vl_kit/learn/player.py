@@ -17,7 +17,8 @@ from threading import Event
 import numpy as np
 from fastcore.basics import patch
 
-from ..config import GRPOConfig, horizon
+from ..config import GRPOConfig
+from ..settings import horizon
 from ..core import InputError, TrainingStopped, parse_seeds
 from ..engine.base import EngineDied, Sampling
 from ..game.description import GAME

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastcore.basics import patch
 
-from ..config import horizon
+from ..settings import horizon
 from ..game.description import GAME
 from ..game.world import World
 from .rewards import has_unlocked

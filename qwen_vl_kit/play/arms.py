@@ -17,7 +17,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..config import BenchmarkConfig, Protocol, SettledArm
-from ..config import horizon as horizon_of
+from ..settings import horizon as horizon_of
 from ..core import InputError, adapter_folder, digest
 from ..engine import factory
 from ..engine.access import read_access

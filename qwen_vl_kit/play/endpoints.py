@@ -9,7 +9,8 @@ __all__ = ['PAID_AGAIN', 'Asked', 'make_meter', 'make_engine', 'endpoint_policy'
 import typing
 from pathlib import Path
 
-from ..config import Protocol, horizon
+from ..config import Protocol
+from ..settings import horizon
 from ..core import OverBudget
 from ..engine.base import Sampling
 from ..engine.server import ServerEngine

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from fastcore.basics import patch
 
-from ..config import Protocol, horizon
+from ..config import Protocol
+from ..settings import horizon
 from ..core import InputError, OverBudget, notify
 from ..engine.base import EngineDied, Request, Sampling, card_of
 from ..engine.refusals import CallFailed, QuotaExceeded

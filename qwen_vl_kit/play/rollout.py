@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import Protocol, horizon
+from ..config import Protocol
+from ..settings import horizon
 from ..core import StageError, progress
 from ..game.description import GAME
 from ..game.world import World

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import config
 from ..game.description import GAME
 from ..game.world import World
+from ..settings import horizon
 
 # %% ../../nbs/protocol/02_episodes.ipynb #5f922562
 @dataclass
@@ -106,7 +106,7 @@ class Episode:
 # %% ../../nbs/protocol/02_episodes.ipynb #e657770c
 def replay(episode: Episode) -> Iterator[World]:
     "The world as it stood before each turn of an episode. It is one object: read it before the next turn."
-    world = GAME.world(18, config.horizon(episode.horizon).steps)
+    world = GAME.world(18, horizon(episode.horizon).steps)
     world.reset(episode.seed)
     for turn in episode.turns:
         yield world

@@ -15,7 +15,8 @@ from itertools import chain
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..config import Protocol, horizon
+from ..config import Protocol
+from ..settings import horizon
 from ..core import InputError, clean_text, digest
 from ..game.description import GAME
 from ..game.images import png

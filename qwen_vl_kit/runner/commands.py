@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import qwen_vl_kit
-from ..config import STAGES, horizon, to_toml
+from ..config import STAGES, to_toml
+from ..settings import horizon
 from ..core import (MANIFEST, WORK, InputError, as_input_error, display_path, notify, parse_seeds, resolve,
                               site)
 from . import new, synth

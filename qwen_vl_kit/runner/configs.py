@@ -9,7 +9,8 @@ __all__ = ['read_toml', 'stage_of', 'parse_set', 'config_file', 'load_config']
 import tomllib
 from pathlib import Path
 
-from ..config import STAGES, TABLES, Stage, _toml, key_hint, validate
+from ..config import STAGES, TABLES, _toml, key_hint, validate
+from ..settings import Stage
 from ..core import InputError, nearest, read_text, resolve
 from ..foreign.tomls import translate
 

@@ -16,7 +16,8 @@ import threading
 from pathlib import Path
 
 import qwen_vl_kit
-from ..config import STAGES, Stage, validate
+from ..config import STAGES, validate
+from ..settings import Stage
 from ..core import (InputError, Result, StageError, as_input_error, atomic, display_path, read_json, resolve,
                               root, site, stage_folder, write_json)
 

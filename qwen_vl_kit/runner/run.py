@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from ..config import STAGES, BenchmarkConfig, GRPOConfig, Protocol, SFTConfig, Stage, Training
+from ..config import STAGES, BenchmarkConfig, GRPOConfig, Protocol, SFTConfig, Training
+from ..settings import Stage
 from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, read_json,
                               reporting_os_errors, resolve, site)
 from . import notebook

@@ -9,7 +9,7 @@ __all__ = ['FILES', 'OPTIONS', 'adapter_name', 'synth_out', 'run_eval', 'run_fil
 import re
 from pathlib import Path
 
-from ..config import Stage
+from ..settings import Stage
 from ..core import InputError, parse_seeds, resolve, root
 from .arguments import resolve_cli_path, resolve_model, resolve_new_path
 from .configs import config_file, load_config, read_toml, stage_of

@@ -15,7 +15,7 @@ import shutil
 from enum import StrEnum
 from pathlib import Path
 
-from ..config import Stage
+from ..settings import Stage
 from ..core import (MANIFEST, WORK, InputError, display_path, missing_parents, read_json, remove_empty,
                               reporting_os_errors, write_json)
 

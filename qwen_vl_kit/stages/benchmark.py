@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import BenchmarkConfig
-from ..config import horizon as horizon_of
+from ..settings import horizon as horizon_of
 from ..core import (InputError, OverBudget, Result, StageError, append_jsonl, as_input_error, atomic, notify,
                               one_line, parse_seeds, read_json, resolve, stage_folder)
 from ..game.description import GAME

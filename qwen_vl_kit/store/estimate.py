@@ -11,7 +11,8 @@ import math
 import re
 from typing import Any
 
-from ..config import BenchmarkConfig, CollectConfig, GRPOConfig, Protocol, SettledArm, Stage, horizon
+from ..config import BenchmarkConfig, CollectConfig, GRPOConfig, Protocol, SettledArm
+from ..settings import Stage, horizon
 from ..core import InputError, parse_seeds
 from ..protocol.turns import system
 from .meter import image_bound

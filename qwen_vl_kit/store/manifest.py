@@ -16,7 +16,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..config import Stage, hashed_fields
+from ..config import hashed_fields
+from ..settings import Stage
 from ..core import MANIFEST, WORK, InputError, Result, digest, read_json, resolve, stage_folder, write_json
 from .ledger import Ledger
 from .provenance import provenance

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from ..config import BenchmarkConfig, Stage
+from ..config import BenchmarkConfig
+from ..settings import Stage
 from ..core import InputError, nearest, read_json, read_text, resolve, site
 
 # %% ../../nbs/store/04_prices.ipynb #4ea0ae8b
