@@ -40,8 +40,10 @@ def system(protocol: Protocol) -> str:
         return "play crafter"
     sees = {"image": "You see the game's screen", "text": "You are told your state in words",
             "both": "You see the game's screen and are told your state in words"}[protocol.observe]
-    goal = (f"{GAME.goal} {sees}. You stand in the middle; the lower rows show your vitals and inventory. Unlock as "
-            f"many of the {len(GAME.achievements)} achievements as you can, each counts once.")
+    if protocol.observe != "text":
+        sees += ". You stand in the middle; the lower rows show your vitals and inventory"
+    goal = (f"{GAME.goal} {sees}. Unlock as many of the {len(GAME.achievements)} achievements as you can, each counts "
+            "once.")
     return "\n\n".join([goal, GAME.rules, "Actions: " + ", ".join(GAME.actions), _form(protocol)])
 
 # %% ../../nbs/protocol/01_turns.ipynb #9eaa26ad
