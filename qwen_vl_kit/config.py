@@ -19,8 +19,8 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from .core import InputError, adapter_folder, nearest, read_json
-from .settings import (EngineName, HorizonName, MaybeHorizon, MaybeSeeds, Seeds, Stage, Time, any_value,
-                                  as_many, each_once, horizon, seeds_added, seeds_appended)
+from .settings import (EngineName, EnvPrefix, HorizonName, MaybeHorizon, MaybeSeeds, Seeds, Stage, Time,
+                                  any_value, as_many, each_once, horizon, seeds_added, seeds_appended)
 
 # %% ../nbs/02_config.ipynb #b0f99e52
 class Protocol(Stage):
@@ -77,7 +77,9 @@ class CollectConfig(Protocol):
     temperature: float = Field(0.6, ge=0)
     max_new_tokens: int = Field(64, ge=1)
     seed: int = Field(0, ge=0)
-    detail: Literal["low", "high", "auto"] = "low"  # of images; from here on for engine = "server"
+    # from here on for engine = "server": what the environment variables of its address and key begin with
+    env_prefix: EnvPrefix = "OPENAI"
+    detail: Literal["low", "high", "auto"] = "low"  # of images
     max_reprompts: int = Field(1, ge=0, le=20)  # after a reply without a usable action
     retries: int = Field(6, ge=0, le=100)  # of a call that failed in a way that may pass
     call_seconds: float = Field(60.0, gt=0)  # a call may take
@@ -89,7 +91,7 @@ class CollectConfig(Protocol):
 
     paths: ClassVar[frozenset[str]] = frozenset({"model", "student"})
     unhashed: ClassVar[frozenset[str]] = frozenset(
-        {"concurrency", "retries", "call_seconds", "episode_seconds", "budget_usd", "budget_calls"})
+        {"concurrency", "env_prefix", "retries", "call_seconds", "episode_seconds", "budget_usd", "budget_calls"})
     extendable: ClassVar[Mapping[str, Callable]] = {"seeds": seeds_added}
 
 # %% ../nbs/02_config.ipynb #1328f877
@@ -305,7 +307,9 @@ class ArmConfig(Stage):
     temperature: float | None = Field(None, ge=0)
     max_new_tokens: int | None = Field(None, ge=1)
     concurrency: int | None = Field(None, ge=1, le=4096)
-    detail: Literal["low", "high", "auto"] = "low"  # of images; from here on for engine = "server"
+    # from here on for engine = "server": what the environment variables of its address and key begin with
+    env_prefix: EnvPrefix = "OPENAI"
+    detail: Literal["low", "high", "auto"] = "low"  # of images
     max_reprompts: int = Field(0, ge=0, le=20)  # after a reply without a usable action; 0 as for models played here
     retries: int = Field(6, ge=0, le=100)  # of a call that failed in a way that may pass
     call_seconds: float = Field(60.0, gt=0)  # a call may take
@@ -315,7 +319,7 @@ class ArmConfig(Stage):
 
     paths: ClassVar[frozenset[str]] = frozenset({"model", "adapter"})
     unhashed: ClassVar[frozenset[str]] = frozenset(
-        {"concurrency", "retries", "call_seconds", "episode_seconds", "budget_usd", "budget_calls"})
+        {"concurrency", "env_prefix", "retries", "call_seconds", "episode_seconds", "budget_usd", "budget_calls"})
 
 # %% ../nbs/02_config.ipynb #632333ae
 def _arm_name(name: str) -> str:

@@ -74,6 +74,7 @@ WRITTEN = {
     "[arm.sft]\nadaptor = 'x'": "unknown key 'arm.sft.adaptor' for benchmark; did you mean 'adapter'?",
     "[arm.sft]\ntemperature = 'hot'": "key 'arm.sft.temperature': input should be a valid number",
     "[arm.expert]\nmodel = 'tiny'": 'policy = "expert" plays no model',
+    "[arm.a]\nmodel = 'm'\nenv_prefix = 'sk-12'": "key 'arm.a.env_prefix': write what stands before _API_KEY",
     "[arm]\nmodel = 'tiny'": "key 'arm.model': input should be a valid dictionary",
     "horizons = ['t50', '50']": "unknown horizon '50'",
     "horizons = ['t50', 't50']": "key 'horizons': names something twice",
@@ -177,6 +178,38 @@ def test_two_arms_behind_one_endpoint_have_budgets_of_their_own(tmp_path, at):
     assert list(result.numbers["failed_arms"]) == ["one"] and list(table(tmp_path)) == [("two", "s3")]
     assert {(body["model"], body["max_tokens"]) for body in endpoint.bodies} == {("gpt-4o-mini", 8), ("gpt-4o", 5)}
     assert result.numbers["calls_of_arms"]["two"]["calls"] == SEEDS * 3 + 1
+
+
+def test_two_arms_at_two_endpoints_send_each_key_to_its_own(tmp_path, at, monkeypatch):
+    arms = {"one": TEACHER, "two": TEACHER | {"env_prefix": "OWN"}}
+    with Endpoint() as openai, Endpoint() as own:
+        at(openai.url)
+        for name, value in (("OPENAI_API_KEY", "sk-openai-1"), ("OWN_BASE_URL", own.url), ("OWN_API_KEY", "sk-own-2")):
+            monkeypatch.setenv(name, value)
+        benchmark.run(config(["one", "two"], **arms), tmp_path)
+    keys = [{headers["Authorization"] for headers in endpoint.headers} for endpoint in (openai, own)]
+    assert keys == [{"Bearer sk-openai-1"}, {"Bearer sk-own-2"}]
+    assert len(openai.bodies) == len(own.bodies) == SEEDS * 3 + 1
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(key in blob for blob in files for key in (b"sk-openai-1", b"sk-own-2"))
+
+
+def test_an_endpoint_that_moves_to_other_variables_is_the_same_arm(tmp_path, at, monkeypatch):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        benchmark.run(config(["teacher"], teacher=TEACHER), tmp_path)
+        monkeypatch.setenv("OWN_BASE_URL", endpoint.url)
+        benchmark.run(config(["teacher"], teacher=TEACHER | {"env_prefix": "OWN"}), tmp_path)
+    assert len(endpoint.bodies) == SEEDS * 3 + 1
+
+
+def test_a_prefix_without_an_address_is_refused_and_no_key_goes_elsewhere(tmp_path, at, monkeypatch):
+    monkeypatch.setenv("OWN_API_KEY", "sk-own-2")
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        with pytest.raises(InputError, match="arm two: no address for model 'gpt-4o-mini'; set OWN_BASE_URL"):
+            benchmark.run(config(["one", "two"], one=TEACHER, two=TEACHER | {"env_prefix": "OWN"}), tmp_path / "out")
+    assert endpoint.bodies == [] and not (tmp_path / "out").exists()
 
 
 def test_an_arm_that_was_paid_is_not_played_again_as_another(tmp_path, at):

@@ -85,38 +85,47 @@ class Access:
     api_key: str = field(repr=False)
     base_url: str | None = field(default=None, repr=False)  # None: OpenAI's
     headers: dict[str, str] = field(default_factory=dict, repr=False)  # further ones
+    env_prefix: str = field(default="OPENAI", repr=False)  # of the variables that it was read from
 
 # %% ../../nbs/engine/07_access.ipynb #018700b3
-def read_access(model: str) -> Access:
+def _variable(env_prefix: str, name: str) -> str:
+    return os.environ.get(f"{env_prefix}_{name}", "").strip()
+
+
+def read_access(model: str, env_prefix: str = "OPENAI") -> Access:
     """The access to an endpoint, from the environment; `model` is only named in errors.
 
     OPENAI_API_KEY, OPENAI_BASE_URL (empty: OpenAI's own; a query stays behind the path, a user and password are sent
-    as HTTP Basic), OPENAI_HEADERS (a JSON object of further headers), OPENAI_ORG_ID and OPENAI_PROJECT_ID. A server of
-    one's own may do without a key. Raises `InputError` if the key is missing, or if one of them, or the proxy, cannot
-    be used.
+    as HTTP Basic), OPENAI_HEADERS (a JSON object of further headers), OPENAI_ORG_ID and OPENAI_PROJECT_ID; with another
+    `env_prefix`, the variables that begin with that one, and the address has to be among them. A server of one's own
+    may do without a key. Raises `InputError` if address or key is missing, or if one of them, or the proxy, cannot be
+    used.
     """
-    base_url = os.environ.get("OPENAI_BASE_URL", "").strip()
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    base_url = _variable(env_prefix, "BASE_URL")
+    key = _variable(env_prefix, "API_KEY")
+    if not base_url and env_prefix != "OPENAI":
+        fix = f"set {env_prefix}_BASE_URL in the environment or in the --env-file; a key goes to its own address alone"
+        raise InputError(f"no address for model {model!r}", fix=fix)
     if not key and not base_url:
         fix = "set OPENAI_API_KEY in the environment or in the --env-file " \
               "(or OPENAI_BASE_URL, for a server of your own)"
         raise InputError(f"no key for model {model!r}", fix=fix)
     if base_url and not is_url(base_url):
-        raise InputError("is not a URL", "OPENAI_BASE_URL", "write it like http://127.0.0.1:8000/v1")
+        raise InputError("is not a URL", f"{env_prefix}_BASE_URL", "write it like http://127.0.0.1:8000/v1")
     if key and "@" in urlsplit(base_url).netloc:
-        what = "has a user's name, and OPENAI_API_KEY is set, too; only one of them can be sent"
-        raise InputError(what, "OPENAI_BASE_URL", "leave one out")
+        what = f"has a user's name, and {env_prefix}_API_KEY is set, too; only one of them can be sent"
+        raise InputError(what, f"{env_prefix}_BASE_URL", "leave one out")
     proxy_for(base_url or OPENAI)
-    headers = further_headers(os.environ.get("OPENAI_HEADERS", "").strip(), key)
-    return Access(key or "none", base_url or None, headers)
+    headers = further_headers(_variable(env_prefix, "HEADERS"), key, env_prefix)
+    return Access(key or "none", base_url or None, headers, env_prefix)
 
 # %% ../../nbs/engine/07_access.ipynb #76590b17
 HEADER_NAME = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110, section 5.6.2
 SET_BY_CLIENT = ("host", "content-length", "transfer-encoding", "connection")
 
 
-def further_headers(text: str, key: str) -> dict[str, str]:
-    """The headers of OPENAI_HEADERS, OPENAI_ORG_ID and OPENAI_PROJECT_ID.
+def further_headers(text: str, key: str, env_prefix: str = "OPENAI") -> dict[str, str]:
+    """The headers of OPENAI_HEADERS (`text`), OPENAI_ORG_ID and OPENAI_PROJECT_ID, or of another `env_prefix`.
 
     Raises `InputError` unless they and the key can be sent.
     """
@@ -126,13 +135,13 @@ def further_headers(text: str, key: str) -> dict[str, str]:
     except (ValueError, RecursionError):
         headers = None
     if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
-        raise InputError("must be a JSON object of strings", "OPENAI_HEADERS", example)
-    for name, variable in (("OpenAI-Organization", "OPENAI_ORG_ID"), ("OpenAI-Project", "OPENAI_PROJECT_ID")):
-        if os.environ.get(variable, "").strip():
-            headers.setdefault(name, os.environ[variable])
+        raise InputError("must be a JSON object of strings", f"{env_prefix}_HEADERS", example)
+    for name, variable in (("OpenAI-Organization", "ORG_ID"), ("OpenAI-Project", "PROJECT_ID")):
+        if value := _variable(env_prefix, variable):
+            headers.setdefault(name, value)
     if any(not re.fullmatch(HEADER_NAME, name) or name.lower() in SET_BY_CLIENT for name in headers):
-        raise InputError("names a header that cannot be sent", "OPENAI_HEADERS", example)
-    for name, value in {"OPENAI_API_KEY": key, **headers}.items():
+        raise InputError("names a header that cannot be sent", f"{env_prefix}_HEADERS", example)
+    for name, value in {f"{env_prefix}_API_KEY": key, **headers}.items():
         if not re.fullmatch(r"[\x20-\x7e]*", value):
             raise InputError("has a character that no header can carry", name, "copy it again")
     return {name: value.strip() for name, value in headers.items()}

@@ -60,9 +60,9 @@ def refusal_error(refusal: Refusal, model: str, endpoint: Endpoint, longest_wait
     "The exception for a refusal that no other parameters would change."
     meaning = meaning_of(refusal, longest_wait)
     if meaning is Meaning.STOP:
-        fix = "check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name"
+        fix = f"check {endpoint.env_prefix}_API_KEY, {endpoint.env_prefix}_BASE_URL and the model's name"
         if refusal.status in (404, 405) and not urlsplit(endpoint.base).path.rstrip("/").endswith("/v1"):
-            fix = "check OPENAI_BASE_URL: most addresses end in /v1, does this one?"
+            fix = f"check {endpoint.env_prefix}_BASE_URL: most addresses end in /v1, does this one?"
         return InputError(f"the endpoint refuses model {model!r} ({refusal})", endpoint.origin, fix)
     if meaning is Meaning.LOSE:
         return CallFailed(str(refusal))
@@ -96,7 +96,8 @@ class Route:
             self.url, self.moves = target, self.moves + 1
             return ParameterRejected(f"{answer.status}: moved")
         what = f"a redirect ({answer.status}) to {self.endpoint.clean(where) or 'nowhere'} is not followed"
-        return InputError(what, self.endpoint.origin, "name the address itself in OPENAI_BASE_URL")
+        fix = f"name the address itself in {self.endpoint.env_prefix}_BASE_URL"
+        return InputError(what, self.endpoint.origin, fix)
 
 # %% ../../nbs/engine/11_client.ipynb #0d57d7d2
 class Completion(typing.NamedTuple):

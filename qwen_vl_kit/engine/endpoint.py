@@ -64,11 +64,11 @@ def tls_error(error: BaseException) -> ssl.SSLError | None:
     return cause
 
 # %% ../../nbs/engine/10_endpoint.ipynb #3838e74a
-def unreachable(error: BaseException, base: str, proxy_name: str, proxy: str) -> InputError:
+def unreachable(error: BaseException, base: str, proxy_name: str, proxy: str, env_prefix: str = "OPENAI") -> InputError:
     "The `InputError` for an endpoint at `base` with which there has never been a connection."
     tls = tls_error(error)
     if isinstance(tls, ssl.SSLCertVerificationError):
-        fix = "check OPENAI_BASE_URL, or name the certificate of your own authority in SSL_CERT_FILE"
+        fix = f"check {env_prefix}_BASE_URL, or name the certificate of your own authority in SSL_CERT_FILE"
         return InputError(f"its TLS certificate is not accepted ({tls.verify_message})", origin(base), fix)
     if tls:
         fix = "the address of a server without TLS begins with http://"
@@ -76,7 +76,7 @@ def unreachable(error: BaseException, base: str, proxy_name: str, proxy: str) ->
     if proxy:
         fix = f"check it, or name {urlsplit(base).hostname} in NO_PROXY"
         return InputError(f"the proxy {origin(proxy)} does not answer, or lets nothing through", proxy_name, fix)
-    return InputError("no server answers there", origin(base), "check OPENAI_BASE_URL, and that the server runs")
+    return InputError("no server answers there", origin(base), f"check {env_prefix}_BASE_URL, and that the server runs")
 
 # %% ../../nbs/engine/10_endpoint.ipynb #9e1154bb
 async def answers_tls(url: str) -> bool:
@@ -106,7 +106,7 @@ class Endpoint:
     "Where requests go, by an `Access`. `reached` is whether it has ever answered."
 
     def __init__(self, access: Access):
-        self.base, self.reached = access.base_url or OPENAI, False
+        self.base, self.env_prefix, self.reached = access.base_url or OPENAI, access.env_prefix, False
         self.proxy_name, self.proxy = proxy_for(self.base)
         self.origin, self.headers = origin(self.base), request_headers(access)
         self.secrets = secret_texts(access)
@@ -139,6 +139,6 @@ class Endpoint:
         except httpx2.HTTPError as error:
             unsent = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError))
             if unsent and not self.reached:
-                raise unreachable(error, self.base, self.proxy_name, self.proxy) from None
+                raise unreachable(error, self.base, self.proxy_name, self.proxy, self.env_prefix) from None
             broken, billed = f"the connection broke ({type(error).__name__})", self.reached and not unsent
             raise TransientError(broken, billed=billed) from None

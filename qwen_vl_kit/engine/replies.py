@@ -177,7 +177,7 @@ def describe_text(text: str) -> str:
     beginning = excerpt(text).strip()[:60]
     if not beginning:
         return "empty"
-    hint = "; OPENAI_BASE_URL should be the address of its API, which mostly ends in /v1"
+    hint = "; the base URL should be the address of its API, which mostly ends in /v1"
     return f"not JSON, it begins with {beginning!r}" + (hint if beginning.startswith("<") else "")
 
 # %% ../../nbs/engine/09_replies.ipynb #0891be8a

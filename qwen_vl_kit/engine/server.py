@@ -283,10 +283,12 @@ class ServerEngine:
         at: OwnServer | None = None,  # else the environment says where the endpoint is
         longest_wait: float = 600.0,  # seconds; `QuotaExceeded` is raised if the endpoint asks for more
         end_ids: tuple[int, ...] = (),  # of the model, for RL: replies end as they do here
+        env_prefix: str = "OPENAI",  # of the environment variables that say where the endpoint is
     ):
         self.model, self.concurrency, self.processor = model, concurrency, processor
         self.meter = meter or Unmetered()
-        access, ends = at.access if at else read_access(model), None if processor is None else end_ids
+        access = at.access if at else read_access(model, env_prefix)
+        ends = None if processor is None else end_ids
         self.client = ChatClient(model, access, detail, seconds, longest_wait, ends, at)
         self.endpoint, self.parameter_aliases = self.client.endpoint, self.client.aliases
         self.caller = Caller(self.client, concurrency, retries, self.meter)

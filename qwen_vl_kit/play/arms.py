@@ -136,7 +136,7 @@ def check_arm(arm: Arm, base_of=known_base) -> Arm:
         return arm
     check_engine(settings.engine)
     if arm.calls:
-        read_access(settings.model)
+        read_access(settings.model, settings.env_prefix)
         if settings.budget_usd:
             require_prices(settings.model, prices())
     else:

@@ -27,6 +27,7 @@ class Asked(typing.Protocol):
     concurrency: int
     temperature: float
     max_new_tokens: int
+    env_prefix: str
     detail: typing.Any
     max_reprompts: int
     retries: int
@@ -45,7 +46,7 @@ def make_meter(asked: Asked, render_size: int, journal: Path) -> Meter:
 def make_engine(asked: Asked, meter: Meter | None) -> ServerEngine:
     "The engine that calls the endpoint. Raises `InputError` when the environment does not say where it is."
     return ServerEngine(asked.model, asked.concurrency, asked.detail, asked.retries, asked.call_seconds, meter,
-                        longest_wait=min(600.0, asked.episode_seconds))
+                        longest_wait=min(600.0, asked.episode_seconds), env_prefix=asked.env_prefix)
 
 # %% ../../nbs/play/03_endpoints.ipynb #93956eab
 def endpoint_policy(engine: ServerEngine, asked: Asked, protocol: Protocol, name: str, seed: int = 0,

@@ -13,8 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..config import STAGES, BenchmarkConfig, GRPOConfig, Protocol, SFTConfig, Training
-from ..settings import Stage
+from ..config import STAGES, BenchmarkConfig, CollectConfig, GRPOConfig, Protocol, SFTConfig, Training
 from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, read_json,
                               reporting_os_errors, resolve, site)
 from . import notebook
@@ -22,6 +21,7 @@ from .configs import load_config
 from .notebook import RunFailed
 from .workspace import (KEEPS_EPISODES, RESUMED, State, claim, conflict_hint, discard, failed_arms,
                                           has_succeeded, prepare, publish, settle, state, unfinished_config)
+from ..settings import Stage
 
 # %% ../../nbs/runner/03_run.ipynb #b9d45d8c
 SOURCES = {"export": {"traces": "collect"}, "sft": {"train": "export", "val": "export"}, "grpo": {"adapter": "sft"}}
@@ -52,15 +52,15 @@ def check_sources(stage: str, settings: Stage, out: Path) -> None:
             raise InputError(f"is unfinished, and {stage} reads it", display_path(folder), f"run {writer} again first")
 
 # %% ../../nbs/runner/03_run.ipynb #5cf373e3
-def asked_models(settings: Stage) -> list[str]:
-    "The models that a stage will call at an endpoint."
+def asked_models(settings: Stage) -> list[tuple[str, str]]:
+    "The models that a stage will call at an endpoint, each with what the endpoint's environment variables begin with."
     models = []
     if isinstance(settings, BenchmarkConfig):
-        models += [arm.model for arm in settings.model_arms("server").values()]
-    elif getattr(settings, "engine", "") == "server" and getattr(settings, "teacher", "model") == "model":
-        models.append(settings.model)
+        models += [(arm.model, arm.env_prefix) for arm in settings.model_arms("server").values()]
+    elif isinstance(settings, CollectConfig) and settings.engine == "server" and settings.teacher == "model":
+        models.append((settings.model, settings.env_prefix))
     if getattr(settings, "judge", "") == "remote":
-        models.append(settings.judge_model)
+        models.append((settings.judge_model, "OPENAI"))
     return models
 
 # %% ../../nbs/runner/03_run.ipynb #802f65cc
@@ -71,10 +71,11 @@ def check_access(settings: Stage) -> None:
     from qwen_vl_kit.engine.access import read_access
     from qwen_vl_kit.store.prices import check_prices, book_name, prices
 
-    read_access(models[0])
+    for model, env_prefix in models:
+        read_access(model, env_prefix)
     check_prices(settings)
     book = prices()
-    for model in dict.fromkeys(models):
+    for model in dict.fromkeys(model for model, _ in models):
         if book_name(model, book) is None:
             notify(f"no price for '{model}': its tokens are counted, its dollars are not; "
                    "configs/README.md says how to add one")
@@ -345,8 +346,8 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     notices(*(loaded[stage] for stage in stages[done:]))  # what follows on the first to run may have to run again
     for settings in [loaded[stage] for stage in stages[done:]]:
         check_prices(settings)
-        for model in asked_models(settings)[:1]:
-            read_access(model)
+        for model, env_prefix in asked_models(settings):
+            read_access(model, env_prefix)
         if isinstance(settings, BenchmarkConfig):
             check_late_arms(settings, run)
     renew, incomplete = False, None
