@@ -24,7 +24,6 @@ from .race import NotComparable, row
 from .script import Script, scripted_engines
 from .trl_grpo import LORA, Cost, stock_cost, tool_call_words
 from qwen_vl_kit.config import GRPOConfig
-from qwen_vl_kit.settings import horizon
 from qwen_vl_kit.core import InputError, read_jsonl
 from qwen_vl_kit.learn.devices import device_name
 from qwen_vl_kit.model import encode
@@ -34,6 +33,7 @@ from qwen_vl_kit.model.patches import patchify
 from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.protocol import turns
 from qwen_vl_kit.protocol.turns import prompt_hash
+from qwen_vl_kit.settings import horizon
 from qwen_vl_kit.stages import grpo
 from qwen_vl_kit.store import estimate
 

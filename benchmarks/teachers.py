@@ -16,9 +16,9 @@ from openai import AsyncOpenAI
 from .endpoint import endpoint, request_interval
 from .race import race, race_row
 from qwen_vl_kit.config import CollectConfig, Protocol
-from qwen_vl_kit.settings import horizon
 from qwen_vl_kit.game.world import World
 from qwen_vl_kit.protocol import turns
+from qwen_vl_kit.settings import horizon
 from qwen_vl_kit.stages import collect
 
 # %% ../nbs/perf/teachers.ipynb #faa534d8

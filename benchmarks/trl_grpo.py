@@ -23,7 +23,6 @@ from .material import as_stock, clock_updates, peak_memory, update_flop, use_bf1
 from .race import NotComparable
 from .script import Script
 from qwen_vl_kit.config import GRPOConfig
-from qwen_vl_kit.settings import horizon
 from qwen_vl_kit.game.rules import ACTIONS
 from qwen_vl_kit.learn.devices import on_one_device
 from qwen_vl_kit.model.lora import lora_config
@@ -31,6 +30,7 @@ from qwen_vl_kit.model.loading import load_model
 from qwen_vl_kit.model.processor import chat_template
 from qwen_vl_kit.model.tiny import PROMPT_WORDS, tiny_tokenizer
 from qwen_vl_kit.protocol import turns
+from qwen_vl_kit.settings import horizon
 
 # %% ../nbs/perf/trl_grpo.ipynb #b0f3c0aa
 class Cost(NamedTuple):

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import _toml
-from ..settings import horizon
 from ..core import InputError
+from ..settings import horizon
 
 # %% ../../nbs/foreign/01_rules.ipynb #7d5f5120
 @dataclass(frozen=True)

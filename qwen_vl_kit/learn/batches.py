@@ -14,12 +14,12 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..config import Protocol
-from ..settings import horizon
 from ..core import InputError, dumps, resolve
 from ..game.images import png_size
 from ..model import encode, packing
 from ..model.encode import EncodedTurn
 from ..protocol.turns import parse, prompt_hash
+from ..settings import horizon
 from ..store.rows import numbered_rows
 
 # %% ../../nbs/learn/06_batches.ipynb #882611a2

@@ -14,8 +14,8 @@ import re
 import shutil
 from pathlib import Path
 
-from ..settings import seeds_appended
 from ..core import InputError, TrainingStopped, atomic, dumps, read_json, write_json
+from ..settings import seeds_appended
 
 # %% ../../nbs/learn/04_checkpoints.ipynb #d98a78c4
 def updates_of(checkpoint: Path | None) -> int:

@@ -18,7 +18,6 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..config import GRPOConfig
-from ..settings import horizon
 from ..core import InputError, TrainingStopped, parse_seeds
 from ..engine.base import EngineDied, Sampling
 from ..game.description import GAME
@@ -34,6 +33,7 @@ from ..model.vision import VisionFeatureCache
 from ..play.policies import EnginePolicy
 from ..play.rollout import rollout
 from ..protocol.episodes import Episode
+from ..settings import horizon
 from ..store.traces import Store, load_episodes
 
 # %% ../../nbs/learn/16_player.ipynb #ab414434

@@ -13,11 +13,11 @@ import numpy as np
 
 from fastcore.basics import patch
 
-from ..settings import horizon
 from ..game.description import GAME
 from ..game.world import World
 from .rewards import has_unlocked
 from ..protocol.episodes import Episode, replay, returns_to_go
+from ..settings import horizon
 
 # %% ../../nbs/learn/12_values.ipynb #22ed4f03
 KINDS = ("void", "player", "grass", "sand", "path", "tree", "water", "lava", "stone", "coal", "iron", "diamond",

@@ -17,7 +17,6 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..config import BenchmarkConfig, Protocol, SettledArm
-from ..settings import horizon as horizon_of
 from ..core import InputError, adapter_folder, digest
 from ..engine import factory
 from ..engine.access import read_access
@@ -33,6 +32,7 @@ from .endpoints import endpoint_policy, make_engine, make_meter
 from .policies import (AtHorizon, EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy,
                                        trained_protocol)
 from ..protocol.turns import prompt_hash
+from ..settings import horizon as horizon_of
 from ..store.meter import Meter
 from ..store.prices import prices, require_prices
 

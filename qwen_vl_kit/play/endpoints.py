@@ -10,13 +10,13 @@ import typing
 from pathlib import Path
 
 from ..config import Protocol
-from ..settings import horizon
 from ..core import OverBudget
 from ..engine.base import Sampling
 from ..engine.server import ServerEngine
 from ..game.description import GAME
 from .policies import ServerPolicy, Situation
 from ..protocol.episodes import Episode
+from ..settings import horizon
 from ..store.meter import Meter, image_bound
 
 # %% ../../nbs/play/03_endpoints.ipynb #e4a915a8

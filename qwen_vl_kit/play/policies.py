@@ -20,7 +20,6 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..config import Protocol
-from ..settings import horizon
 from ..core import InputError, OverBudget, notify
 from ..engine.base import EngineDied, Request, Sampling, card_of
 from ..engine.refusals import CallFailed, QuotaExceeded
@@ -32,6 +31,7 @@ from ..model.cards import read_card
 from ..protocol.episodes import Decision, Episode
 from ..protocol.turns import (Reply, answer, check_images, check_prompt, differences, parse, prompt,
                                         prompt_hash, tools)
+from ..settings import horizon
 
 # %% ../../nbs/play/01_policies.ipynb #ecab8432
 @dataclass

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import Protocol
-from ..settings import horizon
 from ..core import StageError, progress
 from ..game.description import GAME
 from ..game.world import World
 from .policies import Batched, Situation, check_policy
 from ..protocol.episodes import Decision, Episode, Turn
+from ..settings import horizon
 
 # %% ../../nbs/play/02_rollout.ipynb #2de9609b
 NOISE = ("move_left", "move_right", "move_up", "move_down", "do", "sleep")

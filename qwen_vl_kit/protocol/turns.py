@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..config import Protocol
-from ..settings import horizon
 from ..core import InputError, clean_text, digest
 from ..game.description import GAME
 from ..game.images import png
+from ..settings import horizon
 
 # %% ../../nbs/protocol/01_turns.ipynb #75c71269
 def _form(protocol: Protocol) -> str:

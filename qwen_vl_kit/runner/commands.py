@@ -17,7 +17,6 @@ from typing import Any
 
 import qwen_vl_kit
 from ..config import STAGES, to_toml
-from ..settings import horizon
 from ..core import (MANIFEST, WORK, InputError, as_input_error, display_path, notify, parse_seeds, resolve,
                               site)
 from . import new, synth
@@ -25,6 +24,7 @@ from .arguments import resolve_cli_path, resolve_model, resolve_new_path, resolv
 from .configs import config_file, load_config, stage_of
 from .notebook import RunFailed
 from .run import ArmsFailed, load_all, notices, run_all, run_folder, run_one
+from ..settings import horizon
 
 # %% ../../nbs/runner/07_commands.ipynb #8737fb75
 def show_run(run: Path) -> str:

@@ -10,9 +10,9 @@ import tomllib
 from pathlib import Path
 
 from ..config import STAGES, TABLES, _toml, key_hint, validate
-from ..settings import Stage
 from ..core import InputError, nearest, read_text, resolve
 from ..foreign.tomls import translate
+from ..settings import Stage
 
 # %% ../../nbs/runner/00_configs.ipynb #2c6bba99
 def read_toml(path: str | Path) -> dict:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import qwen_vl_kit
 from ..config import STAGES, validate
-from ..settings import Stage
 from ..core import (InputError, Result, StageError, as_input_error, atomic, display_path, read_json, resolve,
                               root, site, stage_folder, write_json)
+from ..settings import Stage
 
 # %% ../../nbs/runner/01_notebook.ipynb #c052c781
 def parameters(stage: str, namespace: dict) -> Stage:

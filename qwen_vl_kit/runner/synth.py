@@ -9,11 +9,11 @@ __all__ = ['FILES', 'OPTIONS', 'adapter_name', 'synth_out', 'run_eval', 'run_fil
 import re
 from pathlib import Path
 
-from ..settings import Stage
 from ..core import InputError, parse_seeds, resolve, root
 from .arguments import resolve_cli_path, resolve_model, resolve_new_path
 from .configs import config_file, load_config, read_toml, stage_of
 from .run import run_folder, run_one
+from ..settings import Stage
 
 # %% ../../nbs/runner/05_synth.ipynb #c96e0da4
 def adapter_name(path: Path, stage: str, settings: Stage) -> str:

@@ -15,9 +15,9 @@ import shutil
 from enum import StrEnum
 from pathlib import Path
 
-from ..settings import Stage
 from ..core import (MANIFEST, WORK, InputError, display_path, missing_parents, read_json, remove_empty,
                               reporting_os_errors, write_json)
+from ..settings import Stage
 
 # %% ../../nbs/runner/02_workspace.ipynb #999c723d
 CONFIG = ".config.json"  # in .work: an unfinished run's config

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from ..config import BenchmarkConfig
-from ..settings import horizon as horizon_of
 from ..core import (InputError, OverBudget, Result, StageError, append_jsonl, as_input_error, atomic, notify,
                               one_line, parse_seeds, read_json, resolve, stage_folder)
 from ..game.description import GAME
@@ -28,6 +27,7 @@ from ..play.endpoints import PAID_AGAIN, forecast, over_budget
 from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
 from ..protocol.turns import prompt_hash
+from ..settings import horizon as horizon_of
 from ..show.stats import crafter_score, mean_interval
 from ..show.tables import write_differences
 from ..store import traces

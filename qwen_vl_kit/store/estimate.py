@@ -12,9 +12,9 @@ import re
 from typing import Any
 
 from ..config import BenchmarkConfig, CollectConfig, GRPOConfig, Protocol, SettledArm
-from ..settings import Stage, horizon
 from ..core import InputError, parse_seeds
 from ..protocol.turns import system
+from ..settings import Stage, horizon
 from .meter import image_bound
 from .prices import IMAGE_TOKENS, Price, book_name, gpu_cost, price, prices
 

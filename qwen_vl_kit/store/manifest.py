@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..config import hashed_fields
-from ..settings import Stage
 from ..core import MANIFEST, WORK, InputError, Result, digest, read_json, resolve, stage_folder, write_json
+from ..settings import Stage
 from .ledger import Ledger
 from .provenance import provenance
 

@@ -15,8 +15,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from ..config import BenchmarkConfig
-from ..settings import Stage
 from ..core import InputError, nearest, read_json, read_text, resolve, site
+from ..settings import Stage
 
 # %% ../../nbs/store/04_prices.ipynb #4ea0ae8b
 @dataclass(frozen=True)
