@@ -199,14 +199,14 @@ _MEASURED_BY = {"random": (), "base": ("random",), "sft": ("base",), "grpo": ("s
 def default_pairs(arms) -> list[tuple[str, str]]:
     """The comparisons (before, after) of arms in the table's order.
 
-    `base` with `random`, `sft` with `base`, `grpo` with `sft` and `base`; an arm of another name with `base`, `sft` and
-    the one such arm before it; each of these, and `teacher`, with `teacher` and `expert`.
+    `base` with `random`, `sft` with `base`, `grpo` with `sft` and `base`; an arm of another name with `base`, `sft`,
+    `grpo` and the one such arm before it; each of these, and `teacher`, with `teacher` and `expert`.
     """
     arms = list(arms)
     pairs: list[tuple[str, str]] = []
     previous: tuple[str, ...] = ()
     for arm in arms:
-        measures = _MEASURED_BY.get(arm, ("base", "sft", *previous))
+        measures = _MEASURED_BY.get(arm, ("base", "sft", "grpo", *previous))
         if arm not in _MEASURED_BY:
             previous = (arm,)
         if arm not in ("random", "expert"):
