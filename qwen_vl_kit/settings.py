@@ -77,7 +77,7 @@ def each_once(names: list) -> list:
 
 
 def _check_prefix(prefix: str) -> str:
-    if not re.fullmatch("[A-Z][A-Z0-9_]*", prefix):
+    if not re.fullmatch("[A-Z]([A-Z0-9_]*[A-Z0-9])?", prefix):
         raise ValueError("write what stands before _API_KEY and _BASE_URL, in capitals, such as OPENAI")
     return prefix
 
@@ -116,7 +116,7 @@ class Stage(BaseModel):
                               protected_namespaces=())
     _notices: list[str] = PrivateAttr(default_factory=list)
     paths: ClassVar[frozenset[str]] = frozenset()  # fields that name files and folders, relative to the project's
-    # limits on time and money, and what is only checked; not part of the config hash
+    # limits on time and money, where an endpoint is, and what is only checked; not part of the config hash
     unhashed: ClassVar[frozenset[str]] = frozenset()
     # fields that may grow: the run goes on with a new value that the rule accepts
     extendable: ClassVar[Mapping[str, Callable[[Any, Any], bool]]] = {}

@@ -75,6 +75,7 @@ WRITTEN = {
     "[arm.sft]\ntemperature = 'hot'": "key 'arm.sft.temperature': input should be a valid number",
     "[arm.expert]\nmodel = 'tiny'": 'policy = "expert" plays no model',
     "[arm.a]\nmodel = 'm'\nenv_prefix = 'sk-12'": "key 'arm.a.env_prefix': write what stands before _API_KEY",
+    "[arm.a]\nmodel = 'm'\nenv_prefix = 'OWN_'": "in capitals, such as OPENAI, not \"OWN_\"; its default is \"OPENAI\"",
     "[arm]\nmodel = 'tiny'": "key 'arm.model': input should be a valid dictionary",
     "horizons = ['t50', '50']": "unknown horizon '50'",
     "horizons = ['t50', 't50']": "key 'horizons': names something twice",
@@ -182,7 +183,9 @@ def test_two_arms_behind_one_endpoint_have_budgets_of_their_own(tmp_path, at):
 
 def test_two_arms_at_two_endpoints_send_each_key_to_its_own(tmp_path, at, monkeypatch):
     arms = {"one": TEACHER, "two": TEACHER | {"env_prefix": "OWN"}}
-    with Endpoint() as openai, Endpoint() as own:
+    answers = "grass -> move_left", "sk-own-2 tree -> move_right"  # the second repeats its key
+    openai, own = (Endpoint(lambda number, body, answer=answer: says(answer)) for answer in answers)
+    with openai, own:
         at(openai.url)
         for name, value in (("OPENAI_API_KEY", "sk-openai-1"), ("OWN_BASE_URL", own.url), ("OWN_API_KEY", "sk-own-2")):
             monkeypatch.setenv(name, value)
@@ -190,8 +193,56 @@ def test_two_arms_at_two_endpoints_send_each_key_to_its_own(tmp_path, at, monkey
     keys = [{headers["Authorization"] for headers in endpoint.headers} for endpoint in (openai, own)]
     assert keys == [{"Bearer sk-openai-1"}, {"Bearer sk-own-2"}]
     assert len(openai.bodies) == len(own.bodies) == SEEDS * 3 + 1
+    turns = traces.turns(tmp_path / "rollouts.db")
+    assert [set(turns.reply[turns.arm == arm]) for arm in arms] == [{answers[0]}, {"*** tree -> move_right"}]
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(key in blob for blob in files for key in (b"sk-openai-1", b"sk-own-2"))
+
+
+@pytest.mark.parametrize("answer, says_why", [
+    (refuses(401, "Incorrect API key sk-own-2"),
+     "arm two: the endpoint refuses model 'gpt-4o-mini' (401: Incorrect API key ***); check OWN_API_KEY, OWN_BASE_URL"),
+    ("page", "; OWN_BASE_URL should be the address of its API"),
+    (None, "no server answers there; check OWN_BASE_URL"),
+])
+def test_an_error_of_an_endpoint_names_its_own_variables_and_no_key(answer, says_why, tmp_path, at, monkeypatch):
+    monkeypatch.setenv("OWN_API_KEY", "sk-own-2")
+    with Endpoint(lambda number, body: answer) as own, Endpoint() as openai:
+        at(openai.url)
+        monkeypatch.setenv("OWN_BASE_URL", own.url if answer else "http://127.0.0.1:1/v1")
+        with pytest.raises((InputError, StageError)) as refused:
+            benchmark.run(config(["two"], two=TEACHER | {"env_prefix": "OWN"}), tmp_path)
+    assert says_why in one_line(refused) and "sk-own-2" not in one_line(refused) and not openai.bodies
+    assert not any(b"sk-own-2" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+def test_one_env_file_opens_two_endpoints_and_its_keys_are_written_nowhere(tmp_path):
+    arms = config(["one", "two"], one=TEACHER, two=TEACHER | {"env_prefix": "OWN", "budget_usd": 1.0})
+    (tmp_path / "configs").mkdir()
+    path = tmp_path / "configs" / "benchmark.toml"
+    path.write_text(to_toml(arms))
+    run = lambda *words: qvk(*words, without=["OPENAI_", "OWN_"])
+    shown = run("check", path)
+    assert shown.code == 0 and 'env_prefix = "OWN"' in shown.out, shown.err  # and no endpoint is asked for
+    line = ("benchmark", "--config", path, "--out", tmp_path / "run", "--env-file", tmp_path / "env")
+    with Endpoint() as openai, Endpoint(lambda number, body: says("here is sk-own-2 -> do")) as own:
+        first = f"OPENAI_API_KEY=sk-openai-1\nOPENAI_BASE_URL={openai.url}\nOWN_API_KEY=sk-own-2\n"
+        (tmp_path / "env").write_text(first)
+        refused = run(*line)
+        assert refused.code == 2 and "no address for model 'gpt-4o-mini'; set OWN_BASE_URL" in one_line(refused.err)
+        assert not openai.bodies and not (tmp_path / "run").exists()
+        (tmp_path / "env").write_text(first + f"OWN_BASE_URL={own.url}\nOWN_HEADERS='{{\"X-Team\": \"sk-team-3\"}}'\n")
+        done = run(*line)
+    assert done.code == 0, done.err
+    assert {headers["Authorization"] for headers in openai.headers} == {"Bearer sk-openai-1"}
+    sent = {(headers["Authorization"], headers["X-Team"]) for headers in own.headers}
+    assert sent == {("Bearer sk-own-2", "sk-team-3")}
+    assert not any("X-Team" in headers for headers in openai.headers)
+    assert (tmp_path / "run" / "benchmark" / "run.ipynb").is_file()
+    blobs = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    blobs.append((done.out + done.err + refused.err).encode())
+    assert not any(key in blob for blob in blobs for key in (b"sk-openai-1", b"sk-own-2", b"sk-team-3"))
 
 
 def test_an_endpoint_that_moves_to_other_variables_is_the_same_arm(tmp_path, at, monkeypatch):
@@ -292,6 +343,8 @@ def test_a_run_knows_before_its_first_stage_that_an_arm_cannot_play(tmp_path, mo
     lost = contract.adapter(tmp_path / "lost", 2, base="random:tiny")
     for sets, says_why in (
         (["arm.api.model=m", "arm.api.engine=server"], "no key for model 'm'"),
+        (["arm.api.model=m", "arm.api.engine=server", "arm.api.env_prefix=OWN"], "no address for model 'm'; set OWN_"),
+        (["grpo.engine=server", "benchmark.engine=hf"], "no key for model 'tiny'"),
         (["arm.api.model=tinyy"], "arm api: unknown model 'tinyy'"),
         ([f"arm.api.adapter={lost}"], "arm api: the adapter was trained with prompt"),
     ):

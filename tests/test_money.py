@@ -452,6 +452,18 @@ def test_a_judges_answers_are_kept_whatever_happens_to_others(at, tmp_path, faul
         assert play(config, tmp_path).numbers["judged"] == 6 and len(of_judge(endpoint)) == asked + 1
 
 
+def test_a_teacher_has_an_endpoint_of_its_own_and_its_judge_the_usual_one(at, tmp_path, monkeypatch):
+    with Endpoint(both()) as openai, Endpoint() as own:
+        at(openai.url)
+        for name, value in (("OPENAI_API_KEY", "sk-openai-1"), ("OWN_BASE_URL", own.url), ("OWN_API_KEY", "sk-own-2")):
+            monkeypatch.setenv(name, value)
+        assert play(settings(seeds="0-1", env_prefix="OWN", **JUDGED), tmp_path).numbers["judged"] == 2
+    asked = [{body["model"] for body in endpoint.bodies} for endpoint in (openai, own)]
+    assert asked == [{"judge-1"}, {"gpt-4o-mini"}]
+    keys = [{headers["Authorization"] for headers in endpoint.headers} for endpoint in (openai, own)]
+    assert keys == [{"Bearer sk-openai-1"}, {"Bearer sk-own-2"}]
+
+
 def test_a_judges_answers_outlive_the_process(at, tmp_path):
     config, full, gate = settings(seeds="0-5", concurrency=2, **JUDGED), threading.Event(), threading.Event()
     script = (

@@ -146,7 +146,8 @@ class ChatClient:
             raise rejection(self, answer, error, body)
         reply, clean = answer.value, self.endpoint.clean
         most = body.get("max_tokens") or body.get("max_completion_tokens", 0)
-        text, finish, counts = read_reply(clean(reply) if isinstance(reply, str) else reply, most)
+        value = clean(reply) if isinstance(reply, str) else reply
+        text, finish, counts = read_reply(value, most, self.endpoint.env_prefix)
         return Completion(clean(text)[:MOST_TEXT], finish, counts, reply)
 
 # %% ../../nbs/engine/11_client.ipynb #d9f245e3

@@ -158,7 +158,7 @@ def is_cut_call(choice: dict, counts: dict, most: int) -> bool:
     return False
 
 # %% ../../nbs/engine/09_replies.ipynb #b9693e3e
-def read_reply(reply, most: int = 0) -> tuple[str, str, dict]:
+def read_reply(reply, most: int = 0, env_prefix: str = "OPENAI") -> tuple[str, str, dict]:
     """Text, finish reason and token counts ({} if unknown) of a chat completion.
 
     `most` is the number of new tokens that were asked for, 0 if it is not known. Raises `TransientError` for another
@@ -166,18 +166,18 @@ def read_reply(reply, most: int = 0) -> tuple[str, str, dict]:
     """
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices[:1]):
-        what = describe_text(reply) if isinstance(reply, str) else "not a chat completion"
+        what = describe_text(reply, env_prefix) if isinstance(reply, str) else "not a chat completion"
         raise TransientError(f"its reply is {what}", billed=True)
     choice, counts = choices[0] if choices else {}, read_usage(reply.get("usage"))
     return reply_text(choice), "length" if is_cut_call(choice, counts, most) else finish_of(choice), counts
 
 # %% ../../nbs/engine/09_replies.ipynb #cc01b568
-def describe_text(text: str) -> str:
-    "What to report of a reply that is not JSON: how it begins."
+def describe_text(text: str, env_prefix: str) -> str:
+    "What to report of a reply that is not JSON: how it begins, and which variable may be wrong."
     beginning = excerpt(text).strip()[:60]
     if not beginning:
         return "empty"
-    hint = "; the base URL should be the address of its API, which mostly ends in /v1"
+    hint = f"; {env_prefix}_BASE_URL should be the address of its API, which mostly ends in /v1"
     return f"not JSON, it begins with {beginning!r}" + (hint if beginning.startswith("<") else "")
 
 # %% ../../nbs/engine/09_replies.ipynb #0891be8a

@@ -177,7 +177,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message, self.prog.removeprefix("qvk").strip() or None, f"see {self.prog} --help")
 
 # %% ../../nbs/runner/07_commands.ipynb #4374aeea
-ENV_FILE = "NAME=value lines: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_HEADERS (a JSON object)"
+ENV_FILE = "NAME=value lines: OPENAI_API_KEY, OPENAI_BASE_URL, OPENAI_HEADERS (a JSON object); or another env_prefix"
 FORCE = "replace what another run of this stage left there, and discard an unfinished one"
 
 # %% ../../nbs/runner/07_commands.ipynb #2b0112fd

@@ -129,7 +129,8 @@ def config_file(path: str | Path, stage: str) -> Path:
     return path / matches[0]
 
 # %% ../../nbs/runner/00_configs.ipynb #6d5c1725
-_CALLS = ("detail", "max_reprompts", "retries", "call_seconds", "episode_seconds", "budget_usd", "budget_calls")
+_CALLS = ("env_prefix", "detail", "max_reprompts", "retries", "call_seconds", "episode_seconds", "budget_usd",
+          "budget_calls")
 
 
 def _idle_tables(config: Stage) -> list[str]:

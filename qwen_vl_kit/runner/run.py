@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..config import STAGES, BenchmarkConfig, CollectConfig, GRPOConfig, Protocol, SFTConfig, Training
+from ..config import STAGES, BenchmarkConfig, GRPOConfig, Protocol, SFTConfig, Training
 from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, read_json,
                               reporting_os_errors, resolve, site)
 from . import notebook
@@ -57,8 +57,8 @@ def asked_models(settings: Stage) -> list[tuple[str, str]]:
     models = []
     if isinstance(settings, BenchmarkConfig):
         models += [(arm.model, arm.env_prefix) for arm in settings.model_arms("server").values()]
-    elif isinstance(settings, CollectConfig) and settings.engine == "server" and settings.teacher == "model":
-        models.append((settings.model, settings.env_prefix))
+    elif getattr(settings, "engine", "") == "server" and getattr(settings, "teacher", "model") == "model":
+        models.append((settings.model, getattr(settings, "env_prefix", "OPENAI")))
     if getattr(settings, "judge", "") == "remote":
         models.append((settings.judge_model, "OPENAI"))
     return models
