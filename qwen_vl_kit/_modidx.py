@@ -2560,6 +2560,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'qwen_vl_kit/stages/benchmark.py'),
                                               'qwen_vl_kit.stages.benchmark.Table.fail': ( 'stages/benchmark.html#table.fail',
                                                                                            'qwen_vl_kit/stages/benchmark.py'),
+                                              'qwen_vl_kit.stages.benchmark.Table.has_failed': ( 'stages/benchmark.html#table.has_failed',
+                                                                                                 'qwen_vl_kit/stages/benchmark.py'),
                                               'qwen_vl_kit.stages.benchmark.Table.rows': ( 'stages/benchmark.html#table.rows',
                                                                                            'qwen_vl_kit/stages/benchmark.py'),
                                               'qwen_vl_kit.stages.benchmark._adapter_facts': ( 'stages/benchmark.html#_adapter_facts',

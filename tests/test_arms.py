@@ -16,9 +16,9 @@ from qwen_vl_kit.model.cards import write_card
 from qwen_vl_kit.model.loading import load_without_weights, save_model
 from qwen_vl_kit.model.tiny import random_model
 from qwen_vl_kit.protocol.turns import prompt_hash
-from qwen_vl_kit.runner.commands import main
+from qwen_vl_kit.runner.commands import main, show_run
 from qwen_vl_kit.runner.configs import load_config
-from qwen_vl_kit.runner.run import run_stage
+from qwen_vl_kit.runner.run import ArmsFailed, run_stage
 from qwen_vl_kit.runner.workspace import state
 from qwen_vl_kit.stages import benchmark
 from qwen_vl_kit.store import manifest, traces
@@ -171,6 +171,25 @@ def test_a_budget_stops_its_arm_alone_and_a_larger_one_goes_on(tmp_path, at):
     assert again.numbers["calls"] == len(endpoint.bodies)
 
 
+def test_an_arm_that_fails_at_one_horizon_keeps_its_row_of_another(tmp_path, at):
+    "Probe and t2 take 1 + 3 * 2 calls; of the three episodes at s5 one is paid, too."
+    out, arms, pair = tmp_path / "run" / "benchmark", ["random", "teacher"], ["t2", "s5"]
+    small, large = (config(arms, pair, teacher=TEACHER | {"budget_calls": calls}) for calls in (12, 50))
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        with pytest.raises(ArmsFailed, match=r"lacks 1 of its 4 rows \(teacher \(s5\): .*; 1 of 3 episodes are stored"):
+            run_stage("benchmark", small, out)
+        assert list(table(out)) == [("random", "t2"), ("random", "s5"), ("teacher", "t2")]
+        with open(out / "episodes.csv") as file:
+            assert [row["horizon"] for row in csv.DictReader(file) if row["arm"] == "teacher"] == ["t2"] * SEEDS
+        numbers = read_json(out / "manifest.json")["numbers"]
+        assert list(numbers["failed_arms"]) == ["teacher (s5)"] and len(numbers["rates"]) == 3
+        assert "teacher (s5) is not in the table: the budget" in show_run(out.parent)
+        assert state("benchmark", small, out) == "incomplete"
+        run_stage("benchmark", large, out)
+    assert list(table(out))[2:] == [("teacher", "t2"), ("teacher", "s5")] and state("benchmark", large, out) == "done"
+
+
 def test_two_arms_behind_one_endpoint_have_budgets_of_their_own(tmp_path, at):
     with Endpoint() as endpoint:
         at(endpoint.url)
@@ -294,7 +313,7 @@ def test_an_arm_that_fails_takes_nothing_along_and_the_same_command_completes_it
         failed = qvk(*command, OPENAI_BASE_URL=endpoint.url)
     assert failed.code == 1
     last = failed.err.splitlines()[-1]
-    assert last.startswith("qvk: benchmark: 1 arm is not in the table, of 3 (teacher: ") and "503: busy" in last
+    assert last.startswith("qvk: benchmark: the table lacks 1 of its 3 rows (teacher: ") and "503: busy" in last
     assert list(table(out)) == [("random", "s3"), ("base", "s3")] and "random" in failed.out
     assert list(read_json(out / "manifest.json")["numbers"]["failed_arms"]) == ["teacher"]
     assert (tmp_path / "run" / "report" / "run.html").is_file() and not (out / ".work").exists()

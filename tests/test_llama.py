@@ -117,7 +117,7 @@ def test_a_server_that_is_killed_takes_its_arm_alone_and_the_same_command_comple
         failed = kill_at_the_second_episode(server, out, *command)
         assert failed.code == 1
         last = failed.err.splitlines()[-1]
-        assert last.startswith("qvk: benchmark: 1 arm is not in the table, of 2 (text: ") and "are lost" in last
+        assert last.startswith("qvk: benchmark: the table lacks 1 of its 2 rows (text: ") and "are lost" in last
         assert {arm for arm, _ in table(out)} == {"random"}
         assert list(read_json(out / "manifest.json")["numbers"]["failed_arms"]) == ["text"]
         before = played(out)

@@ -148,13 +148,13 @@ def notices(*several: Stage) -> None:
 
 # %% ../../nbs/runner/03_run.ipynb #3f40331c
 class ArmsFailed(RunFailed):
-    "A benchmark whose table lacks arms. `failed` says why, by their names; `run` is the run's folder."
+    """A benchmark whose table lacks some of its `count` rows, an arm at a horizon each. `failed` says why, by their
+    names; `run` is the run's folder."""
 
     def __init__(self, failed: dict[str, str], count: int, run: Path):
         reasons = "; ".join(f"{arm}: {reason}" for arm, reason in failed.items())
-        what = "1 arm is" if len(failed) == 1 else f"{len(failed)} arms are"
-        super().__init__(f"benchmark: {what} not in the table, of {count} ({reasons}); the same command plays what is "
-                         "missing")
+        super().__init__(f"benchmark: the table lacks {len(failed)} of its {count} rows ({reasons}); the same command "
+                         "plays what is missing")
         self.failed, self.run = failed, run
 
 # %% ../../nbs/runner/03_run.ipynb #7c76ddb0
@@ -192,7 +192,7 @@ def _execute(stage: str, settings: Stage, out: Path, resume: bool) -> None:
     for line in numbers.get("notices", ()):
         notify(f"{stage}: {line}")
     if failed := failed_arms({"numbers": numbers}):
-        raise ArmsFailed(failed, len(settings.arms), out.parent)
+        raise ArmsFailed(failed, len(settings.arms) * len(settings.played_horizons), out.parent)
 
 # %% ../../nbs/runner/03_run.ipynb #054df9be
 def _resumes(stage: str, found: State | None, renew: bool) -> bool:
@@ -335,7 +335,7 @@ def _states(loaded: dict[str, Stage], run: Path, force: bool) -> dict[str, State
 # %% ../../nbs/runner/03_run.ipynb #a82d007e
 def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides=(), force: bool = False) -> Path:
     """Run the stages of a config folder in order, and return the run's folder. Stages that are done are passed over,
-    stale ones start again, incomplete ones resume. Raises `ArmsFailed` at the end when the benchmark lacks arms."""
+    stale ones start again, incomplete ones resume. Raises `ArmsFailed` at the end when the table lacks rows."""
     from qwen_vl_kit.engine.access import read_access
     from qwen_vl_kit.store.prices import check_prices
 

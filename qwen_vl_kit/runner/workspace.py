@@ -165,7 +165,7 @@ def conflict_hint(stage: str, out: Path, option: str = "--out") -> str:
 
 # %% ../../nbs/runner/02_workspace.ipynb #b2ac4283
 def failed_arms(manifest: dict) -> dict[str, str]:
-    "Why arms are missing in a benchmark's table, by their names."
+    "Why rows are missing in a benchmark's table, by arm (and horizon, if there are several)."
     numbers = manifest.get("numbers")
     return dict(numbers.get("failed_arms") or {}) if isinstance(numbers, dict) else {}
 

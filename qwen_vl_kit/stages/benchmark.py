@@ -194,7 +194,7 @@ def _replies(episodes: list[Episode]) -> Replies:
 
 # %% ../../nbs/stages/05_benchmark.ipynb #a0cfd0d4
 def failure(error: Exception, db: Path, stored: int, count: int) -> str:
-    """Why an arm is not complete, of which `stored` of `count` episodes are there.
+    """Why an arm is not complete at a horizon, of which `stored` of `count` episodes are there.
 
     Raises the error if it concerns all arms.
     """
@@ -206,14 +206,14 @@ def failure(error: Exception, db: Path, stored: int, count: int) -> str:
 
 # %% ../../nbs/stages/05_benchmark.ipynb #0181e5c5
 class Table:
-    "Rows of `arms.csv` and `episodes.csv` by arm, notices, and why arms are not complete."
+    "Rows of `arms.csv` and `episodes.csv` by arm, notices, and why others are missing."
 
     def __init__(self, config: BenchmarkConfig, out: Path):
         self.config, self.out, self.seconds, self.step = config, out, 0.0, 0
         self.arms: dict[str, list[dict]] = {}
         self.episodes: dict[str, list[dict]] = {}
         self.notices: list[str] = []
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # by what an arm at a horizon is called
 
     def add(self, arm: Arm, horizon: str, played: list[Episode], seconds: float) -> None:
         "Add an arm at a horizon. The metrics say how long all took up to it, over all sessions."
@@ -224,32 +224,35 @@ class Table:
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         append_jsonl(self.out / "metrics.jsonl", {"step": self.step, **row, "seconds": round(self.seconds, 3)})
 
-    def fail(self, arm: str, reason: str) -> None:
-        "Leave an arm out, all of its rows."
-        self.failed[arm] = reason
-        self.arms.pop(arm, None)
-        self.episodes.pop(arm, None)
+    def fail(self, arm: Arm, horizon: str, error: Exception, seeds: list[int]) -> None:
+        "Leave out an arm at a horizon. Raises the error if it concerns all arms."
+        db, count = self.out / "rollouts.db", len(seeds)
+        stored = count - len(missing_seeds(db, arm, horizon, seeds))
+        self.failed[_label(arm.name, horizon, self.config)] = failure(error, db, stored, count)
+
+    def has_failed(self, arm: Arm, horizon: str) -> bool:
+        "Whether an arm at a horizon is left out."
+        return _label(arm.name, horizon, self.config) in self.failed
 
     def rows(self, of: dict[str, list[dict]]) -> list[dict]:
-        "Rows of complete arms, in the order of the config's names."
+        "Rows of what is complete, in the order of the config's names."
         return list(chain.from_iterable(of.get(arm, ()) for arm in self.config.arms))
 
 # %% ../../nbs/stages/05_benchmark.ipynb #d03cf5d6
 def _play_arm(players: Players, arm: Arm, table: Table, seeds: list[int], store: Store) -> None:
-    "Play an arm at all horizons, and add it to the table."
-    config, db = table.config, table.out / "rollouts.db"
-    for horizon in config.played_horizons:
+    "Play an arm at all horizons that have not failed yet, and add it to the table."
+    for horizon in arm.protocols:
+        if table.has_failed(arm, horizon):
+            continue
         try:
-            _play(players, arm, horizon, config, seeds, store)
+            _play(players, arm, horizon, table.config, seeds, store)
         except Exception as error:
-            count = len(seeds)
-            stored = count - len(missing_seeds(db, arm, horizon, seeds))
-            table.fail(arm.name, failure(error, db, stored, count))
+            table.fail(arm, horizon, error, seeds)
             with contextlib.suppress(Exception):  # what has failed may fail to close
                 players.slot.close()
-            return
+            continue
         seconds = store.seconds(arm.run_name(horizon), arm.name)
-        table.add(arm, horizon, stored_episodes(db, arm, horizon), seconds)
+        table.add(arm, horizon, stored_episodes(store.path, arm, horizon), seconds)
 
 # %% ../../nbs/stages/05_benchmark.ipynb #1a87caac
 def _ask(players: Players, arm: Arm, missing: dict[str, list[int]]) -> None:
@@ -274,8 +277,8 @@ def _ask_endpoints(players: Players, arms: list[Arm], table: Table, seeds: list[
         except InputError:
             raise
         except Exception as error:
-            left = len(next(iter(missing.values())))
-            table.fail(arm.name, failure(error, db, len(seeds) - left, len(seeds)))
+            for horizon in missing:
+                table.fail(arm, horizon, error, seeds)
 
 # %% ../../nbs/stages/05_benchmark.ipynb #2ffc33a6
 def _notices(arms: list[Arm], config: BenchmarkConfig) -> list[str]:
@@ -323,10 +326,10 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     """Play every arm on the config's seeds at each horizon: `out/arms.csv`, `out/episodes.csv`, `out/differences.csv`,
     `out/rollouts.db`.
 
-    Its seconds are those of all sessions that stored episodes there. An arm that fails is left out of the tables and
-    named in the numbers, as `failed_arms`. Raises `InputError` for what is wrong with an arm before any is played, for
-    seeds that something was trained on, and for a store that holds paid episodes of other settings; `StageError` when
-    no arm is complete.
+    Its seconds are those of all sessions that stored episodes there. An arm that fails at a horizon is left out of
+    the tables there, and named in the numbers, as `failed_arms`. Raises `InputError` for what is wrong with an arm
+    before any is played, for seeds that something was trained on, and for a store that holds paid episodes of other
+    settings; `StageError` when no arm is complete at any horizon.
     """
     began, out, seeds = time.perf_counter(), resolve(out), parse_seeds(config.seeds)
     arms = [read_arm(name, config, stage_folder(out).parent) for name in config.arms]
@@ -342,8 +345,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
         store = stack.enter_context(Store(out / "rollouts.db"))
         earlier = _begin(store, arms, outdated)
         for arm in playing_order(arms):
-            if arm.name not in table.failed:
-                _play_arm(players, arm, table, seeds, store)
+            _play_arm(players, arm, table, seeds, store)
     if not table.arms:
         raise StageError("no arm is complete: " + "; ".join(f"{arm}: {why}" for arm, why in table.failed.items()))
     write_csv(out / "arms.csv", table.rows(table.arms))
