@@ -172,13 +172,14 @@ def test_a_budget_stops_its_arm_alone_and_a_larger_one_goes_on(tmp_path, at):
 
 
 def test_an_arm_that_fails_at_one_horizon_keeps_its_row_of_another(tmp_path, at):
-    "Probe and t2 take 1 + 3 * 2 calls; of the three episodes at s5 one is paid, too."
+    "Probe and t2 take 1 + 3 * 2 calls; of the three episodes at s5 one is paid, too, and no other one is begun."
     out, arms, pair = tmp_path / "run" / "benchmark", ["random", "teacher"], ["t2", "s5"]
-    small, large = (config(arms, pair, teacher=TEACHER | {"budget_calls": calls}) for calls in (12, 50))
+    small, large = (config(arms, pair, teacher=TEACHER | {"budget_calls": calls}) for calls in (15, 50))
     with Endpoint() as endpoint:
         at(endpoint.url)
         with pytest.raises(ArmsFailed, match=r"lacks 1 of its 4 rows \(teacher \(s5\): .*; 1 of 3 episodes are stored"):
             run_stage("benchmark", small, out)
+        assert len(endpoint.bodies) == 12
         assert list(table(out)) == [("random", "t2"), ("random", "s5"), ("teacher", "t2")]
         with open(out / "episodes.csv") as file:
             assert [row["horizon"] for row in csv.DictReader(file) if row["arm"] == "teacher"] == ["t2"] * SEEDS
@@ -193,7 +194,7 @@ def test_an_arm_that_fails_at_one_horizon_keeps_its_row_of_another(tmp_path, at)
 def test_two_arms_behind_one_endpoint_have_budgets_of_their_own(tmp_path, at):
     with Endpoint() as endpoint:
         at(endpoint.url)
-        arms = {"one": TEACHER | {"budget_calls": 2}, "two": TEACHER | {"model": "gpt-4o", "max_new_tokens": 5}}
+        arms = {"one": TEACHER | {"budget_calls": 5}, "two": TEACHER | {"model": "gpt-4o", "max_new_tokens": 5}}
         result = benchmark.run(config(["one", "two"], **arms), tmp_path)
     assert list(result.numbers["failed_arms"]) == ["one"] and list(table(tmp_path)) == [("two", "s3")]
     assert {(body["model"], body["max_tokens"]) for body in endpoint.bodies} == {("gpt-4o-mini", 8), ("gpt-4o", 5)}

@@ -4,6 +4,7 @@ loopback, real processes."""
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -236,7 +237,7 @@ def test_who_bills_what_was_asked_is_not_paid_more_than_the_budget(at, tmp_path,
     billing = Billing(concurrency, ("drop", "cut", "short", "page"))
     with Endpoint(billing) as endpoint:
         at(endpoint.url)
-        for budget in (0.0001, 0.004, 0.012, 0.0121):
+        for budget in (0.0001, 0.004, 0.012, 0.02):
             try:
                 collect.run(settings(seeds="0-39", concurrency=concurrency, budget_usd=budget, retries=2), tmp_path)
             except (OverBudget, LostEpisodes):
@@ -280,14 +281,32 @@ def test_a_budget_holds_when_the_process_is_killed_again_and_again(at, tmp_path)
         assert billing.usd <= Decimal(str(numbers["usd"])) + Decimal(str(numbers["usd_in_doubt"]))
 
 
+@pytest.mark.parametrize("budget, episodes", [({"budget_calls": 12}, 2), ({"budget_usd": 0.0022}, 3)])
+def test_no_episode_is_begun_that_the_budget_cannot_finish(at, tmp_path, budget, episodes):
+    "Ten episodes of four turns; a call costs $0.0001422."
+    config, paid = settings(seeds="0-9", **budget), 1 + 4 * episodes
+    ended = f"would be passed: {paid} calls.*; {episodes} of 10 episodes are stored; .* takes at most (.*) more"
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        for _ in range(2):  # the second time there is no room for the call that comes before all others
+            with pytest.raises(OverBudget, match=ended) as refused:
+                collect.run(config, tmp_path)
+            assert len(endpoint.bodies) == paid
+        more = re.search(ended, str(refused.value))[1]
+        enough = {"budget_calls": paid + int(more.split()[0])} if "calls" in more else \
+            {"budget_usd": paid * 0.0001422 + float(more[1:])}
+        assert collect.run(settings(seeds="0-9", **enough), tmp_path).numbers["episodes"] == 10
+    assert len(endpoint.bodies) == 1 + 10 * 4 + 1
+
+
 @pytest.mark.parametrize("budget", [{"budget_calls": 1}, {"budget_usd": 1e-9}])
-def test_a_budget_for_nothing_but_the_first_call(at, tmp_path, budget):
+def test_a_budget_without_room_for_an_episode_pays_for_nothing(at, tmp_path, budget):
     with Endpoint() as endpoint:
         at(endpoint.url)
         for _ in range(2):
             with pytest.raises(OverBudget, match="would be passed: .*; 0 of 3 episodes are stored"):
                 collect.run(settings(seeds="0-2", **budget), tmp_path)
-        assert len(endpoint.bodies) == budget.get("budget_calls", 0)
+        assert not endpoint.bodies
 
 
 @pytest.mark.parametrize(

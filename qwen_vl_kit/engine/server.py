@@ -118,11 +118,11 @@ class Pause:
 class Unmetered:
     "A meter that counts nothing and refuses nothing."
 
-    in_flight, last_reserved = 0, 0
+    in_flight = 0
 
-    def room(self) -> tuple[float, float]:
-        "US dollars and calls that are left."
-        return math.inf, math.inf
+    def covers(self, *_) -> bool:
+        "Whether turns can be paid."
+        return True
 
     def fits(self, *_) -> bool:
         "Whether the next call may be sent."

@@ -6,6 +6,7 @@
 __all__ = ['PAID_AGAIN', 'Asked', 'make_meter', 'make_engine', 'endpoint_policy', 'Forecast', 'forecast', 'over_budget']
 
 # %% ../../nbs/play/03_endpoints.ipynb #52b17254
+import math
 import typing
 from pathlib import Path
 
@@ -65,7 +66,8 @@ class Forecast(typing.NamedTuple):
 
 # %% ../../nbs/play/03_endpoints.ipynb #ccf59cb5
 def forecast(policy: ServerPolicy, protocol: Protocol, seeds: list[int]) -> Forecast:
-    "What `seeds` will take, by one call for the first turn of the first."
+    """What `seeds` will take, by one call for the first turn of the first. Raises `OverBudget` when no episode could be
+    paid after it."""
     world = GAME.world(protocol.render_size)
     used = policy.probe(Situation(Episode(seeds[0], protocol.horizon, policy.name), world.reset(seeds[0]), world))
     calls, usd = len(seeds) * horizon(protocol.horizon).turns, None
@@ -77,7 +79,13 @@ def forecast(policy: ServerPolicy, protocol: Protocol, seeds: list[int]) -> Fore
 PAID_AGAIN = "bring it back from a copy, or give --force to play (and pay for) everything again"
 
 # %% ../../nbs/play/03_endpoints.ipynb #6558b2a2
-def over_budget(error: OverBudget, stored: int, count: int) -> OverBudget:
-    "The error of a budget that has ended, with the number of episodes that are `stored` out of `count`."
+def over_budget(error: OverBudget, stored: int, count: int, meter: Meter, model: str, turns: int) -> OverBudget:
+    """The error of a budget that has ended, with the number of episodes that are `stored` out of `count`, and what the
+    others, of at most `turns` turns each, will take."""
+    usd, calls = meter.need(model, 1 + (count - stored) * turns)  # one call comes before all others
+    needs = [f"{calls} calls"] if meter.cap_calls else []
+    if meter.cap and model in meter.most_usd:
+        needs.append(f"${math.ceil(usd * 10**6) / 10**6:.6f}")
+    more = f", which takes at most {' and '.join(needs)} more" if needs else ""
     return OverBudget(f"{error}; {stored} of {count} episodes are stored; with a larger budget the same command "
-                      "resumes")
+                      f"resumes{more}")

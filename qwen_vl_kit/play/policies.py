@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Situation', 'read_checked_card', 'trained_protocol', 'check_policy', 'concerns_all', 'Batched', 'each',
            'RandomPolicy', 'ExpertPolicy', 'request', 'decision_of', 'EnginePolicy', 'AtHorizon', 'DaggerPolicy',
-           'TurnCosts', 'ServerPolicy']
+           'ServerPolicy']
 
 # %% ../../nbs/play/01_policies.ipynb #8286f837
 import asyncio
 import queue
 import time
 from dataclasses import dataclass
-from decimal import Decimal
+
 from pathlib import Path
 from typing import Any
 
@@ -273,31 +273,6 @@ def _total(usages: list[dict]) -> dict:
         total.pop("usd", None)
     return total
 
-# %% ../../nbs/play/01_policies.ipynb #a11eba5a
-class TurnCosts:
-    "What turns have cost so far, and what episodes would still cost."
-
-    def __init__(self, turns: int):
-        self.horizon, self.lengths = turns, []  # turns of an episode at most, and of those that have ended
-        self.turns, self.calls, self.usd = 0, 0, Decimal(0)
-
-    def add(self, usage: dict, worst: Decimal) -> None:
-        "Count a turn's usage; calls of unknown cost count as `worst` US dollars each."
-        self.turns += 1
-        self.calls += usage["calls"]
-        self.usd += usage.get("usd", worst * usage["calls"])
-
-    def affords(self, in_flight: list[int], worst: Decimal, usd: Decimal, calls: float) -> bool:
-        """Whether `usd` dollars and `calls` calls pay one more episode besides those in flight, given by the number of
-        turns that each has played."""
-        if not self.turns or not in_flight and not self.lengths:  # nothing is known yet
-            return usd > 0 and calls > 0
-        length = sum(self.lengths) / len(self.lengths) if self.lengths else self.horizon
-        needed = length + sum(max(length - played, 1) for played in in_flight)
-        mean = self.usd / self.turns
-        last = (len(in_flight) + 1) * max(worst - mean, 0)
-        return mean * Decimal(needed) + last <= usd and self.calls / self.turns * needed <= calls
-
 # %% ../../nbs/play/01_policies.ipynb #3b7e22d6
 class ServerPolicy:
     """A model behind an OpenAI-compatible endpoint.
@@ -318,7 +293,7 @@ class ServerPolicy:
         self.results, self.in_flight = queue.SimpleQueue(), 0  # calls that have returned; calls under way
         self.waiting: list[Situation] = []  # beginnings that cannot be paid yet
         self.begun: dict[int, tuple[Episode, float]] = {}  # id -> an episode, and when it began (monotonic clock)
-        self.costs = TurnCosts(horizon(protocol.horizon).turns)
+        self.horizon = horizon(protocol.horizon).turns  # of an episode at most
         self.fatal: Exception | None = None  # what concerns all episodes
         self.decided, self.unusable = 0, 0  # turns, and those whose replies held no usable action
 
@@ -358,37 +333,31 @@ def ready(self: ServerPolicy) -> list[tuple[Situation, Decision | Exception]]:
 def _note(self: ServerPolicy, situation: Situation, decision: Decision | Exception) -> bool:
     "Count what arrived; False for an error that concerns all episodes."
     if not isinstance(decision, Exception):
-        self._count(decision.usage)
-    elif concerns_all(decision):
+        return True
+    if concerns_all(decision):
         self.fatal = decision
         return False
-    else:
-        del self.begun[id(situation.episode)]
+    del self.begun[id(situation.episode)]
     return True
-
-# %% ../../nbs/play/01_policies.ipynb #2c6ab0e3
-@patch
-def _count(self: ServerPolicy, usage: dict) -> None:
-    self.costs.add(usage, self.engine.meter.last_reserved)
 
 # %% ../../nbs/play/01_policies.ipynb #b2c781c3
 @patch
-def _affords(self: ServerPolicy) -> bool:
-    "Whether the episodes in flight, and one more, can be paid to their ends."
+def _affords(self: ServerPolicy, before: int = 0) -> bool:
+    "Whether the episodes in flight, `before` calls and one more episode can be paid to their ends."
     for key, (episode, _) in list(self.begun.items()):
         if episode.turns and episode.turns[-1].done:
-            self.costs.lengths.append(len(episode.turns))
             del self.begun[key]
-    played = [len(episode.turns) for episode, _ in self.begun.values()]
-    return self.costs.affords(played, self.engine.meter.last_reserved, *self.engine.meter.room())
+    turns = [max(self.horizon - len(episode.turns), 1) for episode, _ in self.begun.values()]
+    turns.append(before + self.horizon)
+    return self.engine.meter.covers(self.engine.model, sum(turns), len(turns))
 
 # %% ../../nbs/play/01_policies.ipynb #235646ec
 @patch
 def probe(self: ServerPolicy, situation: Situation) -> dict:
-    "The usage of one call."
-    output = self.engine.generate([request(self.protocol, self._with_png(situation))], self.sampling)[0]
-    self._count(output.usage)
-    return output.usage
+    "The usage of one call. Raises `OverBudget` when not even one episode could be paid after it."
+    if not self._affords(before=1):
+        self.engine.meter.refuse()
+    return self.engine.generate([request(self.protocol, self._with_png(situation))], self.sampling)[0].usage
 
 # %% ../../nbs/play/01_policies.ipynb #934a5f64
 @patch

@@ -193,15 +193,10 @@ def _replies(episodes: list[Episode]) -> Replies:
     return replies
 
 # %% ../../nbs/stages/05_benchmark.ipynb #a0cfd0d4
-def failure(error: Exception, db: Path, stored: int, count: int) -> str:
-    """Why an arm is not complete at a horizon, of which `stored` of `count` episodes are there.
-
-    Raises the error if it concerns all arms.
-    """
+def failure(error: Exception, db: Path) -> str:
+    "Why an arm is not complete at a horizon. Raises the error if it concerns all arms."
     if isinstance(error, InputError) and error.where == db or isinstance(error, OSError) and as_input_error(error):
         raise error
-    if isinstance(error, OverBudget):
-        error = over_budget(error, stored, count)
     return str(error) if isinstance(error, (StageError, InputError)) else one_line(error)
 
 # %% ../../nbs/stages/05_benchmark.ipynb #0181e5c5
@@ -224,11 +219,13 @@ class Table:
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         append_jsonl(self.out / "metrics.jsonl", {"step": self.step, **row, "seconds": round(self.seconds, 3)})
 
-    def fail(self, arm: Arm, horizon: str, error: Exception, seeds: list[int]) -> None:
+    def fail(self, arm: Arm, horizon: str, error: Exception, seeds: list[int], meter: Meter | None) -> None:
         "Leave out an arm at a horizon. Raises the error if it concerns all arms."
         db, count = self.out / "rollouts.db", len(seeds)
-        stored = count - len(missing_seeds(db, arm, horizon, seeds))
-        self.failed[_label(arm.name, horizon, self.config)] = failure(error, db, stored, count)
+        if isinstance(error, OverBudget) and meter:
+            stored = count - len(missing_seeds(db, arm, horizon, seeds))
+            error = over_budget(error, stored, count, meter, arm.settings.model, horizon_of(horizon).turns)
+        self.failed[_label(arm.name, horizon, self.config)] = failure(error, db)
 
     def has_failed(self, arm: Arm, horizon: str) -> bool:
         "Whether an arm at a horizon is left out."
@@ -247,7 +244,7 @@ def _play_arm(players: Players, arm: Arm, table: Table, seeds: list[int], store:
         try:
             _play(players, arm, horizon, table.config, seeds, store)
         except Exception as error:
-            table.fail(arm, horizon, error, seeds)
+            table.fail(arm, horizon, error, seeds, players.meters.get(arm.name))
             with contextlib.suppress(Exception):  # what has failed may fail to close
                 players.slot.close()
             continue
@@ -257,7 +254,7 @@ def _play_arm(players: Players, arm: Arm, table: Table, seeds: list[int], store:
 # %% ../../nbs/stages/05_benchmark.ipynb #1a87caac
 def _ask(players: Players, arm: Arm, missing: dict[str, list[int]]) -> None:
     "Make one call for an arm whose `missing` seeds, by horizon, are to be played. Raises `InputError` if refused."
-    horizon = next(iter(missing))
+    horizon = min(missing, key=lambda name: horizon_of(name).turns)  # it needs the smallest budget
     with naming(arm.name):
         plan = forecast(players.caller(arm, horizon), arm.protocols[horizon], missing[horizon])
     calls = sum(len(seeds) * horizon_of(name).turns for name, seeds in missing.items())
@@ -278,7 +275,7 @@ def _ask_endpoints(players: Players, arms: list[Arm], table: Table, seeds: list[
             raise
         except Exception as error:
             for horizon in missing:
-                table.fail(arm, horizon, error, seeds)
+                table.fail(arm, horizon, error, seeds, players.meters[arm.name])
 
 # %% ../../nbs/stages/05_benchmark.ipynb #2ffc33a6
 def _notices(arms: list[Arm], config: BenchmarkConfig) -> list[str]:

@@ -29,6 +29,7 @@ from ..play.policies import (DaggerPolicy, EnginePolicy, ExpertPolicy, RandomPol
 from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
 from ..protocol.turns import prompt_hash
+from ..settings import horizon
 from ..store.meter import Meter
 from ..store.prices import check_prices
 from ..store.traces import Store, episodes
@@ -200,14 +201,16 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Met
 
 # %% ../../nbs/stages/01_collect.ipynb #96cbcb8d
 @contextlib.contextmanager
-def _explaining_errors(out: Path, count: int):
+def _explaining_errors(out: Path, count: int, config: CollectConfig, meter: Meter | None):
     "Add to the errors of playing what they mean for a collection of `count` episodes in `out`."
     db, calls = out / "rollouts.db", out / "calls.jsonl"
     try:
         yield
     except OverBudget as error:
+        if meter is None:
+            raise
         stored = len(episodes(db)) if db.is_file() else 0
-        raise over_budget(error, stored, count) from None
+        raise over_budget(error, stored, count, meter, config.model, horizon(config.horizon).turns) from None
     except InputError as error:
         if error.where == db and error.code == "damaged" and calls.is_file() and calls.stat().st_size:
             raise InputError(error.what, db, PAID_AGAIN) from None
@@ -255,7 +258,7 @@ def run(config: CollectConfig, out: str | Path) -> Result:
         if meter:
             stack.enter_context(contextlib.closing(meter))
             stack.enter_context(contextlib.closing(policy))  # before its meter: what is in flight is still counted
-        with _explaining_errors(out, len(seeds)):
+        with _explaining_errors(out, len(seeds), config, meter):
             plan = _play(policy, config, seeds, out, meter)
     numbers = _numbers(policy, config, out, plan, meter)
     seconds = plan.get("earlier_seconds", 0.0) + time.perf_counter() - began

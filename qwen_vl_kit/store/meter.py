@@ -104,6 +104,7 @@ class CallCounts:
         self.reserved = Decimal(0)  # USD for the calls in flight
         self.last_reserved = Decimal(0)  # USD for the latest call
         self.unconfirmed_usd = Decimal(0)  # what calls without a known end, or without counts of tokens, may have cost
+        self.most_usd: dict[str, Decimal] = {}  # of one answer, by model
         self.tokens: dict[str, Counter] = {}  # by model and unit
         self.unmetered: Counter = Counter()  # answers without counts of tokens, by model
         self.billed_models: set[str] = set()
@@ -154,6 +155,7 @@ def _count_tokens(self: CallCounts, start: dict, row: dict) -> Decimal | None:
     self.billed_models.add(model)
     usd = tokens_usd(model, tokens, self.book)
     self.usd += usd or 0
+    self.most_usd[model] = max(self.most_usd.get(model, Decimal(0)), usd or 0)
     return usd
 
 # %% ../../nbs/store/07_meter.ipynb #d456e93f
@@ -258,6 +260,25 @@ def affords(self: Meter, model: str, images: int, characters: int, completion: i
         usd, calls = self.room()
         most = self.cost(model, *self.bound(model)(images, characters, completion)) or 0
         return self.reserved + most <= usd and self.in_flight < calls
+
+# %% ../../nbs/store/07_meter.ipynb #c4a10ec1
+@patch
+def need(self: Meter, model: str, turns: int, episodes: int = 1) -> tuple[Decimal, int]:
+    "US dollars and calls that `turns` turns of `episodes` episodes in flight take at most, as calls were so far."
+    with self._lock:
+        first = max(self.calls - self.repeats, 1)  # calls that were not sent again
+        calls = math.ceil(turns * max(self.calls, 1) / first)
+        usd = self.last_reserved if model in self.unmetered else self.most_usd.get(model, Decimal(0))
+        return usd * calls + episodes * max(self.last_reserved - usd, Decimal(0)), calls
+
+
+@patch
+def covers(self: Meter, model: str, turns: int, episodes: int) -> bool:
+    "Whether what is left pays `turns` turns of `episodes` episodes."
+    with self._lock:
+        usd, calls = self.need(model, turns, episodes)
+        usd_left, calls_left = self.room()
+        return usd_left > 0 and usd <= usd_left and calls <= calls_left
 
 # %% ../../nbs/store/07_meter.ipynb #66b4e45f
 @patch
