@@ -109,7 +109,8 @@ def test_arms_that_cannot_play_are_refused_before_any_is_played(adapter, tmp_pat
         ("mine", {"adapter": str(other)}, "no adapter here"),
         ("mine", {"model": "tinyy"}, "arm mine: unknown model 'tinyy'; did you mean 'tiny'?"),
         ("mine", {"model": str(other)}, "arm mine: no such folder"),
-        ("mine", TEACHER | {"model": "mine", "budget_usd": 1.0}, "arm mine: no price for 'mine/input'"),
+        ("mine", TEACHER | {"model": "mine", "budget_usd": 1.0}, "no price for 'mine/input', which budget_usd"),
+        ("mine", TEACHER | {"adapter": str(adapter)}, "arm mine: the adapter was made for tiny, not for gpt-4o-mini"),
         ("mine", TEACHER, "arm mine: no server answers there"),
     ):
         with pytest.raises(InputError) as refused:
@@ -297,6 +298,52 @@ def test_an_arm_that_was_paid_is_not_played_again_as_another(tmp_path, at):
     assert len(endpoint.bodies) == asked
 
 
+def test_an_arm_without_a_price_was_paid_all_the_same(tmp_path, at, monkeypatch):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        mine, changed = TEACHER | {"model": "mine"}, TEACHER | {"model": "mine", "temperature": 0.9}
+        benchmark.run(config(["teacher"], teacher=mine), tmp_path)
+        asked, before = len(endpoint.bodies), played(tmp_path)
+        with pytest.raises(InputError, match=r"paid for with other settings \(10 calls, dollars unknown\); give"):
+            benchmark.run(config(["teacher"], teacher=changed), tmp_path)
+        assert (len(endpoint.bodies), played(tmp_path)) == (asked, before)
+        free = "usd = 0\nper = 1\nunit = 'tokens'\nsource = 'own server'\ndate = '2026-11-01'\n"
+        (tmp_path / "prices.toml").write_text(f"['mine/input']\n{free}['mine/output']\n{free}")
+        with monkeypatch.context() as book:
+            book.setattr("qwen_vl_kit.store.prices.site", lambda name: str(tmp_path / "prices.toml"))
+            benchmark.run(config(["teacher"], teacher=changed), tmp_path)  # what is known to be free is played again
+        assert len(endpoint.bodies) == 2 * asked
+        (tmp_path / "rollouts.db").unlink()
+        with pytest.raises(InputError, match="is missing, and calls/teacher.jsonl beside it shows"):
+            benchmark.run(config(["teacher"], teacher=changed), tmp_path)
+
+
+def test_an_arm_that_goes_on_at_another_endpoint_is_reported(tmp_path, at, capsys):
+    teacher = config(["teacher"], teacher=TEACHER)
+    with Endpoint(dying(5)) as first, Endpoint() as second:
+        at(first.url.replace("://", "://user:secret-1@"))
+        with pytest.raises(StageError):
+            benchmark.run(teacher, tmp_path)
+        assert "so far" not in capsys.readouterr().err
+        at(second.url)
+        result = benchmark.run(teacher, tmp_path)
+        origins = [endpoint.url.removesuffix("/v1") for endpoint in (first, second)]
+    counts = result.numbers["calls_of_arms"]["teacher"]["endpoints"]
+    assert counts == {origins[0]: 5, origins[1]: len(second.bodies)}
+    noted = f"note: arm teacher: calls were answered by {origins[0]} (5 calls) so far, and go to {origins[1]} now"
+    assert noted in capsys.readouterr().err.splitlines()
+    assert any(line.startswith("teacher: its calls were answered by different") for line in result.numbers["notices"])
+    assert b"secret-1" not in (tmp_path / "calls" / "teacher.jsonl").read_bytes()
+
+
+def test_a_forecast_of_less_than_a_cent_says_how_much(tmp_path, at, capsys):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        benchmark.run(config(["teacher"], teacher=TEACHER), tmp_path)
+    most = SEEDS * 3 * (900 * 0.15 + 12 * 0.60) / 1e6
+    assert f"arm teacher will take at most 9 calls and ${most:.4f}, unless" in capsys.readouterr().err
+
+
 def dying(count):
     "Answers so many calls, and is busy from then on."
     return lambda number, body: says() if number < count else refuses(503, "busy", retry_after_ms="1")
@@ -364,7 +411,9 @@ def test_a_run_knows_before_its_first_stage_that_an_arm_cannot_play(tmp_path, mo
     for sets, says_why in (
         (["arm.api.model=m", "arm.api.engine=server"], "no key for model 'm'"),
         (["arm.api.model=m", "arm.api.engine=server", "arm.api.env_prefix=OWN"], "no address for model 'm'; set OWN_"),
-        (["grpo.engine=server", "benchmark.engine=hf"], "no key for model 'tiny'"),
+        (["grpo.engine=server", "benchmark.engine=hf", "arm.api.model=tiny"], "no key for model 'tiny'"),
+        (["arm.api.adapter=outputs/nowhere"], "arm api: no adapter here"),
+        (["arm.api.model=m", "arm.api.engine=server", "arm.api.budget_usd=1"], "which arm.api.budget_usd needs"),
         (["arm.api.model=tinyy"], "arm api: unknown model 'tinyy'"),
         ([f"arm.api.adapter={lost}"], "arm api: the adapter was trained with prompt"),
     ):

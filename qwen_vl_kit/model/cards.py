@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_card', 'training_seeds', 'base_and_revision', 'missing_facts', 'read_card', 'matching_card', 'mismatched_base',
-           'base_notices', 'weights_digest']
+           'other_name', 'check_served_base', 'base_notices', 'weights_digest']
 
 # %% ../../nbs/model/13_cards.ipynb #151303c1
 import contextlib
@@ -128,6 +128,19 @@ def mismatched_base(loaded: LoadedModel, card: dict) -> str:
             if {checkpoint.weights, checkpoint.digest} & {loaded.weights, loaded.digest}:
                 return ""
     return name
+
+# %% ../../nbs/model/13_cards.ipynb #299c4720
+def other_name(model: str, card: dict) -> str:
+    "The base that a card names, if a server's `model` is called otherwise; else an empty string."
+    last_part, its_own = (Path(name).name.lower() for name in (model, card["base"]))
+    return card["base"] if its_own and its_own != last_part else ""
+
+
+def check_served_base(model: str, card: dict, adapter: Path) -> None:
+    "Raise `InputError` when the card of an adapter was written for a base of another name than a server's `model`."
+    if card["base_weights"] and (base := other_name(model, card)):
+        raise InputError(f"the adapter was made for {base}, not for {model}", adapter,
+                         "name a server of that base, which has to be the name that it serves it under")
 
 # %% ../../nbs/model/13_cards.ipynb #fe5a74fe
 def base_notices(loaded: LoadedModel, card: dict) -> list[str]:

@@ -6,7 +6,7 @@
 __all__ = ['adapter_of', 'Arm', 'protocol_at', 'naming', 'read_arm', 'known_base', 'check_playable', 'check_arm', 'check_arms',
            'engine_key', 'playing_order', 'EngineSlot', 'Players']
 
-# %% ../../nbs/play/04_arms.ipynb #7fa2f265
+# %% ../../nbs/play/04_arms.ipynb #4eac43e6
 import contextlib
 import functools
 import itertools
@@ -25,7 +25,8 @@ from ..engine.factory import choose_engine, create_engine
 from ..engine.server import ServerEngine
 from ..engine.vllm import check_engine, language_only
 from ..engine.weights import checked_adapter
-from ..model.cards import base_notices, matching_card, mismatched_base, read_card, weights_digest
+from ..model.cards import (base_notices, check_served_base, matching_card, mismatched_base, other_name,
+                                     read_card, weights_digest)
 from ..model.checkpoint import LoadedModel
 from ..model.loading import load_model, load_without_weights
 from .endpoints import endpoint_policy, make_engine, make_meter
@@ -109,7 +110,7 @@ def known_base(model: str, revision: str = ""):
     loaded, folder = load_without_weights(model, revision)
     return loaded, Qwen3VLConfig.from_pretrained(folder)
 
-# %% ../../nbs/play/04_arms.ipynb #b0e954c6
+# %% ../../nbs/play/04_arms.ipynb #2522cc43
 def check_playable(arm: Arm, engine: str, base: LoadedModel | None, config) -> None:
     "Raise `InputError` for an adapter that an engine of this kind cannot play on a base with this model `config`."
     if arm.adapter is None:
@@ -117,7 +118,9 @@ def check_playable(arm: Arm, engine: str, base: LoadedModel | None, config) -> N
     if base is None and not arm.rank:
         what = "a server plays the weights that it was started with, and adapters that it loads"
         raise InputError(what, arm.adapter, "start it with them, and name the model as it does")
-    if base is not None:
+    if base is None:
+        check_served_base(arm.settings.model, arm.card, arm.adapter)
+    else:
         matching_card(base, arm.adapter)
         if arm.rank:
             checked_adapter(arm.adapter, base, config)
@@ -173,7 +176,7 @@ def run_name(self: Arm, horizon: str) -> str:
     "What a store calls the episodes of the arm at a horizon."
     return f"benchmark {self.name} {horizon} {self.identity(horizon)}"
 
-# %% ../../nbs/play/04_arms.ipynb #e0e07474
+# %% ../../nbs/play/04_arms.ipynb #8cc86d38
 @patch
 def trained_horizon(self: Arm, horizon: str) -> str:
     "The horizon that its adapter was trained at, if it plays at another one and that is known."
@@ -184,13 +187,17 @@ def trained_horizon(self: Arm, horizon: str) -> str:
 @patch
 def other_base(self: Arm) -> str:
     "The base that its adapter names, where that is another one than it plays on; else an empty string."
+    if self.calls and self.card:
+        return other_name(self.settings.model, self.card)
     return mismatched_base(self.base, self.card) if self.base and self.card else ""
 
-# %% ../../nbs/play/04_arms.ipynb #a5c7580f
+# %% ../../nbs/play/04_arms.ipynb #4ee4cf50
 @patch
 def notices(self: Arm) -> list[str]:
     "One line for each way in which its adapter plays otherwise than it was trained."
     lines = base_notices(self.base, self.card) if self.base and self.card else []
+    if self.calls and (other := self.other_base()):
+        lines.append(f"its adapter_config.json names {other} as its base, and {self.settings.model} is asked")
     for played, shown in self.protocols.items():
         most = horizon_of(played).actions
         cut = f", the first {most} of its actions a turn" if most < horizon_of(shown.horizon).actions else ""

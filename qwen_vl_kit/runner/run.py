@@ -96,16 +96,19 @@ def check_devices(settings: Stage) -> None:
         for line in plan_serving(settings)[1]:
             notify(line)
 
-# %% ../../nbs/runner/03_run.ipynb #99fe2d92
+# %% ../../nbs/runner/03_run.ipynb #2e0f000f
 def check_adapters(settings: Stage) -> None:
     "Note what is unknown of the adapters that a config names. Raises `InputError` for what is not one, or damaged."
     from qwen_vl_kit.model.cards import missing_facts, read_card
+    from qwen_vl_kit.play.arms import naming
 
-    named = {field: getattr(settings, field, "") for field in ("student", "adapter")}
+    named = {field: (getattr(settings, field, ""), contextlib.nullcontext()) for field in ("student", "adapter")}
     if isinstance(settings, BenchmarkConfig):
-        named |= {f"arm {name}": arm.adapter for name, arm in settings.model_arms().items()}
-    for name, path in named.items():
-        if path and (parts := missing_facts(read_card(path))):
+        named |= {f"arm {name}": (arm.adapter, naming(name)) for name, arm in settings.model_arms().items()}
+    for name, (path, about) in named.items():
+        with about:
+            parts = missing_facts(read_card(path)) if path else []
+        if parts:
             notify(f"{name} = {path}: the {', '.join(parts)} that it was trained with are not on a card (qvk.json), "
                    "so they are not checked")
 

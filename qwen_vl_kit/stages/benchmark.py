@@ -6,7 +6,7 @@
 __all__ = ['check_unseen', 'episode_row', 'dollars', 'arm_row', 'write_csv', 'missing_seeds', 'check_store', 'outdated_runs',
            'stored_episodes', 'failure', 'Table', 'run']
 
-# %% ../../nbs/stages/05_benchmark.ipynb #e0125a83
+# %% ../../nbs/stages/05_benchmark.ipynb #9ba8b0e9
 import contextlib
 import time
 from itertools import chain
@@ -23,7 +23,8 @@ from ..model.cards import missing_facts, training_seeds
 from ..model.checkpoint import tiny_folder
 from ..model.loading import model_notices
 from ..play.arms import Arm, Players, check_arms, naming, playing_order, protocol_at, read_arm
-from ..play.endpoints import PAID_AGAIN, forecast, over_budget
+from ..play.endpoints import (PAID_AGAIN, call_numbers, endpoint_notices, forecast, over_budget,
+                                        rough_usd)
 from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
 from ..protocol.turns import prompt_hash
@@ -131,13 +132,13 @@ def missing_seeds(db: Path, arm: Arm, horizon: str, seeds: list[int]) -> list[in
     done = set() if table is None else set(table.seed[(table.run == arm.run_name(horizon)) & (table.arm == arm.name)])
     return [seed for seed in seeds if seed not in done]
 
-# %% ../../nbs/stages/05_benchmark.ipynb #45e319ea
+# %% ../../nbs/stages/05_benchmark.ipynb #4757b24d
 def check_store(out: Path, arms: list[Arm], seeds: list[int]) -> None:
     """Raise `InputError` when the store is missing or empty, and held episodes that an arm has paid for, or when it
     holds some of other seeds."""
     db, metrics = out / "rollouts.db", out / "metrics.jsonl"
     is_lost = not db.stat().st_size if db.is_file() else metrics.is_file() and metrics.stat().st_size > 0
-    paid = [arm.name for arm in arms if is_lost and Meter(journal=out / "calls" / f"{arm.name}.jsonl").usd]
+    paid = [arm.name for arm in arms if is_lost and Meter(journal=out / "calls" / f"{arm.name}.jsonl").is_paid]
     if paid:
         state = "empty" if db.is_file() else "missing"
         what = f"is {state}, and calls/{paid[0]}.jsonl beside it shows that it held paid episodes"
@@ -148,16 +149,19 @@ def check_store(out: Path, arms: list[Arm], seeds: list[int]) -> None:
                 for horizon in arm.protocols:
                     store.check_seeds(arm.run_name(horizon), seeds)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #1b1251b1
+# %% ../../nbs/stages/05_benchmark.ipynb #4c33f7b8
 def outdated_runs(db: Path, arms: list[Arm], calls: Path) -> list[str]:
-    "Runs of a store that an arm has played as what it no longer is. Raises `InputError` when that has cost dollars."
+    "Runs of a store that an arm has played as what it no longer is. Raises `InputError` when they may have been paid."
     table, outdated = _stored(db), []
     for arm in [] if table is None else arms:
         own = table[(table.arm == arm.name) & table.horizon.isin(arm.protocols)]
         runs = set(own.run) - {arm.run_name(horizon) for horizon in arm.protocols}
-        if runs and Meter(journal=calls / f"{arm.name}.jsonl").usd:
-            raise InputError(f"holds episodes that arm {arm.name} has paid for with other settings", db,
-                             "give the arm another name, or name another folder")
+        meter = Meter(journal=calls / f"{arm.name}.jsonl")
+        if runs and meter.is_paid:
+            unknown = "" if meter.is_cost_known else f" ({meter.calls} calls, dollars unknown)"
+            free = "" if meter.is_cost_known else "; a price of 0 in your own price book says that its calls are free"
+            raise InputError(f"holds episodes that arm {arm.name} has paid for with other settings{unknown}", db,
+                             f"give the arm another name, or name another folder{free}")
         outdated += sorted(runs)
     return outdated
 
@@ -251,14 +255,16 @@ def _play_arm(players: Players, arm: Arm, table: Table, seeds: list[int], store:
         seconds = store.seconds(arm.run_name(horizon), arm.name)
         table.add(arm, horizon, stored_episodes(store.path, arm, horizon), seconds)
 
-# %% ../../nbs/stages/05_benchmark.ipynb #1a87caac
+# %% ../../nbs/stages/05_benchmark.ipynb #74a98de9
 def _ask(players: Players, arm: Arm, missing: dict[str, list[int]]) -> None:
     "Make one call for an arm whose `missing` seeds, by horizon, are to be played. Raises `InputError` if refused."
     horizon = min(missing, key=lambda name: horizon_of(name).turns)  # it needs the smallest budget
+    for line in endpoint_notices(players.meters[arm.name], players.servers[arm.name].endpoint.origin):
+        notify(f"arm {arm.name}: {line}")
     with naming(arm.name):
         plan = forecast(players.caller(arm, horizon), arm.protocols[horizon], missing[horizon])
     calls = sum(len(seeds) * horizon_of(name).turns for name, seeds in missing.items())
-    price = "" if plan.usd is None else f" and ${plan.usd / plan.calls * calls:.2f}"
+    price = "" if plan.usd is None else f" and {rough_usd(plan.usd / plan.calls * calls)}"
     notify(f"arm {arm.name} will take at most {calls} calls{price}, unless a reply is asked for again")
 
 
@@ -294,7 +300,7 @@ def _identities(arms: list[Arm], config: BenchmarkConfig) -> dict:
               if arm.settings.policy == "model" and arm.settings.model != config.model}
     return {"model": config.model, **(own.identity if own else {}), **({"models": others} if others else {})}
 
-# %% ../../nbs/stages/05_benchmark.ipynb #4d04a963
+# %% ../../nbs/stages/05_benchmark.ipynb #4445054a
 def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, players: Players) -> dict:
     "The numbers of the result."
     horizons = config.played_horizons
@@ -305,7 +311,8 @@ def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, players: Pl
     notices = _notices(arms, config) + table.notices
     notices += [f"{arm} is not in the table: {reason}" for arm, reason in table.failed.items()]
     meters = players.meters
-    bills = {"calls_of_arms": {arm: meter.numbers() for arm, meter in meters.items()}} if meters else {}
+    notices += [f"{arm}: {line}" for arm, meter in meters.items() for line in endpoint_notices(meter)]
+    bills = {"calls_of_arms": {arm: call_numbers(meter) for arm, meter in meters.items()}} if meters else {}
     return {**numbers, **({"notices": notices} if notices else {}),
             **({"failed_arms": table.failed} if table.failed else {}), **total_numbers([*meters.values()]), **bills}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['student_policy', 'teacher_policy', 'check_config', 'check_store', 'collection_meter', 'planned', 'run']
 
-# %% ../../nbs/stages/01_collect.ipynb #f1a66848
+# %% ../../nbs/stages/01_collect.ipynb #202febee
 import contextlib
 import itertools
 import json
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from ..config import CollectConfig
-from ..core import (InputError, OverBudget, Result, adapter_folder, append_jsonl, atomic, dumps, parse_seeds,
-                              resolve)
+from ..core import (InputError, OverBudget, Result, adapter_folder, append_jsonl, atomic, dumps, notify,
+                              parse_seeds, resolve)
 from ..engine.access import read_access
 from ..engine.base import Sampling
 from ..engine.factory import create_engine
@@ -23,7 +23,8 @@ from ..engine.hf import HFEngine
 from ..game.description import GAME
 from ..model.cards import base_and_revision
 from ..model.loading import load_model, model_notices
-from ..play.endpoints import PAID_AGAIN, endpoint_policy, forecast, make_engine, make_meter, over_budget
+from ..play.endpoints import (PAID_AGAIN, call_numbers, endpoint_notices, endpoint_policy, forecast,
+                                        make_engine, make_meter, over_budget, rough_usd)
 from ..play.policies import (DaggerPolicy, EnginePolicy, ExpertPolicy, RandomPolicy, ServerPolicy,
                                        read_checked_card)
 from ..play.rollout import Replies, rollout
@@ -172,7 +173,7 @@ def _replies(db: Path) -> Replies:
     table = episodes(db)
     return Replies(int(table["turns"].sum()), int(table["cut_off"].sum()))
 
-# %% ../../nbs/stages/01_collect.ipynb #2799083c
+# %% ../../nbs/stages/01_collect.ipynb #dbf526bf
 def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Meter | None) -> dict:
     """Play the seeds that the store does not hold yet.
 
@@ -180,6 +181,8 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Met
     """
     db = out / "rollouts.db"
     missing = _missing_seeds(db, policy.name, seeds)
+    for line in endpoint_notices(meter, policy.engine.endpoint.origin) if meter and missing else ():
+        notify(line)
     plan = planned(policy, config, missing) if meter and missing else {}
     usd = plan.get("estimated_usd", plan.get("estimated_usd_of_the_rest"))
     out.mkdir(parents=True, exist_ok=True)
@@ -194,8 +197,8 @@ def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Met
         store.begin("collect", config, facts)
         rollout(policy, config, seeds, noise=config.noise, seed=config.seed, concurrency=config.concurrency,
                 sink=_make_sink(store, out, policy.name), done=done, keep=False,
-                what=f"{policy.name} plays" + (f" (at most ${usd:.2f})" if usd else ""))
-    if notices := _replies(db).notices():
+                what=f"{policy.name} plays" + (f" (at most {rough_usd(usd)})" if usd else ""))
+    if notices := _replies(db).notices() + (endpoint_notices(meter) if meter else []):
         plan["notices"] = notices
     return plan
 
@@ -225,13 +228,13 @@ def _totals(db: Path) -> dict:
     return totals | {f"stored_{kind}": int(table[kind].sum()) if kind in table else 0
                      for kind in ("prompt_tokens", "cached_tokens", "completion_tokens")}
 
-# %% ../../nbs/stages/01_collect.ipynb #3bd8a6d3
+# %% ../../nbs/stages/01_collect.ipynb #9865b8c9
 def _numbers(policy, config: CollectConfig, out: Path, plan: dict, meter: Meter | None) -> dict:
     "The numbers of the result."
     totals = _totals(out / "rollouts.db")
     rate = round(totals["achievements"] / len(GAME.achievements) / totals["episodes"], 6)
     numbers = {**totals, "achievement_rate": rate, "teacher": policy.name, "prompt_hash": prompt_hash(config), **plan,
-               **(meter.numbers() if meter else {})}
+               **(call_numbers(meter) if meter else {})}
     if loaded := getattr(getattr(policy, "engine", None), "loaded", None):  # a teacher in this process
         numbers |= loaded.identity
         if notices := model_notices(loaded, config) + plan.get("notices", []):

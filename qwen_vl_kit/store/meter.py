@@ -72,7 +72,7 @@ def tokens_usd(model: str, tokens: dict[str, int], book: dict[str, Price]) -> De
         return None
     return sum((book[price_item(model, unit, book)](count) for unit, count in tokens.items()), Decimal(0))
 
-# %% ../../nbs/store/07_meter.ipynb #8e2e278d
+# %% ../../nbs/store/07_meter.ipynb #3419c5d9
 def _is_call_row(row: dict) -> bool:
     "Whether a row says that a call was sent, or how it ended. Raises `KeyError` and the like for other rows."
     most, size = row.get("worst", [0, 0]), row.get("size", [0, 0, 0])
@@ -81,12 +81,13 @@ def _is_call_row(row: dict) -> bool:
     if not all(type(integer) is int and integer >= 0 for integer in integers):
         return False
     if "model" in row:  # sent
-        return isinstance(row["model"], str) and {"worst", "again"} <= row.keys() and (len(most), len(size)) == (2, 3)
+        are_texts = isinstance(row["model"], str) and isinstance(row.get("endpoint", ""), str)
+        return are_texts and {"worst", "again"} <= row.keys() and (len(most), len(size)) == (2, 3)
     if counts:  # answered
         return row["prompt_tokens"] >= row.get("cached_tokens", 0) and "completion_tokens" in row
     return type(row["billed"]) is type(row["answered"]) is bool
 
-# %% ../../nbs/store/07_meter.ipynb #d456e939
+# %% ../../nbs/store/07_meter.ipynb #01f674d5
 class CallCounts:
     "How many calls of models were made, and what they have used and cost, from the rows of a journal."
 
@@ -108,6 +109,7 @@ class CallCounts:
         self.tokens: dict[str, Counter] = {}  # by model and unit
         self.unmetered: Counter = Counter()  # answers without counts of tokens, by model
         self.billed_models: set[str] = set()
+        self.endpoints: Counter = Counter()  # answers by the origin that the call was sent to, where its row names it
         self.bounds: dict[str, CallBound] = {}  # by model
         self._in_flight: dict[int, tuple[dict, Decimal]] = {}  # by number: the row and what is reserved
 
@@ -124,13 +126,13 @@ class CallCounts:
         "US dollars of tokens, `cached` of the prompt's from a cache; None when the book does not list the model."
         return tokens_usd(model, tokens_by_unit(prompt, completion, cached), self.book)
 
-# %% ../../nbs/store/07_meter.ipynb #d456e93b
+# %% ../../nbs/store/07_meter.ipynb #806cdf47
 @patch
 def begin(self: CallCounts, row: dict) -> None:
     """Count a call that is sent.
 
     The row is {'call': its number, 'model', 'worst': most tokens of prompt and reply, 'size': images, characters and
-    tokens asked for, 'again': how often it was asked before}.
+    tokens asked for, 'again': how often it was asked before, 'endpoint': scheme, host and port, if that is known}.
     """
     number = row["call"]
     if number in self._in_flight:
@@ -158,12 +160,14 @@ def _count_tokens(self: CallCounts, start: dict, row: dict) -> Decimal | None:
     self.most_usd[model] = max(self.most_usd.get(model, Decimal(0)), usd or 0)
     return usd
 
-# %% ../../nbs/store/07_meter.ipynb #d456e93f
+# %% ../../nbs/store/07_meter.ipynb #e4c0216e
 @patch
 def end(self: CallCounts, row: dict) -> Decimal | None:
     "Count the end of a call: {'call', counts of tokens} or {'call', 'billed', 'answered'}; its cost, None if unknown."
     start, reserved = self._in_flight.pop(row["call"])
     self.reserved -= reserved
+    if "endpoint" in start and ("prompt_tokens" in row or row["answered"]):
+        self.endpoints[start["endpoint"]] += 1
     if "prompt_tokens" in row:
         return self._count_tokens(start, row)
     model = start["model"]
@@ -178,11 +182,17 @@ def end(self: CallCounts, row: dict) -> Decimal | None:
             self.unmetered[model] += 1
     return None
 
-# %% ../../nbs/store/07_meter.ipynb #d456e942
+# %% ../../nbs/store/07_meter.ipynb #05d41bc6
 @patch(as_prop=True)
 def is_cost_known(self: CallCounts) -> bool:
     "Whether `usd` is all that the calls with a known end have cost."
     return not self.unmetered and all(book_name(model, self.book) for model in self.billed_models)
+
+
+@patch(as_prop=True)
+def is_paid(self: CallCounts) -> bool:
+    "Whether calls have cost dollars, or may have. They have not where the book has a price of 0 for the model."
+    return bool(self.usd or self.unconfirmed_usd) or not self.is_cost_known
 
 # %% ../../nbs/store/07_meter.ipynb #d456e943
 @patch
@@ -210,7 +220,7 @@ def call_figures(counts: CallCounts) -> dict:
         figures["answers_without_usage"] = counts.unmetered.total()
     return figures
 
-# %% ../../nbs/store/07_meter.ipynb #66b4e452
+# %% ../../nbs/store/07_meter.ipynb #9e0b9b74
 class Meter(CallCounts):
     """Calls of models: reserved before they are sent, counted when they come back, refused when they would pass a cap.
 
@@ -229,6 +239,7 @@ class Meter(CallCounts):
         super().__init__(image, book)
         self.cap, self.cap_calls = Decimal(str(budget_usd)), budget_calls
         self.journal = None if journal is None else Journal(journal)
+        self.endpoint = ""  # the origin that calls are sent to: it stands in their rows
         self._is_closed, self._lock = False, threading.RLock()
         self._recall()
 
@@ -353,7 +364,7 @@ def _open_journal(self: Meter) -> None:
         self.journal.write(self._lost_row)
         self._lost_row = None
 
-# %% ../../nbs/store/07_meter.ipynb #66b4e46a
+# %% ../../nbs/store/07_meter.ipynb #ccc50b03
 @patch
 def send(self: Meter, model: str, images: int, characters: int, completion: int, key: tuple = (),
          again: int = 0) -> int:
@@ -371,13 +382,13 @@ def send(self: Meter, model: str, images: int, characters: int, completion: int,
             self._open_journal()
         if not self.affords(model, images, characters, completion):
             self.refuse()
-        size = [images, characters, completion]
-        row = {"call": self.calls + 1, "model": model, "worst": self.bound(model)(*size), "size": size,
-               "key": list(key), "again": again}
+        number, size = self.calls + 1, [images, characters, completion]
+        row = {"call": number, "model": model, "worst": self.bound(model)(*size), "size": size,
+               "key": list(key), "again": again, **({"endpoint": self.endpoint} if self.endpoint else {})}
         if self.journal:
             self.journal.write(row)
         self.begin(row)
-        return row["call"]
+        return number
 
 # %% ../../nbs/store/07_meter.ipynb #66b4e46b
 @patch

@@ -136,20 +136,24 @@ def book_name(model: str, book: dict[str, Price]) -> str | None:
     names = (model, _without_date(model), bare, _without_date(bare))
     return next((name for name in names if {f"{name}/input", f"{name}/output"} <= book.keys()), None)
 
-# %% ../../nbs/store/04_prices.ipynb #aa6fb075
-def require_prices(model: str, book: dict[str, Price]) -> None:
-    "Raise `InputError` when the book has not both prices of a model's tokens."
-    if book_name(model, book) is None:
+# %% ../../nbs/store/04_prices.ipynb #a0d347e1
+def require_prices(model: str, book: dict[str, Price], key: str = "budget_usd") -> None:
+    "Raise `InputError` when the book has not both prices of a model's tokens, which the setting `key` needs."
+    if book_name(model, book) is not None:
+        return
+    try:
         price(f"{model}/input", book)
         price(f"{model}/output", book)
+    except InputError as error:
+        raise InputError(f"{error.what}, which {key} needs", fix=error.fix) from None
 
-# %% ../../nbs/store/04_prices.ipynb #bfef731c
+# %% ../../nbs/store/04_prices.ipynb #e00ba9f0
 def check_prices(config: Stage) -> None:
     "Raise `InputError` when a stage has a budget in dollars and asks a model without a price."
     if isinstance(config, BenchmarkConfig):
-        for arm in config.model_arms("server").values():
+        for name, arm in config.model_arms("server").items():
             if arm.budget_usd:
-                require_prices(arm.model, prices())
+                require_prices(arm.model, prices(), f"arm.{name}.budget_usd")
     if not getattr(config, "budget_usd", 0):
         return
     book = prices()
