@@ -305,7 +305,9 @@ def test_an_adapter_without_a_card_is_played_and_trained_on_and_what_nobody_know
     )
     numbers = benchmark.run(config, tmp_path / "benchmark").numbers
     assert numbers["seeds_not_told"] == ["sft", "grpo"] and numbers["adapters_name_base"] == {"sft": "somebody/else"}
-    assert numbers["unknown_of_adapters"]["grpo"] == ["base weights", "prompt", "seeds"]
+    assert numbers["unknown_of_adapters"]["grpo"] == ["seeds"]  # of the foreign one: a checkpoint has its run's card
+    with pytest.raises(InputError, match="seed 50 was trained on by the adapter of arm grpo"):
+        benchmark.run(config.model_copy(update={"seeds": "50"}), tmp_path / "seen")
     assert read_checked_card(foreign, config)["prompt_hash"] is None
 
 

@@ -20,7 +20,7 @@ from qwen_vl_kit.runner.commands import main, show_run
 from qwen_vl_kit.runner.configs import load_config
 from qwen_vl_kit.runner.run import ArmsFailed, run_stage
 from qwen_vl_kit.runner.workspace import state
-from qwen_vl_kit.stages import benchmark
+from qwen_vl_kit.stages import benchmark, report
 from qwen_vl_kit.store import manifest, traces
 from qwen_vl_kit.store.meter import Meter
 
@@ -455,6 +455,34 @@ def test_an_adapter_without_a_card_plays_and_what_nobody_knows_is_said(adapter, 
     assert ("bare", "s3") in table(tmp_path / "out")
     own = Protocol(**BenchmarkConfig(**PLAY, arms=["base"]).fields())
     assert set(traces.episodes(tmp_path / "out" / "rollouts.db").prompt_hash) == {prompt_hash(own)}
+
+
+def test_where_an_arm_without_a_card_stands_nobody_takes_its_seeds_as_unseen(adapter, tmp_path, capfd):
+    bare, out = contract.adapter(tmp_path / "bare", 3), tmp_path / "run" / "benchmark"
+    (bare / "qvk.json").unlink()
+    settings = config(["base", "bare"], ["s3", "s2"], bare={"adapter": str(bare)})
+    manifest.write(out, benchmark.run(settings, out), settings)
+    assert capfd.readouterr().err.count("prompt") <= 1
+    assert [row["training_seeds"] for row in table(out).values()] == ["", "", "not known", "not known"]
+    notices = read_json(out / "manifest.json")["numbers"]["notices"]
+    unseen = "bare: nobody knows whether it was trained on these seeds"
+    for shown in ("\n".join(notices), show_run(out.parent), report.about(out.parent)._repr_html_()):
+        assert shown.count(unseen) == shown.count("bare: its card (qvk.json) does not name its prompt") == 1
+    assert "training seeds" in show_run(out.parent).splitlines()[0]
+
+
+def test_replies_that_cannot_be_used_are_noted_of_every_model_with_arm_and_horizon(tmp_path):
+    bare = contract.adapter(tmp_path / "bare", 3, std=1.0)  # of random weights that never say anything
+    carded = config(["random", "base", "bare"], ["s3", "s2"], bare={"adapter": str(bare)})
+    notices = benchmark.run(carded, tmp_path / "carded").numbers["notices"]
+    lost = "turns: no usable action in the reply, so noop was played"
+    for horizon, turns in (("s3", 9), ("s2", 6)):
+        assert f"bare ({horizon}): {turns} of {turns} {lost}" in notices
+    assert not [line for line in notices if line.startswith("random")]
+    (bare / "qvk.json").unlink()
+    notices = benchmark.run(carded, tmp_path / "bare-out").numbers["notices"]
+    hint = "its adapter may have been trained under another prompt or horizon, which no card names"
+    assert f"bare (s3): 9 of 9 {lost}; {hint}" in notices
 
 
 def test_an_adapter_plays_at_another_horizon_under_its_own_prompt(tmp_path):

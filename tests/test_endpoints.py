@@ -35,6 +35,8 @@ FAULTS = {
     )
     for name, answer in table.items()
 }
+CUT_OFF = "1 of 1 replies were cut off; raise max_new_tokens"
+UNUSABLE = "1 of 1 turns: no usable action in the reply, so noop was played"
 TOLD = (InputError, LostEpisodes, CallFailed)  # one line each
 
 
@@ -218,9 +220,9 @@ def test_waits_are_reported_and_cut_replies_counted(play):
     waits = error("429 No", "slow down", "Retry-After: 5")
     with Hostile(lambda number: waits if number == 1 else says("grass", "length")) as endpoint:
         raised, numbers, _ = play(
-            endpoint, retries=1, notes=["asks to wait 5 s (429: slow down)", "1 of 1 turns: no usable action"]
+            endpoint, retries=1, notes=["asks to wait 5 s (429: slow down)"]
         )
-        assert raised is None and numbers["notices"] == ["1 of 1 replies were cut off; raise max_new_tokens"]
+        assert raised is None and numbers["notices"] == [CUT_OFF, UNUSABLE]
 
 
 def test_a_tool_call_that_is_cut_off_is_counted_where_the_endpoint_does_not_say_so(play):
@@ -232,7 +234,7 @@ def test_a_tool_call_that_is_cut_off_is_counted_where_the_endpoint_does_not_say_
         with Hostile(lambda number, answer=answer: answer) as endpoint:
             raised, numbers, _ = play(endpoint, arguments, form="tool", max_new_tokens=64)
         assert raised is None and numbers["invalid"] == (arguments == half)
-        assert numbers.get("notices", []) == ["1 of 1 replies were cut off; raise max_new_tokens"] * is_cut
+        assert numbers.get("notices", []) == [CUT_OFF] * is_cut + [UNUSABLE] * numbers["invalid"]
 
 
 @pytest.fixture(scope="module")

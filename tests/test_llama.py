@@ -153,7 +153,8 @@ def test_a_text_model_teaches_by_calling_a_tool(server, at, tmp_path):
     assert all(1 <= len(decision.actions) <= 4 for decision in valid)
     assert all(decision.cut_off for decision in decisions if not decision.valid)
     lost = sum(decision.cut_off for decision in decisions)
-    assert numbers.get("notices", []) == [f"{lost} of 12 replies were cut off; raise max_new_tokens"] * bool(lost)
+    cut_off = [f"{lost} of 12 replies were cut off; raise max_new_tokens"] * bool(lost)
+    assert [line for line in numbers.get("notices", []) if "no usable action" not in line] == cut_off
     assert numbers["calls"] == 1 + 12 + numbers["asked_again"] and numbers["usd"] is None
     assert numbers["asked_again"] >= numbers["invalid"]  # what is unusable is asked for once more
     assert [row["usd"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [None] * 3

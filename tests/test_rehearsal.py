@@ -77,7 +77,7 @@ def test_h200_runs_to_its_report_and_says_which_commit_it_was(run):
     assert (
         "top_p 0.8, top_k 20" in settings
     )  # the official ones; a frame of 288 pixels is a token a tile, of which there is nothing to say
-    assert cut == [
+    assert [line for line in cut if "no usable action" not in line] == [
         f"{arm}: 12 of 12 replies were cut off; raise max_new_tokens" for arm in ("base", "sft", "grpo")
     ]  # a random model never ends
     assert re.search(

@@ -8,7 +8,7 @@ __all__ = ['GRPOJob', 'start_engine', 'build_player', 'build_trainer', 'fit']
 # %% ../../nbs/learn/18_grpo_fit.ipynb #6f0743ac
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import GRPOConfig
@@ -22,6 +22,7 @@ from .sync import Sync, share_vision_cache
 from ..model.checkpoint import LoadedModel
 from ..model.fast import apply_training_fast_paths
 from ..model.lora import is_4_bit
+from ..protocol import turns
 from ..store.meter import Meter
 from ..store.traces import Store
 
@@ -38,6 +39,7 @@ class GRPOJob:
     serving_gpus: int = 0  # on which vLLM serves; 0: what plays shares the GPU that trains
     last: Path | None = None  # the checkpoint to resume from
     earlier_seconds: float = 0.0  # that earlier sessions have taken
+    facts: dict = field(default_factory=dict)  # of the cards of what it trains
 
 # %% ../../nbs/learn/18_grpo_fit.ipynb #52236a10
 def start_engine(job: GRPOJob, stack: contextlib.ExitStack):
@@ -73,18 +75,19 @@ def build_trainer(job: GRPOJob, player: Player):
     import datasets
     import trl
 
-    from qwen_vl_kit.learn.callbacks import MetricsCallback, remove_printer
+    from qwen_vl_kit.learn.callbacks import CardCallback, MetricsCallback, remove_printer
     from qwen_vl_kit.learn.grpo_trainer import GRPO_COLUMNS, TurnGRPOTrainer, grpo_arguments
 
     model, args = job.loaded.model, trl.GRPOConfig(**grpo_arguments(job.config, job.out))
     in_32_bits = {name: weight.data for name, weight in model.named_parameters()
                   if weight.requires_grad and is_4_bit(model)}
     metrics = MetricsCallback(job.out, args.max_steps, "grpo updates", GRPO_COLUMNS, job.earlier_seconds)
+    cards = CardCallback(job.loaded, turns.prompt_hash(job.config), job.facts)
     trainer = TurnGRPOTrainer(
         model=model, args=on_one_device(args), processing_class=job.loaded.processor,
         train_dataset=datasets.Dataset.from_dict({"prompt": ["play"] * 2 * args.steps_per_generation}),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        callbacks=[metrics], player=player, length=job.config.sequence_length)
+        callbacks=[metrics, cards], player=player, length=job.config.sequence_length)
     for name, values in in_32_bits.items():
         model.get_parameter(name).data = values
     apply_training_fast_paths(trainer.model)

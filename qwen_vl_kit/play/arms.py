@@ -25,8 +25,8 @@ from ..engine.factory import choose_engine, create_engine
 from ..engine.server import ServerEngine
 from ..engine.vllm import check_engine, language_only
 from ..engine.weights import checked_adapter
-from ..model.cards import (base_notices, check_served_base, matching_card, mismatched_base, other_name,
-                                     read_card, weights_digest)
+from ..model.cards import (base_notices, check_served_base, matching_card, mismatched_base, missing_facts,
+                                     other_name, read_card, weights_digest)
 from ..model.checkpoint import LoadedModel
 from ..model.loading import load_model, load_without_weights
 from .endpoints import endpoint_policy, make_engine, make_meter
@@ -192,10 +192,25 @@ def other_base(self: Arm) -> str:
     return mismatched_base(self.base, self.card) if self.base and self.card else ""
 
 # %% ../../nbs/play/04_arms.ipynb #4ee4cf50
+_NOT_ON_A_CARD = {
+    "seeds": "nobody knows whether it was trained on these seeds: its card (qvk.json) does not name all of its own",
+    "prompt": "its card (qvk.json) does not name its prompt; it plays under the benchmark's"}
+
+
+@patch
+def training_seeds(self: Arm) -> str:
+    "What the table says of the seeds that its adapter was trained on: empty where all are known, and were checked."
+    if not self.adapter or "seeds" not in missing_facts(self.card):
+        return ""
+    return "partly known" if self.card.get("seeds") else "not known"
+
+
 @patch
 def notices(self: Arm) -> list[str]:
-    "One line for each way in which its adapter plays otherwise than it was trained."
-    lines = base_notices(self.base, self.card) if self.base and self.card else []
+    "One line for each thing that nobody knows of its adapter, or in which it plays otherwise than it was trained."
+    missing = missing_facts(self.card) if self.adapter else []
+    lines = [line for fact, line in _NOT_ON_A_CARD.items() if fact in missing]
+    lines += base_notices(self.base, self.card) if self.base and self.card else []
     if self.calls and (other := self.other_base()):
         lines.append(f"its adapter_config.json names {other} as its base, and {self.settings.model} is asked")
     for played, shown in self.protocols.items():

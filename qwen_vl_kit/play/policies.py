@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..config import Protocol
-from ..core import InputError, OverBudget, notify
+from ..core import InputError, OverBudget
 from ..engine.base import EngineDied, Request, Sampling, card_of
 from ..engine.refusals import CallFailed, QuotaExceeded
 from ..expert.expert import Expert
@@ -205,15 +205,11 @@ class EnginePolicy:
 
     def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str = "model", adapter: str = ""):
         self.engine, self.protocol, self.sampling, self.name, self.adapter = engine, protocol, sampling, name, adapter
-        self.check(first=True)
+        self.check()
 
-    def check(self, first: bool = False) -> None:
-        """Raise `InputError` when the adapter was trained under another prompt than the policy's. With `first`, report
-        an adapter whose card does not name its prompt."""
-        card = card_of(self.engine, self.adapter)
-        check_prompt(card, self.protocol)
-        if first and card and not card.get("prompt_hash"):
-            notify(f"{self.name}: the adapter's card does not name its prompt; it plays under the one given")
+    def check(self) -> None:
+        "Raise `InputError` when the adapter was trained under another prompt than the policy's."
+        check_prompt(card_of(self.engine, self.adapter), self.protocol)
 
     def act(self, situations: list[Situation]) -> list[Decision]:
         "One decision per situation, generated in one batch."
@@ -288,14 +284,13 @@ class ServerPolicy:
     def __init__(self, engine, protocol: Protocol, sampling: Sampling, name: str, max_reprompts: int = 1,
                  episode_seconds: float = 3600.0, adapter: str = ""):
         self.engine, self.protocol, self.sampling, self.name, self.adapter = engine, protocol, sampling, name, adapter
-        self.check(first=True)  # pyrefly: ignore[bad-argument-type]
+        self.check()  # pyrefly: ignore[bad-argument-type]
         self.max_reprompts, self.episode_seconds = max_reprompts, episode_seconds
         self.results, self.in_flight = queue.SimpleQueue(), 0  # calls that have returned; calls under way
         self.waiting: list[Situation] = []  # beginnings that cannot be paid yet
         self.begun: dict[int, tuple[Episode, float]] = {}  # id -> an episode, and when it began (monotonic clock)
         self.horizon = horizon(protocol.horizon).turns  # of an episode at most
         self.fatal: Exception | None = None  # what concerns all episodes
-        self.decided, self.unusable = 0, 0  # turns, and those whose replies held no usable action
 
     check = EnginePolicy.check
 
@@ -362,10 +357,8 @@ def probe(self: ServerPolicy, situation: Situation) -> dict:
 # %% ../../nbs/play/01_policies.ipynb #934a5f64
 @patch
 def close(self: ServerPolicy) -> None:
-    "Give up what is in flight, and report replies without a usable action."
+    "Give up what is in flight."
     self.engine.close()
-    if self.unusable:
-        notify(f"{self.unusable} of {self.decided} turns: no usable action in the reply, so noop was played")
 
 # %% ../../nbs/play/01_policies.ipynb #11e692c6
 @patch
@@ -414,8 +407,6 @@ async def _ask(self: ServerPolicy, prompt_request: Request) -> Decision:
         reply = parse(self.protocol, output.text)
         if reply.valid:
             break
-    self.decided += 1
-    self.unusable += not reply.valid
     # once more: JSON in the text may have had a secret in another spelling
     reply = reply._replace(reason=self.engine.endpoint.clean(reply.reason))
     return decision_of(output, reply, _total(usages))

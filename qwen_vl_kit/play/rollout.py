@@ -88,21 +88,27 @@ class Losses:
 
 # %% ../../nbs/play/02_rollout.ipynb #49707aeb
 class Replies:
-    "Counts the replies of played episodes, and those of them that were cut off."
+    "Counts the replies of played episodes, those of them that were cut off, and those without a usable action."
 
-    def __init__(self, replies: int = 0, cut_off: int = 0):
-        self.replies = replies
-        self.cut_off = cut_off
+    def __init__(self, replies: int = 0, cut_off: int = 0, unusable: int = 0):
+        self.replies, self.cut_off, self.unusable = replies, cut_off, unusable
 
     def add(self, episode: Episode) -> None:
         "Count those of an episode, without the turns that were copied from another."
         self.replies += len(episode.turns) - episode.start
         self.cut_off += episode.cut_off
+        self.unusable += sum(not turn.decision.valid for turn in episode.turns[episode.start:])
 
-    def notices(self, who: str = "") -> list[str]:
-        "The line for a reader of results, if there are any."
-        line = f"{self.cut_off} of {self.replies} replies were cut off; raise max_new_tokens"
-        return [f"{who}: {line}" if who else line] if self.cut_off else []
+    def notices(self, who: str = "", unknown_prompt: bool = False) -> list[str]:
+        "A line for a reader of results on each kind, if there are any; `unknown_prompt` of an adapter adds a hint."
+        lines = []
+        if self.cut_off:
+            lines.append(f"{self.cut_off} of {self.replies} replies were cut off; raise max_new_tokens")
+        if self.unusable:
+            hint = "; its adapter may have been trained under another prompt or horizon, which no card names"
+            lines.append(f"{self.unusable} of {self.replies} turns: no usable action in the reply, so noop was played"
+                         + (hint if unknown_prompt and self.unusable >= 0.9 * self.replies else ""))
+        return [f"{who}: {line}" if who else line for line in lines]
 
 # %% ../../nbs/play/02_rollout.ipynb #87ea2c6f
 def _begin(world: World, episode: Episode, snapshots: dict | None) -> Situation:

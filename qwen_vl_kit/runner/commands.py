@@ -28,14 +28,16 @@ from ..settings import horizon
 
 # %% ../../nbs/runner/07_commands.ipynb #8737fb75
 def show_run(run: Path) -> str:
-    """The table of arms of a run, the arms that failed, their differences, and the path of its report, as text. Raises
-    `InputError` when it has no benchmark."""
+    """The table of arms of a run, the arms that failed, what was noted of arms, their differences, and the path of its
+    report, as text. Raises `InputError` when it has no benchmark."""
     from qwen_vl_kit.show.tables import arms_table, differences_table, manifests, text_table
 
     folder = run / "benchmark"
-    failed = manifests(run).get("benchmark", {}).get("numbers", {}).get("failed_arms", {})
+    numbers = manifests(run).get("benchmark", {}).get("numbers", {})
+    failed = [f"{arm} is not in the table: {reason}" for arm, reason in numbers.get("failed_arms", {}).items()]
+    noted = [f"note: {line}" for line in numbers.get("notices", ()) if line not in failed]
     lines = [text_table(arms_table(folder / "arms.csv"))]
-    lines += [f"{arm} is not in the table: {reason}" for arm, reason in failed.items()]
+    lines += failed + ["\n".join(noted)] * bool(noted)
     if (folder / "episodes.csv").is_file() and len(gaps := differences_table(folder / "episodes.csv")):
         lines.append(text_table(gaps))
     if (run / "report" / "run.html").is_file():

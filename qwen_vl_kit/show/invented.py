@@ -47,7 +47,8 @@ def _invent_arm(arm: str, horizon: str, rate: float, episodes: int) -> dict:
     return {"arm": arm, "horizon": horizon, "episodes": episodes, "achievement_rate": rate, "low": rate - 0.01,
             "high": rate + 0.01, "crafter_score": 100 * rate / 3, "reward": len(GAME.achievements) * rate,
             "invalid_rate": 0.002, "turns": 50 * episodes, "steps": 50 * episodes, "seconds": 7.25,
-            "usd": 0.0 if arm in ARM_STRENGTHS else None, "model": model, "trained_horizon": None}
+            "usd": 0.0 if arm in ARM_STRENGTHS else None, "model": model, "trained_horizon": None,
+            "training_seeds": None}
 
 # %% ../../nbs/show/02_invented.ipynb #004ce189
 def invent_benchmark(run: str | Path, strengths: dict[str, float] = ARM_STRENGTHS,

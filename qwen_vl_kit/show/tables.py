@@ -151,7 +151,8 @@ def read_arms(path: str | Path):
 
 # %% ../../nbs/show/03_tables.ipynb #417c43c8
 ARM_COLUMNS = {  # column of arms.csv: (heading, factor), in the order of showing
-    "model": ("model", None), "trained_horizon": ("trained at", None), "crafter_score": ("Crafter score", 1),
+    "model": ("model", None), "trained_horizon": ("trained at", None),
+    "training_seeds": ("training seeds", None), "crafter_score": ("Crafter score", 1),
     "reward": ("reward", 1), "invalid_rate": ("invalid replies %", 100), "turns": ("turns", 1),
     "steps": ("env steps", 1), "seconds": ("seconds", 1), "usd": ("USD", 1)}
 _FIRST_COLUMNS = ("arm", "horizon", "episodes", "achievement_rate", "low", "high")

@@ -92,11 +92,12 @@ def dollars(episodes: list[Episode], metered: bool) -> float | None:
 
 # %% ../../nbs/stages/05_benchmark.ipynb #0ef06001
 def arm_row(arm: str, episodes: list[Episode], metered: bool = False, model: str = "",
-            trained_horizon: str = "") -> dict:
+            trained_horizon: str = "", training_seeds: str = "") -> dict:
     """One row of `arms.csv`: rates are fractions of 1, the interval is the 95 % BCa bootstrap's over episodes.
 
     `seconds` are those of deciding, `usd` is None where it is not known, see `dollars`. `model` is what plays, empty
-    for chance and the expert; `trained_horizon` is that of its adapter, if it was another one.
+    for chance and the expert; `trained_horizon` is that of its adapter, if it was another one, and
+    `training_seeds` says where these are not known.
     """
     rows, turns = [episode_row(arm, episode) for episode in episodes], _all_turns(episodes)
     rate = mean_interval([row["achievements"] / len(GAME.achievements) for row in rows])
@@ -108,7 +109,7 @@ def arm_row(arm: str, episodes: list[Episode], metered: bool = False, model: str
             "reward": round(float(np.mean([row["reward"] for row in rows])), 4),
             "invalid_rate": round(1 - valid_rate, 6), "turns": len(turns), "steps": sum(row["steps"] for row in rows),
             "seconds": round(sum(turn.seconds for turn in turns), 2), "usd": dollars(episodes, metered),
-            "model": model, "trained_horizon": trained_horizon}
+            "model": model, "trained_horizon": trained_horizon, "training_seeds": training_seeds}
 
 # %% ../../nbs/stages/05_benchmark.ipynb #881d1f4f
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -216,10 +217,12 @@ class Table:
 
     def add(self, arm: Arm, horizon: str, played: list[Episode], seconds: float) -> None:
         "Add an arm at a horizon. The metrics say how long all took up to it, over all sessions."
-        row = arm_row(arm.name, played, arm.calls, arm.settings.model, arm.trained_horizon(horizon))
+        row = arm_row(arm.name, played, arm.calls, arm.settings.model, arm.trained_horizon(horizon),
+                      arm.training_seeds())
         self.arms.setdefault(arm.name, []).append(row)
         self.episodes.setdefault(arm.name, []).extend(episode_row(arm.name, episode) for episode in played)
-        self.notices += _replies(played).notices(_label(arm.name, horizon, self.config))
+        unknown = bool(arm.adapter) and not arm.card.get("prompt_hash")
+        self.notices += _replies(played).notices(_label(arm.name, horizon, self.config), unknown)
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         append_jsonl(self.out / "metrics.jsonl", {"step": self.step, **row, "seconds": round(self.seconds, 3)})
 

@@ -169,9 +169,9 @@ def _missing_seeds(db: Path, arm: str, seeds: list[int]) -> list[int]:
 
 # %% ../../nbs/stages/01_collect.ipynb #07ba1edc
 def _replies(db: Path) -> Replies:
-    "The replies in a store, and those of them that were cut off."
+    "The replies in a store, those of them that were cut off, and those without a usable action."
     table = episodes(db)
-    return Replies(int(table["turns"].sum()), int(table["cut_off"].sum()))
+    return Replies(*(int(table[count].sum()) for count in ("turns", "cut_off", "invalid")))
 
 # %% ../../nbs/stages/01_collect.ipynb #dbf526bf
 def _play(policy, config: CollectConfig, seeds: list[int], out: Path, meter: Meter | None) -> dict:

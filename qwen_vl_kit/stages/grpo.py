@@ -71,11 +71,11 @@ def _train(job: GRPOJob) -> list[dict]:
         return fit(job, store)
 
 # %% ../../nbs/stages/04_grpo.ipynb #3d0e7865
-def _write_card(config: GRPOConfig, out: Path, loaded: LoadedModel, card: dict) -> None:
-    "Write the card of the trained adapter, which began from one with `card`."
+def _card_facts(config: GRPOConfig, card: dict) -> dict:
+    "What the cards of a run say beside model and prompt; it began from an adapter with `card`."
     incomplete = {"seeds_incomplete": True} if "seeds" in missing_facts(card) else {}
-    write_card(out / "adapter", loaded, turns.prompt_hash(config), stage="grpo", iterations=config.iterations,
-               protocol=config.fields(), seeds=seed_spec([*training_seeds(card), *seeds_to_play(config)]), **incomplete)
+    seeds = seed_spec([*training_seeds(card), *seeds_to_play(config)])
+    return {"stage": "grpo", "protocol": config.fields(), "seeds": seeds, **incomplete}
 
 # %% ../../nbs/stages/04_grpo.ipynb #9f5a3236
 def _numbers(config: GRPOConfig, loaded: LoadedModel, card: dict, rows: list[dict]) -> dict:
@@ -107,8 +107,9 @@ def run(config: GRPOConfig, out: str | Path) -> Result:
     last = _find_checkpoint(config, out, adapter)
     earlier = truncate_metrics(out / "metrics.jsonl", updates_of(last))["seconds"]
     meter = Meter(config.budget_usd, journal=out / "calls.jsonl")
-    rows = _train(GRPOJob(config, out, adapter, loaded, meter, serving_gpus, last, earlier))
-    _write_card(config, out, loaded, card)
+    facts = _card_facts(config, card)
+    rows = _train(GRPOJob(config, out, adapter, loaded, meter, serving_gpus, last, earlier, facts))
+    write_card(out / "adapter", loaded, turns.prompt_hash(config), **facts, iterations=config.iterations)
     seconds = earlier + time.perf_counter() - began
     numbers = _numbers(config, loaded, card, rows) | (meter.numbers() if meter.calls else {})
     if not_applied:
