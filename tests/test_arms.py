@@ -466,7 +466,7 @@ def test_where_an_arm_without_a_card_stands_nobody_takes_its_seeds_as_unseen(ada
     assert [row["training_seeds"] for row in table(out).values()] == ["", "", "not known", "not known"]
     notices = read_json(out / "manifest.json")["numbers"]["notices"]
     unseen = "bare: nobody knows whether it was trained on these seeds"
-    for shown in ("\n".join(notices), show_run(out.parent), report.about(out.parent)._repr_html_()):
+    for shown in ("\n".join(notices), show_run(out.parent), report.about(out.parent)):
         assert shown.count(unseen) == shown.count("bare: its card (qvk.json) does not name its prompt") == 1
     assert "training seeds" in show_run(out.parent).splitlines()[0]
 
