@@ -292,6 +292,11 @@ def test_whole_weights_are_trained_and_played(rows, tmp_path):
         tmp_path / "benchmark",
     )
     assert played.numbers
+    for checkpoint in (tmp_path / "sft" / "checkpoints").glob("checkpoint-*"):
+        seen = dict(arms=["sft"], sft_adapter=str(checkpoint), seeds="0", bf16=False)
+        with pytest.raises(InputError, match="seed 0 was trained on by the adapter of arm sft"):
+            benchmark.run(BenchmarkConfig(**PLAY, model="random:tiny", **seen), tmp_path / "seen")
+        assert load_model("random:tiny", adapter=checkpoint).model
     weights = tmp_path / "sft" / "adapter" / "model.safetensors"
     held = load_file(weights)
     save_file({name: weight for name, weight in held.items() if "layers.1.mlp" not in name}, weights, {"format": "pt"})
