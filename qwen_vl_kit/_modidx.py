@@ -2304,6 +2304,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'qwen_vl_kit.runner.run.headline': ('runner/run.html#headline', 'qwen_vl_kit/runner/run.py'),
                                         'qwen_vl_kit.runner.run.load_all': ('runner/run.html#load_all', 'qwen_vl_kit/runner/run.py'),
                                         'qwen_vl_kit.runner.run.notices': ('runner/run.html#notices', 'qwen_vl_kit/runner/run.py'),
+                                        'qwen_vl_kit.runner.run.require_access': ( 'runner/run.html#require_access',
+                                                                                   'qwen_vl_kit/runner/run.py'),
                                         'qwen_vl_kit.runner.run.run_all': ('runner/run.html#run_all', 'qwen_vl_kit/runner/run.py'),
                                         'qwen_vl_kit.runner.run.run_folder': ('runner/run.html#run_folder', 'qwen_vl_kit/runner/run.py'),
                                         'qwen_vl_kit.runner.run.run_one': ('runner/run.html#run_one', 'qwen_vl_kit/runner/run.py'),

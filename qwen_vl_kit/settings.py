@@ -70,7 +70,7 @@ Time = Annotated[str, BeforeValidator(_time_as_text)]
 
 # %% ../nbs/01_settings.ipynb #59e5ffcc
 def each_once(names: list) -> list:
-    "Names, none of which stands there twice. Raises `ValueError`."
+    "The names as they are. Raises `ValueError` when one of them is given twice."
     if len(set(names)) < len(names):
         raise ValueError("names something twice")
     return names

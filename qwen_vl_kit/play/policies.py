@@ -12,7 +12,6 @@ import asyncio
 import queue
 import time
 from dataclasses import dataclass
-
 from pathlib import Path
 from typing import Any
 
