@@ -33,7 +33,7 @@ def horizon(name: str) -> Horizon:
         return Horizon("full", 10_000, 1, 10_000)
     match = re.fullmatch(r"([st])([1-9]\d{0,3})", name)
     if not match:
-        fix = "write s50 (50 single actions), t50 (50 turns of up to 4 actions) or full"
+        fix = "write s50 (50 single actions) or t50 (50 turns of up to 4 actions), with 1 to 9999 for 50, or full"
         raise InputError(f"unknown horizon {name!r}", fix=fix)
     count, actions = int(match[2]), {"s": 1, "t": 4}[match[1]]
     return Horizon(name, count, actions, count * actions)

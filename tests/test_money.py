@@ -281,6 +281,51 @@ def test_a_budget_holds_when_the_process_is_killed_again_and_again(at, tmp_path)
         assert billing.usd <= Decimal(str(numbers["usd"])) + Decimal(str(numbers["usd_in_doubt"]))
 
 
+def by_request(number, body):
+    "An answer that hangs on what is asked alone."
+    return says(f"call {body['seed']} -> {('move_left', 'move_right', 'do', 'noop')[body['seed'] % 4]}")
+
+
+def test_a_turn_that_was_answered_is_not_paid_again(at, tmp_path):
+    """All episodes are open together. A refused key ends the first session, a kill the second; the third is refused
+    again, and the fourth finishes: each turn is billed once, and what is stored is what one session would have."""
+    config, limits, full = settings(seeds="0-7", concurrency=8, retries=0), iter((13, 21, 25, 999)), threading.Event()
+    script = "from qwen_vl_kit import config; from qwen_vl_kit.stages import collect; " \
+        f"collect.run(config.CollectConfig(**{config.model_dump()}), {str(tmp_path / 'run')!r})"
+    billed, limit, hangs, lock = [], 0, False, threading.Lock()
+
+    def answer(number, body):
+        with lock:
+            if len(billed) < limit:
+                billed.append(body["seed"])
+                return by_request(number, body)
+        full.set()
+        return "hang" if hangs else refuses(401, "no such key", code="invalid_api_key")
+
+    with Endpoint(answer) as endpoint:
+        at(endpoint.url)
+        for session, limit in enumerate(limits):
+            hangs = session == 1
+            if hangs:
+                full.clear()
+                process = subprocess.Popen([sys.executable, "-c", script], cwd=root())
+                assert full.wait(60)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            elif limit < 999:
+                with pytest.raises(InputError, match="no such key"):
+                    collect.run(config, tmp_path / "run")
+            else:
+                numbers = collect.run(config, tmp_path / "run").numbers
+    with Endpoint(by_request) as endpoint:
+        at(endpoint.url)
+        collect.run(config, tmp_path / "alone")
+    lost = 8  # that were answered, and whose answer the killed process may not have read
+    assert len(set(billed)) == 8 * 4 and len(billed) <= 1 + 8 * 4 + lost
+    assert numbers["episodes"] == 8 and numbers["usd"] >= 0.0001422 * 8 * 4
+    assert len({traces.fingerprint(tmp_path / out / "rollouts.db") for out in ("run", "alone")}) == 1
+
+
 @pytest.mark.parametrize("budget, episodes", [({"budget_calls": 12}, 2), ({"budget_usd": 0.0022}, 3)])
 def test_no_episode_is_begun_that_the_budget_cannot_finish(at, tmp_path, budget, episodes):
     "Ten episodes of four turns; a call costs $0.0001422."

@@ -17,11 +17,16 @@ from ..core import digest
 # %% ../../nbs/engine/01_base.ipynb #16fd74a5
 @dataclass
 class Request:
-    "Chat messages to be answered, the key of their random numbers, and the tools that are offered to an endpoint."
+    """Chat messages to be answered, the key of their random numbers, and the tools that are offered to an endpoint.
+
+    `episode` is the horizon, seed and member of the episode that a turn belongs to: what an endpoint replies to it is
+    kept for the next session.
+    """
 
     messages: list[dict]
     key: tuple = ()
     tools: list[dict] | None = None
+    episode: tuple = ()
     failure: str = ""  # why the latest attempt to have it answered failed
 
 # %% ../../nbs/engine/01_base.ipynb #8461b3de

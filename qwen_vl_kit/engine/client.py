@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..core import InputError
+from ..core import InputError, digest
 from .access import Access
 from .base import EngineDied, Request, Sampling, seed_of
 from .endpoint import Answer, Endpoint, redirect_target, url_below
@@ -129,6 +129,10 @@ class ChatClient:
         "A request's JSON, in the names that the endpoint takes."
         detail = self.aliases.get("detail", self.detail)
         return self.aliases.apply(request_body(adapter or self.model, request, sampling, detail, again, self.end_ids))
+
+    def request_digest(self, request: Request, sampling: Sampling, again: int = 0, adapter: str = "") -> str:
+        "A digest of what is asked, which does not hang on the names that the endpoint takes."
+        return digest(request_body(adapter or self.model, request, sampling, self.detail, again))[:32]
 
     async def complete(self, transport, body: dict) -> Completion:
         "One attempt. Raises `TransientError`, `CallFailed`, `InputError` or `EngineDied`."

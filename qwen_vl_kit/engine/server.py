@@ -14,6 +14,7 @@ import random
 import sys
 import threading
 import time
+import typing
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 from ..core import InputError, adapter_folder, notify
 from .access import read_access
 from .base import Output, Request, Sampling, Versions
-from .client import ChatClient, OwnServer
+from .client import ChatClient, Completion, OwnServer
 from .endpoint import Endpoint, answers_tls, url_below
 from .refusals import (CallFailed, ParameterRejected, TransientError, backoff, duration_text,
                                          read_refusal)
@@ -119,6 +120,11 @@ class Unmetered:
     "A meter that counts nothing and refuses nothing."
 
     in_flight = 0
+    replies: typing.ClassVar[dict] = {}
+
+    def answered_turns(self, *_) -> int:
+        "Turns of an episode that earlier sessions have got replies to."
+        return 0
 
     def covers(self, *_) -> bool:
         "Whether turns can be paid."
@@ -132,7 +138,7 @@ class Unmetered:
         "Count a call that is sent; its number."
         return 0
 
-    def settle(self, *_) -> None:
+    def settle(self, *_, **__) -> None:
         "Count what the call cost; the cost if it is known."
 
 # %% ../../nbs/engine/12_server.ipynb #d0e47ad2
@@ -143,11 +149,17 @@ class CallRecord:
     number: int
     counts: dict | None = None  # tokens; None until there is a reply, {} if it does not say
     usd: object = None
+    reply: dict | None = None  # text, finish reason and seconds; None until there is one
     began: float = field(default_factory=time.perf_counter)
+
+    def end(self, completion: Completion) -> None:
+        "Note what has arrived."
+        self.counts, seconds = completion.counts, time.perf_counter() - self.began
+        self.reply = {"text": completion.text, "finish_reason": completion.finish_reason, "seconds": round(seconds, 6)}
 
     def usage(self) -> dict:
         "What goes into the `Output`."
-        usage = self.counts | {"calls": 1, "seconds": time.perf_counter() - self.began}
+        usage = self.counts | {"calls": 1, "seconds": self.reply["seconds"]}
         return usage if self.usd is None else usage | {"usd": self.usd}
 
 # %% ../../nbs/engine/12_server.ipynb #e9f30ffe
@@ -161,8 +173,8 @@ class MeteredCalls:
     async def attempt(self, *expected, **which):
         """The `CallRecord` of an attempt, during which it is made.
 
-        `expected` is the model, images, characters and most new tokens; `which` the request's key and how often it was
-        asked before. Raises what the meter raises.
+        `expected` is the model, images, characters and most new tokens; `which` the request's key, digest and episode,
+        and how often it was asked before. Raises what the meter raises.
         """
         while self.meter.in_flight and not self.meter.fits(*expected):
             self.settled.clear()
@@ -175,7 +187,7 @@ class MeteredCalls:
             raise
         finally:
             self.settled.set()  # those that wait run when this has been settled, or when the meter has raised
-            record.usd = self.meter.settle(record.number, record.counts, billed)
+            record.usd = self.meter.settle(record.number, record.counts, billed, reply=record.reply)
 
 # %% ../../nbs/engine/12_server.ipynb #c08004bb
 class Caller:
@@ -185,14 +197,21 @@ class Caller:
         self.client, self.retries = client, retries
         self.connections = Connections(client.endpoint, concurrency)
         self.calls, self.pause = MeteredCalls(meter), Pause()
+        self.wants_tokens = client.end_ids is not None  # for RL; such replies are not kept
 
     async def ask(self, request: Request, sampling: Sampling, again: int = 0, adapter: str = "") -> Output:
-        "The answer to one request. `again` is how often it was asked before; the seed differs each time."
-        failures = 0
+        """The answer to one request. `again` is how often it was asked before; the seed differs each time.
+
+        A reply that an earlier session has got to the same turn of an episode is taken for it, and nothing is sent.
+        """
+        is_kept = bool(request.episode) and not self.wants_tokens
+        failures, name = 0, self.client.request_digest(request, sampling, again, adapter) if is_kept else ""
+        if kept := self.calls.meter.replies.get(name):
+            return Output(kept.text, None, None, None, kept.finish_reason, kept.usage)
         while True:
             try:
                 async with self.connections.one() as transport:
-                    return await self._attempt(transport, request, sampling, again, adapter)
+                    return await self._attempt(transport, request, sampling, again, adapter, name)
             except TransientError as error:
                 failure = error
             request.failure = str(failure)
@@ -202,15 +221,16 @@ class Caller:
                 raise CallFailed(f"{failure} ({failures} times)")
             await self.pause.after(failure, backoff(failures - 1))
 
-    async def _attempt(self, transport, request: Request, sampling: Sampling, again: int, adapter: str) -> Output:
+    async def _attempt(self, transport, request: Request, sampling: Sampling, again: int, adapter: str,
+                       name: str) -> Output:
         await self.pause.over()
         expected = (self.client.model, *size(request.messages, request.tools), sampling.max_new_tokens)
-        async with self.calls.attempt(*expected, key=request.key, again=again) as record:
+        which = {"key": request.key, "again": again, "request": name, "episode": request.episode}
+        async with self.calls.attempt(*expected, **which) as record:
             body = self.client.body(request, sampling, again, adapter)
             completion = await self.client.complete(transport, body)
-            record.counts = completion.counts
-        wants_tokens = self.client.end_ids is not None
-        tokens = read_tokens(completion.reply) if wants_tokens else (None, None, None)
+            record.end(completion)
+        tokens = read_tokens(completion.reply) if self.wants_tokens else (None, None, None)
         return Output(completion.text, *tokens, completion.finish_reason, record.usage())
 
 # %% ../../nbs/engine/12_server.ipynb #92b88166

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAID_AGAIN', 'Asked', 'make_meter', 'make_engine', 'endpoint_policy', 'call_numbers', 'endpoint_notices', 'Forecast',
-           'forecast', 'rough_usd', 'over_budget']
+           'calls_left', 'forecast', 'rough_usd', 'over_budget']
 
 # %% ../../nbs/play/03_endpoints.ipynb #8dca7276
 import math
@@ -82,12 +82,18 @@ class Forecast(typing.NamedTuple):
     usd: float | None
 
 # %% ../../nbs/play/03_endpoints.ipynb #ccf59cb5
+def calls_left(meter: Meter, horizon_name: str, seeds: list[int]) -> int:
+    "Calls that the seeds take at most, without those that earlier sessions have got replies to."
+    turns = horizon(horizon_name).turns
+    return sum(max(turns - meter.answered_turns(horizon_name, seed), 0) for seed in seeds)
+
+
 def forecast(policy: ServerPolicy, protocol: Protocol, seeds: list[int]) -> Forecast:
     """What `seeds` will take, by one call for the first turn of the first. Raises `OverBudget` when no episode could be
     paid after it."""
     world = GAME.world(protocol.render_size)
     used = policy.probe(Situation(Episode(seeds[0], protocol.horizon, policy.name), world.reset(seeds[0]), world))
-    calls, usd = len(seeds) * horizon(protocol.horizon).turns, None
+    calls, usd = calls_left(policy.engine.meter, protocol.horizon, seeds), None
     if "usd" in used:  # at the full price: the next call may find nothing in a cache
         usd = policy.engine.meter.cost(policy.engine.model, used["prompt_tokens"], used["completion_tokens"])
     return Forecast(calls, used.get("prompt_tokens"), None if usd is None else float(usd * calls))

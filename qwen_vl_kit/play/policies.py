@@ -187,7 +187,8 @@ def request(protocol: Protocol, situation: Situation) -> Request:
     played, observation = situation.episode.turns, situation.observation
     frame = None if protocol.observe == "text" else situation.png or observation.frame
     messages = prompt(protocol, played, frame, observation.text, urls=False)
-    return Request(check_images(protocol, len(played), messages), situation.key, tools(protocol))
+    episode = (protocol.horizon, situation.episode.seed, situation.episode.member)
+    return Request(check_images(protocol, len(played), messages), situation.key, tools(protocol), episode)
 
 # %% ../../nbs/play/01_policies.ipynb #4ba3c9f6
 def decision_of(output, reply: Reply, usage: dict | None = None) -> Decision:
@@ -298,7 +299,7 @@ class ServerPolicy:
 def submit(self: ServerPolicy, situations: list[Situation]) -> None:
     "Call the endpoint for each situation; beginnings wait until they can be paid."
     for situation in situations:
-        if situation.episode.turns or not self.waiting and self._affords():
+        if situation.episode.turns or not self.waiting and self._affords(situation.episode):
             self._call(situation)
         else:
             self.waiting.append(situation)
@@ -307,7 +308,7 @@ def submit(self: ServerPolicy, situations: list[Situation]) -> None:
 @patch
 def ready(self: ServerPolicy) -> list[tuple[Situation, Decision | Exception]]:
     "The decisions that have arrived since the last time, at least one. Raises what concerns all episodes."
-    while self.waiting and self._affords():
+    while self.waiting and self._affords(self.waiting[0].episode):
         self._call(self.waiting.pop(0))
     if self.waiting and not self.in_flight:
         self.engine.meter.refuse()
@@ -336,20 +337,29 @@ def _note(self: ServerPolicy, situation: Situation, decision: Decision | Excepti
 
 # %% ../../nbs/play/01_policies.ipynb #b2c781c3
 @patch
-def _affords(self: ServerPolicy, before: int = 0) -> bool:
-    "Whether the episodes in flight, `before` calls and one more episode can be paid to their ends."
-    for key, (episode, _) in list(self.begun.items()):
-        if episode.turns and episode.turns[-1].done:
+def _turns_left(self: ServerPolicy, episode: Episode) -> int:
+    "How many turns of an episode have to be paid yet, if it does not end early."
+    answered = self.engine.meter.answered_turns(episode.horizon, episode.seed, episode.member)
+    return max(self.horizon - max(len(episode.turns), answered), 0)
+
+
+@patch
+def _affords(self: ServerPolicy, episode: Episode, before: int = 0) -> bool:
+    "Whether the episodes in flight, `before` calls and this episode can be paid to their ends."
+    for key, (other, _) in list(self.begun.items()):
+        if other.turns and other.turns[-1].done:
             del self.begun[key]
-    turns = [max(self.horizon - len(episode.turns), 1) for episode, _ in self.begun.values()]
-    turns.append(before + self.horizon)
-    return self.engine.meter.covers(self.engine.model, sum(turns), len(turns))
+    more = before + self._turns_left(episode)
+    turns = [self._turns_left(other) for other, _ in self.begun.values()]
+    paid = [count for count in (*turns, more) if count]
+    return not more or self.engine.meter.covers(self.engine.model, sum(paid), len(paid))
 
 # %% ../../nbs/play/01_policies.ipynb #235646ec
 @patch
 def probe(self: ServerPolicy, situation: Situation) -> dict:
     "The usage of one call. Raises `OverBudget` when not even one episode could be paid after it."
-    if not self._affords(before=1):
+    is_answered = self._turns_left(situation.episode) < self.horizon  # by an earlier session
+    if not self._affords(situation.episode, before=0 if is_answered else 1):
         self.engine.meter.refuse()
     return self.engine.generate([request(self.protocol, self._with_png(situation))], self.sampling)[0].usage
 

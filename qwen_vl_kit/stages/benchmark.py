@@ -23,8 +23,8 @@ from ..model.cards import missing_facts, training_seeds
 from ..model.checkpoint import tiny_folder
 from ..model.loading import model_notices
 from ..play.arms import Arm, Players, check_arms, naming, playing_order, protocol_at, read_arm
-from ..play.endpoints import (PAID_AGAIN, call_numbers, endpoint_notices, forecast, over_budget,
-                                        rough_usd)
+from ..play.endpoints import (PAID_AGAIN, call_numbers, calls_left, endpoint_notices, forecast,
+                                        over_budget, rough_usd)
 from ..play.rollout import Replies, rollout
 from ..protocol.episodes import Episode
 from ..protocol.turns import prompt_hash
@@ -266,8 +266,8 @@ def _ask(players: Players, arm: Arm, missing: dict[str, list[int]]) -> None:
         notify(f"arm {arm.name}: {line}")
     with naming(arm.name):
         plan = forecast(players.caller(arm, horizon), arm.protocols[horizon], missing[horizon])
-    calls = sum(len(seeds) * horizon_of(name).turns for name, seeds in missing.items())
-    price = "" if plan.usd is None else f" and {rough_usd(plan.usd / plan.calls * calls)}"
+    calls = sum(calls_left(players.meters[arm.name], name, seeds) for name, seeds in missing.items())
+    price = "" if plan.usd is None or not plan.calls else f" and {rough_usd(plan.usd / plan.calls * calls)}"
     notify(f"arm {arm.name} will take at most {calls} calls{price}, unless a reply is asked for again")
 
 
