@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ENV_FILE', 'FORCE', 'show_run', 'plan', 'run_benchmark', 'parser', 'main']
 
-# %% ../../nbs/runner/07_commands.ipynb #3dba96aa
+# %% ../../nbs/runner/07_commands.ipynb #fd2f55e8
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -17,14 +18,16 @@ from typing import Any
 
 import qwen_vl_kit
 from ..config import STAGES, to_toml
-from ..core import (MANIFEST, WORK, InputError, as_input_error, display_path, notify, parse_seeds, resolve,
-                              site)
+from ..core import (MANIFEST, WORK, InputError, as_input_error, display_path, notify, parse_seeds, progress,
+                              resolve, site)
 from . import new, synth
 from .arguments import resolve_cli_path, resolve_model, resolve_new_path, resolve_set, set_environment
 from .configs import config_file, load_config, stage_of
 from .notebook import RunFailed
-from .run import ArmsFailed, load_all, notices, run_all, run_folder, run_one
+from .run import ArmsFailed, load_all, notices, run_all, run_folder, run_one, stage_range
+from .workspace import LOCK, is_held
 from ..settings import horizon
+from ..store.mirror import mirroring
 
 # %% ../../nbs/runner/07_commands.ipynb #8737fb75
 def show_run(run: Path) -> str:
@@ -44,10 +47,13 @@ def show_run(run: Path) -> str:
         lines.append(f"report: {display_path(run / 'report' / 'run.html')}")
     return "\n\n".join(lines)
 
-# %% ../../nbs/runner/07_commands.ipynb #73bee484
+# %% ../../nbs/runner/07_commands.ipynb #a74209da
 def _run(args) -> int:
+    if args.mirror:  # before anything is fetched
+        load_all(args.path, stage_range(args.first, args.last), args.set)
     try:
-        out = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
+        with mirroring(run_folder(args.path, args.out), args.mirror):
+            out = run_all(args.path, args.out, args.first, args.last, args.set, args.force)
     except ArmsFailed as error:
         print(show_run(error.run))
         raise
@@ -139,6 +145,31 @@ def _show(args) -> int:
         notify(f"{stage} was made from other inputs than there are now; qvk run does it again")
     return 0
 
+# %% ../../nbs/runner/07_commands.ipynb #32a4f235
+def _push(args) -> int:
+    from qwen_vl_kit.store.inventory import listing
+    from qwen_vl_kit.store.travel import push
+
+    with contextlib.closing(progress(what="blocks sent")) as bar:
+        done = push(args.path, args.url, args.force, bar.update)
+    for name, reason in listing(resolve(args.path)).stay.items():
+        notify(f"{name} stays: {reason}")
+    print(f"{args.url}: {done}")
+    return 0
+
+# %% ../../nbs/runner/07_commands.ipynb #389d9317
+def _pull(args) -> int:
+    from qwen_vl_kit.store.travel import pull
+
+    for lock in resolve(args.path).rglob(LOCK):
+        if is_held(lock.parent):
+            raise InputError("is being written by another process", display_path(lock.parent),
+                             "wait for it, or pull into another folder")
+    with contextlib.closing(progress(what="blocks fetched")) as bar:
+        done = pull(args.url, args.path, args.force, bar.update)
+    print(f"{display_path(resolve(args.path))}: {done}")
+    return 0
+
 # %% ../../nbs/runner/07_commands.ipynb #6179385a
 def _merge(args) -> int:
     from qwen_vl_kit.store.merge import merge_stores
@@ -212,7 +243,23 @@ def _adder(commands):
         return command
     return add
 
-# %% ../../nbs/runner/07_commands.ipynb #bb44753c
+# %% ../../nbs/runner/07_commands.ipynb #19ccd778
+def _as_url(word: str) -> str:
+    return word if "://" in word or not word else resolve_new_path(word)
+
+
+def _add_travel(add) -> None:
+    "The commands that send a run elsewhere and fetch it."
+    url = "s3://bucket/path, gs://…, hf://buckets/…, sftp://host/path, file:///path, or a folder"
+    push = add("push", "send what has changed of a run to a URL", _push, path="RUN")
+    push.add_argument("url", metavar="URL", type=_as_url, help=url)
+    push.add_argument("--force", action="store_true", help="replace what is at the URL, whatever it is")
+    pull = add("pull", "fetch what has changed of a run at a URL", _pull)
+    pull.add_argument("url", metavar="URL", type=_as_url, help=url)
+    pull.add_argument("path", metavar="RUN", type=resolve_new_path)
+    pull.add_argument("--force", action="store_true", help="replace what the run has, whatever it is")
+
+# %% ../../nbs/runner/07_commands.ipynb #c7f1265a
 def _add_runs(add) -> None:
     "The commands that run stages."
     new_folder = add("new", "lay out a folder of configs to edit and run", _new, path="FOLDER")
@@ -222,6 +269,8 @@ def _add_runs(add) -> None:
                      sets=True, out=True)
     all_stages.add_argument("--from", dest="first", default="", choices=STAGES, help="first stage")
     all_stages.add_argument("--to", dest="last", default="", choices=STAGES, help="last stage")
+    all_stages.add_argument("--mirror", default="", metavar="URL", type=_as_url,
+                            help="begin with what was pushed to URL, and push there while it runs")
     _add_env_file(all_stages)
     for stage, model in STAGES.items():
         does = re.split(r"[.:;]", model.__doc__ or "")[0]
@@ -232,7 +281,7 @@ def _add_runs(add) -> None:
         _add_env_file(command)
         _add_force(command)
 
-# %% ../../nbs/runner/07_commands.ipynb #f553fbe5
+# %% ../../nbs/runner/07_commands.ipynb #85d493f0
 def parser() -> argparse.ArgumentParser:
     "The command line of `qvk`."
     top = _Parser(prog="qvk", description="Train a small vision-language model to play Crafter, and prove it.")
@@ -243,6 +292,7 @@ def parser() -> argparse.ArgumentParser:
     add("check", "validate a config folder or file and print every resolved value", _check, path="CONFIGS", sets=True)
     add("verify", "prove that a run's outputs are what its manifests say", _verify, path="RUN")
     add("show", "the table of arms of a run, and their differences", _show, path="RUN")
+    _add_travel(add)
     merge = add("merge", "copy the episodes of several trace stores into one", _merge, path="TARGET.db")
     merge.add_argument("sources", nargs="+", metavar="SOURCE.db", type=resolve_cli_path)
     imports = add("import-synth", "read a trace database of synth-ai v3 into a trace store", _import_synth,
