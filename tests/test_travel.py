@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -16,9 +17,9 @@ import fsspec
 import pytest
 from commands import SMALL, one_line, qvk
 from fsspec.implementations.local import LocalFileSystem
-from runs import kill_when
+from runs import alike, kill_when, lora
 
-from qwen_vl_kit.core import InputError, digest, read_json, root
+from qwen_vl_kit.core import InputError, digest, read_json, read_jsonl, root
 from qwen_vl_kit.store import inventory
 from qwen_vl_kit.store.inventory import BLOCK
 from qwen_vl_kit.store.manifest import verify
@@ -367,37 +368,50 @@ def test_a_library_that_is_missing_is_named(run, scheme, package):
     one_line(error)
 
 
-MIRRORED = [
-    sys.executable,
-    "-c",
-    "import sys\nfrom qwen_vl_kit.runner.run import run_all\nfrom qwen_vl_kit.store.mirror import mirroring\n"
-    "with mirroring(sys.argv[1], sys.argv[2], pause=0.0):\n"
-    "    more = {'collect.seeds': '0-99', 'collect.horizon': 's20'}\n"
-    "    run_all('configs/demo', sys.argv[1], last='collect', overrides=more)",
-]
+SHORT = {
+    "collect.seeds": "0-59",
+    "horizon": "s20",
+    "sft.max_steps": 40,
+    "sft.eval_steps": 5,
+    "sft.batch_size": 8,
+    "sft.eval_rows": 8,
+}
+MIRRORED = f"""
+import sys
+from qwen_vl_kit.runner.run import run_all
+from qwen_vl_kit.store.mirror import mirroring
+with mirroring(sys.argv[1], sys.argv[2], pause=0.0):
+    run_all("configs/demo", sys.argv[1], last="sft", overrides={SHORT})
+"""
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_a_machine_that_dies_costs_what_was_not_pushed(tmp_path):
+def test_machines_that_die_cost_what_was_not_pushed(tmp_path):
     run, url = tmp_path / "run", f"file://{tmp_path}/place"
 
-    def has_episodes():
+    def is_there(pattern, size=0):
         with contextlib.suppress(InputError):
-            return Remote(url).index().get("collect/.work/rollouts.db", (0,))[0] > 200_000
-        return False
+            entries = (Remote(url).index() or {}).items()
+            return any(re.fullmatch(pattern, name) and entry.size > size for name, entry in entries)
 
-    kill_when(lambda: (tmp_path / "place" / "index.json").is_file() and has_episodes(), [*MIRRORED, str(run), url])
-    shutil.rmtree(run)
-    words = "run configs/demo --to collect --set collect.seeds='0-99' --set collect.horizon='s20'".split()
+    for pattern, size in [("collect/.work/rollouts.db", 200_000), ("sft/.work/checkpoints/.*/trainer_state.json", 0)]:
+        kill_when(lambda: is_there(pattern, size), [sys.executable, "-c", MIRRORED, str(run), url])  # noqa: B023
+        shutil.rmtree(run)
+    words = ["run", "configs/demo", "--to", "sft"]
+    for name, value in SHORT.items():
+        words += ["--set", f"{name}={json.dumps(value)}"]
     done = qvk(*words, "--out", run, "--mirror", url)
     assert done.code == 0 and f"note: the run goes on from {url}" in done.err, done.err
     assert read_json(run / "collect" / "manifest.json")["numbers"]["earlier_episodes"] > 0
+    resumed = [row["step"] for row in read_jsonl(run / "sft" / "metrics.jsonl")]
+    assert "collect    already done" in done.err and resumed == sorted(resumed)
     assert qvk(*words, "--out", tmp_path / "whole").code == 0
     assert fingerprint(run / "collect" / "rollouts.db") == fingerprint(tmp_path / "whole" / "collect" / "rollouts.db")
+    alike(lora(run / "sft"), lora(tmp_path / "whole" / "sft"))
     shutil.rmtree(run)
     assert qvk("pull", url, run).code == 0 and qvk("verify", run).code == 0
-    assert "already done" in qvk(*words, "--out", run, "--mirror", url).err
+    assert qvk(*words, "--out", run, "--mirror", url).err.count("already done") == 3
 
 
 def test_a_mirror_that_cannot_be_is_refused_before_anything_is_played(tmp_path):
