@@ -167,14 +167,17 @@ def copy_store(store: Path, target: Path) -> Path:
         copy.execute("PRAGMA journal_mode = DELETE")
     return target
 
-# %% ../../nbs/store/13_inventory.ipynb #c2497df8
-def open_to_send(path: Path, live: bool, scratch: Path) -> BinaryIO:
-    "What of the file `path` is to be sent, open for reading; `scratch` is where a copy of a store may lie."
+# %% ../../nbs/store/13_inventory.ipynb #27231fac
+def open_to_send(path: Path, live: bool, scratch: Path) -> tuple[BinaryIO, bool]:
+    """What of the file `path` is to be sent, open for reading, and whether that is a copy as of one moment.
+
+    `scratch` is where a copy of a store may lie.
+    """
     if path.name.endswith(".db") and _logs(path):
-        return open(copy_store(path, scratch), "rb")
+        return open(copy_store(path, scratch), "rb"), True
     if live and path.name.endswith(".jsonl"):
-        return io.BytesIO(split_tail(path.read_bytes())[0])
-    return open(path, "rb")
+        return io.BytesIO(split_tail(path.read_bytes())[0]), True
+    return open(path, "rb"), False
 
 # %% ../../nbs/store/13_inventory.ipynb #9e8fcac4
 COARSE = 2 * 10**9  # nanoseconds; FAT's clock has this step
@@ -236,7 +239,7 @@ def _hold_checkpoints(run: Path, names: list[str], stack: contextlib.ExitStack) 
     return {name: stack.enter_context(open(run / name, "rb")) for name in names
             if _is_in_checkpoint(name) and is_live(run, name)}
 
-# %% ../../nbs/store/13_inventory.ipynb #6d4eb89f
+# %% ../../nbs/store/13_inventory.ipynb #ecc7340b
 def _read(run: Path, name: str, file: BinaryIO | None, hashes: Hashes, keep: Callable, holds: Callable) -> Entry:
     "The entry of one file, read from `file` if that is open. Raises `Changed`."
     path, live, began = run / name, is_live(run, name), time.time_ns()
@@ -244,10 +247,11 @@ def _read(run: Path, name: str, file: BinaryIO | None, hashes: Hashes, keep: Cal
     entry = hashes.get(name, facts)
     if entry and holds(entry):
         return entry
-    with contextlib.nullcontext(file) if file else open_to_send(path, live, hashes.path.with_name("copy.db")) as source:
-        is_copy = source is file or isinstance(source, io.BytesIO) or source.name != str(path)
+    source, is_copy = (file, True) if file else open_to_send(path, live, hashes.path.with_name("copy.db"))
+    with source:
         entry = read_blocks(source, keep)
-    if signature(path, live, file) == facts:
+        now = signature(path, live, file)
+    if now == facts:
         hashes.put(name, facts, entry, began)
     elif not is_copy:
         raise Changed(name)
