@@ -88,13 +88,15 @@ def reading_order(name: str) -> tuple:
     "The key to sort names by: checkpoints, stores, all else, marks."
     return is_mark(name), TRANSIENT not in name.split("/"), not name.endswith(".db"), name
 
-# %% ../../nbs/store/13_inventory.ipynb #7f0cf436
+# %% ../../nbs/store/13_inventory.ipynb #ba3332d1
 def _files_of(run: Path, folder: Path, stay: dict[str, str]) -> list[str]:
     "The relative names of the files below `folder` that travel; `stay` gets those of others, with the reason."
-    names = []
-    for path in sorted(folder.iterdir()):
+    names, paths = [], []
+    with contextlib.suppress(FileNotFoundError):  # a checkpoint that has just been deleted
+        paths = sorted(folder.iterdir())
+    for path in paths:
         name = path.relative_to(run).as_posix()
-        if is_bound(name) or _is_half_written(path):
+        if is_bound(name) or _is_half_written(path) or not os.path.lexists(path):
             continue
         if reason := _reason_to_stay(run, path, name):
             stay[name] = reason
