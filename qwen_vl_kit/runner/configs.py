@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 from ..config import STAGES, TABLES, _toml, key_hint, validate
-from ..core import InputError, nearest, read_text, resolve
+from ..core import InputError, nearest, read_text, resolve, root
 from ..foreign.tomls import translate
 from ..settings import Stage
 
@@ -21,7 +21,11 @@ def read_toml(path: str | Path) -> dict:
         return tomllib.loads(read_text(resolve(path)))
     except FileNotFoundError:
         names = [file.name for file in sorted(resolve(path).parent.glob("*.toml"))]
-        raise InputError("no such file", path, nearest(Path(path).name, names) if names else "check the path") from None
+        fix = nearest(Path(path).name, names) if names else "check the path"
+        copies = [file.relative_to(root()) for file in root().glob(f"configs/*/{Path(path).name}")]
+        if len(copies) == 1:
+            fix = f"did you mean {str(copies[0])!r}?"
+        raise InputError("no such file", path, fix) from None
     except IsADirectoryError:
         raise InputError("is a folder", path, "name one TOML file in it") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

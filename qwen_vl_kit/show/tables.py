@@ -201,14 +201,17 @@ def default_pairs(arms) -> list[tuple[str, str]]:
     """The comparisons (before, after) of arms in the table's order.
 
     `base` with `random`, `sft` with `base`, `grpo` with `sft` and `base`; an arm of another name with `base`, `sft`,
-    `grpo` and the one such arm before it; each of these, and `teacher`, with `teacher` and `expert`.
+    `grpo` and the one such arm before it, or with `random` where there is none of them; each of these, and `teacher`,
+    with `teacher` and `expert`.
     """
     arms = list(arms)
     pairs: list[tuple[str, str]] = []
     previous: tuple[str, ...] = ()
     for arm in arms:
-        measures = _MEASURED_BY.get(arm, ("base", "sft", "grpo", *previous))
-        if arm not in _MEASURED_BY:
+        if arm in _MEASURED_BY:
+            measures = _MEASURED_BY[arm]
+        else:
+            measures = tuple(name for name in ("base", "sft", "grpo", *previous) if name in arms) or ("random",)
             previous = (arm,)
         if arm not in ("random", "expert"):
             measures += tuple(teacher for teacher in TEACHERS if teacher != arm)

@@ -301,7 +301,9 @@ def _identities(arms: list[Arm], config: BenchmarkConfig) -> dict:
     own = next((arm.base for arm in arms if arm.base and arm.settings.model == config.model), None)
     others = {arm.name: arm.base.identity if arm.base else {"model": arm.settings.model} for arm in arms
               if arm.settings.policy == "model" and arm.settings.model != config.model}
-    return {"model": config.model, **(own.identity if own else {}), **({"models": others} if others else {})}
+    plays = any((arm.settings.policy, arm.settings.model) == ("model", config.model) for arm in arms)
+    return {**({"model": config.model} if plays else {}), **(own.identity if own else {}),
+            **({"models": others} if others else {})}
 
 # %% ../../nbs/stages/05_benchmark.ipynb #4445054a
 def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, players: Players) -> dict:

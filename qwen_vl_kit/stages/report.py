@@ -74,8 +74,10 @@ def _describe_played(manifest: dict) -> str:
     commit = f" at commit {html.escape(numbers['model_commit'][:12])}" if numbers.get("model_commit") else ""
     arms = [f" Arm {html.escape(arm)} is the adapter in {html.escape(str(source.get('path')))}."
             for arm, source in inputs.items()]
-    model = html.escape(str(numbers.get("model")))
-    return (f"The model that plays is <b>{model}</b>{commit}; nothing was trained in this folder." + "".join(arms))
+    own = [f"<b>{html.escape(numbers['model'])}</b>{commit}"] if "model" in numbers else []
+    others = {str(identity["model"]): None for identity in numbers.get("models", {}).values()}
+    models = own + [f"<b>{html.escape(model)}</b>" for model in others]
+    return f"Played by {', '.join(models) or 'no model'}; nothing was trained in this folder." + "".join(arms)
 
 # %% ../../nbs/stages/06_report.ipynb #8b97364d
 def _notices(stage: str, manifest: dict) -> list[str]:

@@ -224,6 +224,8 @@ def call_figures(counts: CallCounts) -> dict:
     usd = float(counts.usd) if counts.is_cost_known else None
     figures = {"calls": counts.calls, "failed_calls": counts.failures, "asked_again": counts.repeats, "usd": usd,
                "usd_in_doubt": float(counts.unconfirmed_usd)}
+    if usd is None and counts.usd:
+        figures["usd_at_least"] = float(counts.usd)
     if counts.unmetered:
         figures["answers_without_usage"] = counts.unmetered.total()
     return figures
@@ -466,6 +468,8 @@ def total_numbers(meters: list[Meter]) -> dict:
         for name, value in meter.numbers().items():
             known = None not in (value, total.get(name, 0))
             total[name] = total.get(name, 0) + value if known else None
+    if total.get("usd", 0) is None and (usd := sum(meter.usd for meter in meters)):
+        total["usd_at_least"] = float(usd)
     return total
 
 
