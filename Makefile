@@ -82,12 +82,14 @@ test: fresh lint types
 	$(CPU) .venv/bin/python -m pytest --ignore tests/test_gpu.py
 	.venv/bin/python -m pytest tests/test_gpu.py
 
-# What `report_to`, `deepspeed_stage` and s3:// need, and an S3 server: beside .venv, whose packages it sees, and nbconvert's templates.
-.venv-extras/installed: Makefile | setup
+# What `report_to`, `deepspeed_stage` and s3:// need, and an S3 server: beside .venv, whose packages it sees, and
+# nbconvert's templates. s3fs wants an older python-dateutil.
+.venv-extras/installed: Makefile constraints.txt | setup
 	@"$$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --clear .venv-extras
 	@site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	echo "import site; site.addsitedir('$$(site .venv/bin/python)')" > "$$(site .venv-extras/bin/python)/venv.pth"
-	@DS_BUILD_OPS=0 .venv-extras/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt $(foreach extra,$(EXTRAS),'$(extra)')
+	@grep -v '^python-dateutil==' constraints.txt > .venv-extras/held.txt
+	@DS_BUILD_OPS=0 .venv-extras/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c .venv-extras/held.txt $(foreach extra,$(EXTRAS),'$(extra)')
 	@touch .venv-extras/installed
 
 test-extras: .venv-extras/installed
