@@ -134,7 +134,7 @@ def read_table(path: str | Path, columns: tuple[str, ...]):
 
     path = resolve(path)
     if not path.is_file():
-        raise InputError("no such file", path, "run the stage that writes it")
+        raise InputError("no such file", path, "run the stage that writes it, or resume it with the same command")
     frame = pd.read_csv(path)
     if missing := [name for name in columns if name not in frame]:
         raise InputError(f"no column '{missing[0]}'", path, "run the benchmark again")
