@@ -138,11 +138,12 @@ def test_ctrl_c_exits_130_and_a_later_call_goes_on(tmp_path):
         assert len({json.loads(row)["seed"] for row in rows}) == 100
 
 
-def test_ctrl_c_while_the_command_loads_is_no_traceback(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_command_loads_is_no_traceback(tmp_path, number):
     (tmp_path / "pydantic.py").write_text(
         "import signal; print('loading', flush=True); signal.pause()"
     )  # the longest to load, and longer
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    heard = lambda: signal.signal(number, signal.SIG_DFL)
     started = subprocess.Popen(
         [*QVK, "check", "configs/demo"],
         cwd=root(),
@@ -153,8 +154,8 @@ def test_ctrl_c_while_the_command_loads_is_no_traceback(tmp_path):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root())])},
     )
     assert started.stdout.readline() == "loading\n"
-    started.send_signal(signal.SIGINT)
-    assert (started.wait(60), started.stderr.read()) == (130, "qvk: interrupted; nothing was begun\n")
+    started.send_signal(number)
+    assert (started.wait(60), started.stderr.read()) == (128 + number, "qvk: interrupted; nothing was begun\n")
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ENV_FILE', 'FORCE', 'show_run', 'plan', 'run_benchmark', 'parser', 'main']
 
-# %% ../../nbs/runner/07_commands.ipynb #fd2f55e8
+# %% ../../nbs/runner/07_commands.ipynb #154d78ce
 import argparse
 import contextlib
 import importlib
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -315,9 +316,10 @@ def _command(argv: list[str]) -> int:
     os.environ["QVK_COMMAND"] = shlex.join(["qvk", *argv])  # stands in every manifest
     return args.act(args)
 
-# %% ../../nbs/runner/07_commands.ipynb #d9468815
+# %% ../../nbs/runner/07_commands.ipynb #7bbe30f7
 def main(argv: list[str] | None = None) -> int:
-    "The `qvk` command. Returns 0 on success, 1 on a failed run, 2 on bad input, 130 when it was interrupted."
+    """The `qvk` command. Returns 0 on success, 1 on a failed run, 2 on bad input, 128 + n when signal n interrupted it
+    (130: Ctrl-C)."""
     try:
         return _command(sys.argv[1:] if argv is None else argv)
     except InputError as error:
@@ -329,7 +331,12 @@ def main(argv: list[str] | None = None) -> int:
         code, reason = (2, bad_input) if bad_input else (1, error)
     except RunFailed as error:
         code, reason = 1, error
-    except KeyboardInterrupt:
-        code, reason = 130, "interrupted; the same command resumes where it stopped"
-    print(f"qvk: {' '.join(str(reason).split())}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        by = "" if number == signal.SIGINT else f" by {number.name}"
+        code, reason = 128 + number, f"interrupted{by}; the same command resumes where it stopped"
+    try:
+        print(f"qvk: {' '.join(str(reason).split())}", file=sys.stderr)
+    except OSError:
+        sys.stderr = None  # Python would try once more at its end, and exit with 120
     return code

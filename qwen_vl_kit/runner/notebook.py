@@ -7,9 +7,10 @@ __all__ = ['LAUNCH', 'parameters', 'output_folder', 'finish', 'packaged_file', '
            'kernel_variables', 'note_lines', 'copying_progress', 'RunFailed', 'describe_error', 'restore_error',
            'load_ipython_extension', 'page', 'execute']
 
-# %% ../../nbs/runner/01_notebook.ipynb #595d14a3
+# %% ../../nbs/runner/01_notebook.ipynb #278fb5dc
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -19,6 +20,7 @@ import qwen_vl_kit
 from ..config import STAGES, validate
 from ..core import (InputError, Result, StageError, as_input_error, atomic, display_path, read_json, resolve,
                               root, site, stage_folder, write_json)
+from ..process import Interrupted, ending_descendants, handle_ending, interrupt
 from ..settings import Stage
 
 # %% ../../nbs/runner/01_notebook.ipynb #c052c781
@@ -154,37 +156,48 @@ class RunFailed(RuntimeError):
     def __str__(self) -> str:
         return f"{self.reason}; see {display_path(self.notebook)}" if self.notebook else self.reason
 
-# %% ../../nbs/runner/01_notebook.ipynb #2d06fe10
+# %% ../../nbs/runner/01_notebook.ipynb #67240736
 def describe_error(error: BaseException) -> dict:
     "What another process has to know of an error, as plain values."
     facts: dict = {"kind": type(error).__name__, "message": str(error), "expected": isinstance(error, StageError)}
     if isinstance(error, InputError):
         where = None if error.where is None else str(error.where)
         facts["input"] = {"what": error.what, "where": where, "fix": error.fix, "code": error.code}
+    elif isinstance(error, KeyboardInterrupt):
+        facts["signal"] = getattr(error, "number", signal.SIGINT)
     elif isinstance(error, OSError) and as_input_error(error):
         facts["os"] = [error.errno, error.strerror, *([str(error.filename)] if error.filename else [])]
     return facts
 
-# %% ../../nbs/runner/01_notebook.ipynb #60a392b2
-def restore_error(facts: dict, executed: Path) -> Exception:
-    "The error that `describe_error` described: `InputError`, an `OSError` about the place or the disk, or `RunFailed`."
+# %% ../../nbs/runner/01_notebook.ipynb #e7f00c16
+def restore_error(facts: dict, executed: Path) -> BaseException:
+    """The error that `describe_error` described: `InputError`, an `OSError` about the place or the disk, `Interrupted`,
+    or `RunFailed`."""
     if "input" in facts:
         return InputError(**facts["input"])
+    if "signal" in facts:
+        return Interrupted(facts["signal"])
     if "os" in facts:
         number, reason, *path = facts["os"]
         return OSError(number, reason, *(path or [display_path(stage_folder(executed.parent))]))
     last = (facts["message"].strip().splitlines() or [""])[-1]
     return RunFailed(last if facts["expected"] else f"{facts['kind']}: {last}", executed)
 
-# %% ../../nbs/runner/01_notebook.ipynb #542ca07e
+# %% ../../nbs/runner/01_notebook.ipynb #3eab143d
+def _end_cell(number: int, frame) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupt(number, frame)
+
+# %% ../../nbs/runner/01_notebook.ipynb #94951089
 def load_ipython_extension(shell) -> None:
-    "Let a kernel write the error of a cell that fails to the file that `QVK_ERROR` names."
+    "Let a kernel write the error of a cell that fails to the file that `QVK_ERROR` names; signals end the cell."
     def write_error(result) -> None:
         error = result and (result.error_before_exec or result.error_in_exec)
         if error and os.environ.get("QVK_ERROR"):
             write_json(os.environ["QVK_ERROR"], describe_error(error))
 
     shell.events.register("post_run_cell", write_error)
+    handle_ending(_end_cell)
 
 # %% ../../nbs/runner/01_notebook.ipynb #52f4ad00
 def _last_line(log: Path) -> str:
@@ -225,12 +238,12 @@ def _papermill(notebook: Path, values: dict, executed: Path) -> None:
     papermill.execute_notebook(nbformat.read(notebook, 4), target, values, kernel_name=site("kernel"), cwd=str(root()),
                                progress_bar=False, start_timeout=120, iopub_timeout=60)
 
-# %% ../../nbs/runner/01_notebook.ipynb #7fbc9842
+# %% ../../nbs/runner/01_notebook.ipynb #7561d0d1
 def execute(notebook: Path, values: dict, folder: Path, threads: int = 0) -> None:
     """Run `notebook` with `values` as its parameters; leaves `run.ipynb` and `run.html` in `folder`.
 
-    Raises `InputError` when a cell did, `OSError` when one met a full disk or missing rights, and `RunFailed` on any
-    other error or when the kernel died.
+    Raises `InputError` when a cell did, `OSError` when one met a full disk or missing rights, `Interrupted` when a
+    signal ended one, and `RunFailed` on any other error or when the kernel died.
     """
     import logging
 
@@ -243,7 +256,8 @@ def execute(notebook: Path, values: dict, folder: Path, threads: int = 0) -> Non
         scratch = Path(scratch)
         write_json(scratch / "kernels" / "python3" / "kernel.json", kernel_spec())
         try:
-            with copying_progress(scratch / "progress"), environment_of(kernel_variables(scratch, folder, threads)):
+            variables = kernel_variables(scratch, folder, threads)
+            with ending_descendants(), copying_progress(scratch / "progress"), environment_of(variables):
                 _papermill(notebook, values, executed)
         except DeadKernelError:
             raise RunFailed(f"the kernel died, {_last_line(scratch / 'log')}", executed) from None
