@@ -2085,6 +2085,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'qwen_vl_kit.process._adopt_orphans': ('process.html#_adopt_orphans', 'qwen_vl_kit/process.py'),
                                      'qwen_vl_kit.process._descendants': ('process.html#_descendants', 'qwen_vl_kit/process.py'),
                                      'qwen_vl_kit.process._end_descendants': ('process.html#_end_descendants', 'qwen_vl_kit/process.py'),
+                                     'qwen_vl_kit.process._pass_over': ('process.html#_pass_over', 'qwen_vl_kit/process.py'),
                                      'qwen_vl_kit.process.child_process': ('process.html#child_process', 'qwen_vl_kit/process.py'),
                                      'qwen_vl_kit.process.ending_descendants': ( 'process.html#ending_descendants',
                                                                                  'qwen_vl_kit/process.py'),

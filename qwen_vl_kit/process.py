@@ -23,14 +23,18 @@ class Interrupted(KeyboardInterrupt):
         self.number = signal.Signals(number)
         super().__init__(self.number.name)
 
-# %% ../nbs/03_process.ipynb #ad729fd5
+# %% ../nbs/03_process.ipynb #73db3671
 ENDING = signal.SIGTERM, signal.SIGHUP
 
 
+def _pass_over(*_) -> None:
+    pass
+
+
 def interrupt(number: int, _frame=None) -> None:
-    "Signal handler: raises `Interrupted`; from now on SIGTERM and SIGHUP are ignored."
+    "Signal handler: raises `Interrupted`; from now on SIGTERM and SIGHUP are passed over."
     for ending in ENDING:
-        signal.signal(ending, signal.SIG_IGN)
+        signal.signal(ending, _pass_over)
     raise Interrupted(number)
 
 # %% ../nbs/03_process.ipynb #c766d0ec
@@ -73,7 +77,7 @@ def _end_descendants(grace: float, spared: Iterable = ()) -> None:
                 process.kill()
         psutil.wait_procs(processes, timeout=1)
 
-# %% ../nbs/03_process.ipynb #4d8ac947
+# %% ../nbs/03_process.ipynb #71baa9b0
 def guard() -> None:
     """Entry point of the guard; `argv` is the parent's process id, seconds of grace and the command.
 
@@ -92,7 +96,7 @@ def guard() -> None:
         code = 128 + error.number
     finally:
         for number in ENDING:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _pass_over)
         _end_descendants(float(grace))
     if code is not None:
         sys.exit(code if code >= 0 else 128 - code)

@@ -44,10 +44,10 @@ def alone(process: psutil.Process, number: int) -> None:
     process.send_signal(number)
 
 
-def twice(process: psutil.Process, number: int) -> None:
-    "As `timeout` does."
+def hastily(process: psutil.Process, number: int) -> None:
+    "With a SIGTERM at its heels."
     process.send_signal(number)
-    process.send_signal(number)
+    process.send_signal(TERM)
 
 
 def everyone(process: psutil.Process, number: int) -> None:
@@ -79,7 +79,7 @@ def started(words: list[str], scratch: Path, ready: Callable[[], bool], seconds:
         yield process
         process.wait(seconds)
         assert left(mark) == []
-        assert [path.name for path in scratch.iterdir() if path.name.startswith("tmp")] == []
+        assert [path.name for path in scratch.glob("tmp*/")] == []
     finally:
         for one in left(mark):
             one.kill()
@@ -112,7 +112,7 @@ def count(path: Path) -> int:
 def test_a_collection_goes_on(tmp_path):
     config = CollectConfig(seeds="0-99", concurrency=4, horizon="s50", **GAMES)
     words, metrics = line("collect", config, tmp_path), tmp_path / "collect" / ".work" / "metrics.jsonl"
-    for number, send in ((TERM, alone), (TERM, everyone), (HUP, alone), (HUP, everyone), (TERM, twice)):
+    for number, send in ((TERM, alone), (TERM, everyone), (HUP, alone), (HUP, everyone), (HUP, hastily)):
         before = count(metrics)
         preempt(words, tmp_path, lambda: count(metrics) > before + 2, number, send)  # noqa: B023
         assert count(metrics) > before + 2
@@ -188,6 +188,12 @@ def test_grpo_goes_on(tmp_path):
     grpo.run(config, tmp_path / "whole")
     assert figures(place / "grpo") == figures(tmp_path / "whole")
     alike(lora(place / "grpo"), lora(tmp_path / "whole"))
+
+
+def test_a_kernel_that_starts_is_ended(tmp_path):
+    words = line("collect", CollectConfig(seeds="0", horizon="s5", **GAMES), tmp_path)
+    scratch = tmp_path / "scratch"
+    preempt(words, tmp_path, lambda: any(scratch.glob("tmp*.json")), TERM, alone)
 
 
 def by_seed(number, body):

@@ -316,7 +316,7 @@ def _command(argv: list[str]) -> int:
     os.environ["QVK_COMMAND"] = shlex.join(["qvk", *argv])  # stands in every manifest
     return args.act(args)
 
-# %% ../../nbs/runner/07_commands.ipynb #7bbe30f7
+# %% ../../nbs/runner/07_commands.ipynb #11e2d927
 def main(argv: list[str] | None = None) -> int:
     """The `qvk` command. Returns 0 on success, 1 on a failed run, 2 on bad input, 128 + n when signal n interrupted it
     (130: Ctrl-C)."""
@@ -335,8 +335,6 @@ def main(argv: list[str] | None = None) -> int:
         number = getattr(error, "number", signal.SIGINT)
         by = "" if number == signal.SIGINT else f" by {number.name}"
         code, reason = 128 + number, f"interrupted{by}; the same command resumes where it stopped"
-    try:
+    with contextlib.suppress(OSError):
         print(f"qvk: {' '.join(str(reason).split())}", file=sys.stderr)
-    except OSError:
-        sys.stderr = None  # Python would try once more at its end, and exit with 120
     return code
