@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'HEADLINES', 'source_folders', 'check_sources', 'asked_models', 'require_access', 'check_access',
            'check_devices', 'check_adapters', 'spending', 'headline', 'notices', 'ArmsFailed', 'run_stage', 'run_one',
-           'load_all', 'check_protocols', 'run_folder', 'stage_range', 'check_late_arms', 'run_all']
+           'load_all', 'check_protocols', 'run_folder', 'stage_range', 'check_late_arms', 'check_split', 'run_all']
 
 # %% ../../nbs/runner/03_run.ipynb #5b260647
 import contextlib
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from ..config import STAGES, BenchmarkConfig, GRPOConfig, Protocol, SFTConfig, Training
-from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, read_json,
-                              reporting_os_errors, resolve, site)
+from ..core import (MANIFEST, WORK, InputError, adapter_folder, display_path, notify, parse_seeds,
+                              read_json, reporting_os_errors, resolve, site)
 from . import notebook
 from .configs import load_config
 from .notebook import RunFailed
@@ -345,11 +345,27 @@ def _states(loaded: dict[str, Stage], run: Path, force: bool) -> dict[str, State
     return {stage: None if force else state(stage, settings, run / stage) for stage, settings in loaded.items()}
 
 # %% ../../nbs/runner/03_run.ipynb #a82d007e
+def check_split(loaded: dict[str, Stage]) -> None:
+    "Raise `InputError` when the benchmark is to play a seed that this run trains one of its arms on."
+    benchmark, export, sft = (loaded.get(stage) for stage in ("benchmark", "export", "sft"))
+    has_own_rows = not getattr(export, "traces", "") and not getattr(sft, "train", "")
+    for arm in ("sft", "grpo") if isinstance(benchmark, BenchmarkConfig) else ():
+        stages = ["collect"] * has_own_rows + ["grpo"] * (arm == "grpo")
+        if arm not in benchmark.arms or getattr(benchmark, f"{arm}_adapter"):
+            continue
+        for stage in filter(loaded.get, stages):
+            if shared := set(parse_seeds(loaded[stage].seeds)) & set(parse_seeds(benchmark.seeds)):
+                fix = "give it others: --set benchmark.seeds=…, since --set seeds=… sets those of all stages"
+                what = f"plays seed {min(shared)}, which arm {arm} is trained on in {stage}"
+                raise InputError(what, "benchmark", fix)
+
+
 def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides=(), force: bool = False) -> Path:
     """Run the stages of a config folder in order, and return the run's folder. Stages that are done are passed over,
     stale ones start again, incomplete ones resume. Raises `ArmsFailed` at the end when the table lacks rows."""
     stages, run = stage_range(first, last), run_folder(path, out)
     loaded = load_all(path, stages, overrides)
+    check_split(loaded)
     states = _states(loaded, run, force)
     done = next((index for index, stage in enumerate(stages) if states[stage] != State.DONE), len(stages))
     notices(*(loaded[stage] for stage in stages[done:]))  # what follows on the first to run may have to run again

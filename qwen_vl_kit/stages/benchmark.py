@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_unseen', 'episode_row', 'dollars', 'arm_row', 'write_csv', 'missing_seeds', 'check_store', 'outdated_runs',
-           'stored_episodes', 'failure', 'Table', 'run']
+           'stored_episodes', 'failure', 'Table', 'all_meters', 'run']
 
 # %% ../../nbs/stages/05_benchmark.ipynb #9ba8b0e9
 import contextlib
@@ -306,8 +306,15 @@ def _identities(arms: list[Arm], config: BenchmarkConfig) -> dict:
             **({"models": others} if others else {})}
 
 # %% ../../nbs/stages/05_benchmark.ipynb #4445054a
-def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, players: Players) -> dict:
-    "The numbers of the result."
+def all_meters(players: Players, calls: Path) -> dict[str, Meter]:
+    "The meters of all arms that have ever called an endpoint for this folder: what was paid stays on its bill."
+    journals = {path.stem: path for path in sorted(calls.glob("*.jsonl"))}
+    others = {arm: Meter(journal=path) for arm, path in journals.items() if arm not in players.meters}
+    return players.meters | others
+
+
+def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, meters: dict[str, Meter]) -> dict:
+    "The numbers of the result. `meters` are those of all arms that have called an endpoint."
     horizons = config.played_horizons
     # a list, since JSON's keys would be sorted
     rates = [[_label(row["arm"], row["horizon"], config), row["achievement_rate"]] for row in table.rows(table.arms)]
@@ -315,8 +322,9 @@ def _numbers(config: BenchmarkConfig, arms: list[Arm], table: Table, players: Pl
                "horizons": horizons, "seeds": config.seeds, "rates": rates, **_adapter_facts(arms)}
     notices = _notices(arms, config) + table.notices
     notices += [f"{arm} is not in the table: {reason}" for arm, reason in table.failed.items()]
-    meters = players.meters
     notices += [f"{arm}: {line}" for arm, meter in meters.items() for line in endpoint_notices(meter)]
+    notices += [f"the bill holds {meter.calls} calls of {arm}, which is no arm of this table any more"
+                for arm, meter in meters.items() if arm not in config.arms and meter.calls]
     bills = {"calls_of_arms": {arm: call_numbers(meter) for arm, meter in meters.items()}} if meters else {}
     return {**numbers, **({"notices": notices} if notices else {}),
             **({"failed_arms": table.failed} if table.failed else {}), **total_numbers([*meters.values()]), **bills}
@@ -360,7 +368,8 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     write_csv(out / "arms.csv", table.rows(table.arms))
     write_csv(out / "episodes.csv", table.rows(table.episodes))
     write_differences(out / "episodes.csv")
-    numbers = _numbers(config, arms, table, players) | ({"earlier_seconds": earlier} if earlier else {})
+    meters = all_meters(players, out / "calls")
+    numbers = _numbers(config, arms, table, meters) | ({"earlier_seconds": earlier} if earlier else {})
     adapters = {arm.name: arm.adapter for arm in arms if arm.adapter}
     seconds = earlier + time.perf_counter() - began
-    return Result("benchmark", out, seconds, numbers, adapters, total_usage([*players.meters.values()]))
+    return Result("benchmark", out, seconds, numbers, adapters, total_usage([*meters.values()]))
