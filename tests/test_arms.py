@@ -371,9 +371,26 @@ def test_an_arm_that_fails_takes_nothing_along_and_the_same_command_completes_it
     assert done.code == 0, done.err
     assert list(table(out)) == [("random", "s3"), ("base", "s3"), ("teacher", "s3")]
     assert before.items() <= played(out).items()
-    assert len(endpoint.bodies) == 1 + 3 * sum(key[0] == "teacher" for key in played(out).keys() - before.keys())
+    missing = sum(key[0] == "teacher" for key in played(out).keys() - before.keys())
+    assert len(endpoint.bodies) == 3 * missing - 1  # one of their turns was answered before, so no probe is needed
     assert qvk("verify", tmp_path / "run").code == 0
     assert qvk(*command).code == 0  # there is nothing left to ask, so nobody has to answer
+
+
+def test_the_bill_keeps_what_an_arm_has_cost_that_is_gone(tmp_path, at):
+    with Endpoint() as endpoint:
+        at(endpoint.url)
+        paid = benchmark.run(config(["random", "teacher"], teacher=TEACHER), tmp_path)
+    left = benchmark.run(config(["random"]), tmp_path)
+    assert (left.numbers["calls"], left.numbers["usd"]) == (paid.numbers["calls"], paid.numbers["usd"])
+    assert left.usage == paid.usage and list(table(tmp_path)) == [("random", "s3")]
+    assert "10 calls of teacher, which is no arm of this table any more" in " ".join(left.numbers["notices"])
+
+
+def test_seeds_that_a_run_trains_on_are_refused_before_its_first_stage(tmp_path, capsys):
+    assert main(["run", "configs/demo", "--set", "seeds=0-3", "--out", str(tmp_path / "run")]) == 2
+    assert "plays seed 0, which arm sft is trained on in collect" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -386,9 +403,9 @@ def test_what_was_paid_before_a_kill_is_not_paid_again(tmp_path, at):
         endpoint.answer = lambda number, body: says()
         done = qvk(*line)
     assert done.code == 0, done.err
-    assert len(endpoint.bodies) == 6 + 1 + 2 * 3  # one episode was stored; the next one begins anew, after a probe
+    assert len(endpoint.bodies) == 6 + 2 * 3 - 1  # one episode was stored, and the reply to a turn of the next one
     made = read_json(tmp_path / "run" / "benchmark" / "manifest.json")
-    assert made["numbers"]["calls"] == 13 and made["numbers"]["failed_calls"] == 1
+    assert made["numbers"]["calls"] == 11 and made["numbers"]["failed_calls"] == 1
     assert [row["quantity"] for row in made["usage"]] == endpoint.tokens
 
 
@@ -401,7 +418,7 @@ def test_without_any_complete_arm_there_is_no_table_and_the_same_command_goes_on
     with Endpoint() as endpoint:
         at(endpoint.url)
         benchmark.run(config(["teacher"], teacher=TEACHER), tmp_path)
-    assert len(endpoint.bodies) == 1 + 2 * 3 and list(table(tmp_path)) == [("teacher", "s3")]
+    assert len(endpoint.bodies) == 2 * 3 - 1 and list(table(tmp_path)) == [("teacher", "s3")]
 
 
 def test_a_run_knows_before_its_first_stage_that_an_arm_cannot_play(tmp_path, monkeypatch, capsys):

@@ -128,10 +128,9 @@ def spending(numbers: dict) -> str:
     "What all calls of a stage have cost over its sessions, and what is in doubt because the answer never came."
     usd, in_doubt, failed = (numbers.get(name) for name in ("usd", "usd_in_doubt", "failed_calls"))
     unmetered, over = (numbers.get(name) for name in ("answers_without_usage", "usd_over_budget"))
-    least = f", at least ${numbers['usd_at_least']:.6f}" if numbers.get("usd_at_least") else ""
-    line = f"{numbers['calls']} calls, dollars unknown{least}" if usd is None else \
-        f"${usd:.6f} for {numbers['calls']} calls"
+    line = f"{numbers['calls']} calls, dollars unknown" if usd is None else f"${usd:.6f} for {numbers['calls']} calls"
     line += f" ({unmetered} answers did not say how many tokens they took)" if unmetered else ""
+    line += f", at least ${numbers['usd_at_least']:.6f}" if numbers.get("usd_at_least") else ""
     line += f", ${over:.6f} more than the budget" if over else ""
     line += f", up to ${in_doubt:.6f} more in doubt" if in_doubt else ""
     return line + (f" ({failed} not answered)" if failed else "")
