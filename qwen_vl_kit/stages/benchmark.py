@@ -357,7 +357,7 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads(config.threads))
         players = stack.enter_context(contextlib.closing(Players(config, arms, out / "calls")))
-        table = Table(config, out)
+        table, meters = Table(config, out), all_meters(players, out / "calls")
         _ask_endpoints(players, arms, table, seeds)
         store = stack.enter_context(Store(out / "rollouts.db"))
         earlier = _begin(store, arms, outdated)
@@ -368,7 +368,6 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     write_csv(out / "arms.csv", table.rows(table.arms))
     write_csv(out / "episodes.csv", table.rows(table.episodes))
     write_differences(out / "episodes.csv")
-    meters = all_meters(players, out / "calls")
     numbers = _numbers(config, arms, table, meters) | ({"earlier_seconds": earlier} if earlier else {})
     adapters = {arm.name: arm.adapter for arm in arms if arm.adapter}
     seconds = earlier + time.perf_counter() - began
