@@ -11,6 +11,21 @@ from qwen_vl_kit.config import CollectConfig, ExportConfig, SFTConfig
 from qwen_vl_kit.core import read_jsonl, root
 from qwen_vl_kit.stages import collect, export, sft
 
+# GRPO of a few episodes, on what a `student` has learned
+SMALL_GRPO = dict(
+    model="tiny",
+    groups=2,
+    group_size=3,
+    iterations=3,
+    batch_size=16,
+    max_new_tokens=16,
+    seeds="50-99",
+    sequence_length=128,
+    learning_rate=1e-3,
+    bf16=False,
+    threads=1,
+)
+
 
 def student(place: Path) -> Path:
     """An adapter that has seen a few of the teacher's episodes: its replies hold actions, so there is something to

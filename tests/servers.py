@@ -39,6 +39,11 @@ def says(text=ANSWER, finish="stop", prompt=900, completion=12, **message):
     }
 
 
+def by_seed(number, body):
+    "An answer that hangs on what is asked alone: another action for another seed of the request."
+    return says(f"call {body['seed']} -> {('move_left', 'move_right', 'do', 'noop')[body['seed'] % 4]}")
+
+
 def calls(name="interact_many", arguments='{"reason": "grass", "actions": ["move_right"]}', **more):
     "A chat completion that calls a tool."
     call = {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}

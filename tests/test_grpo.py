@@ -9,7 +9,7 @@ from pathlib import Path
 
 import contract
 import pytest
-from runs import alike, figures, kill_when, lora, student
+from runs import SMALL_GRPO, alike, figures, kill_when, lora, student
 from servers import Endpoint, refuses, says
 
 from qwen_vl_kit.config import BenchmarkConfig, GRPOConfig, Protocol
@@ -40,21 +40,7 @@ PLAY = dict(prompt="brief", render_size=144, horizon="s10")
 def settings(tmp_path_factory):
     "What the tests train with: from a student that has seen a few of the teacher's episodes."
     adapter = student(tmp_path_factory.mktemp("student"))
-    return dict(
-        model="tiny",
-        adapter=str(adapter),
-        groups=2,
-        group_size=3,
-        iterations=3,
-        batch_size=16,
-        max_new_tokens=16,
-        seeds="50-99",
-        sequence_length=128,
-        learning_rate=1e-3,
-        bf16=False,
-        threads=1,
-        **PLAY,
-    )
+    return SMALL_GRPO | PLAY | {"adapter": str(adapter)}
 
 
 def played(out: Path) -> list[tuple]:

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 import pytest
 from pydantic import ValidationError
-from servers import PLAY, Endpoint, images, refuses, says
+from servers import PLAY, Endpoint, by_seed, images, refuses, says
 
 from qwen_vl_kit.config import BenchmarkConfig, CollectConfig
 from qwen_vl_kit.core import InputError, OverBudget, read_jsonl, root
@@ -281,11 +281,6 @@ def test_a_budget_holds_when_the_process_is_killed_again_and_again(at, tmp_path)
         assert billing.usd <= Decimal(str(numbers["usd"])) + Decimal(str(numbers["usd_in_doubt"]))
 
 
-def by_request(number, body):
-    "An answer that hangs on what is asked alone."
-    return says(f"call {body['seed']} -> {('move_left', 'move_right', 'do', 'noop')[body['seed'] % 4]}")
-
-
 def test_a_turn_that_was_answered_is_not_paid_again(at, tmp_path):
     """All episodes are open together. A refused key ends the first session, a kill the second; the third is refused
     again, and the fourth finishes: each turn is billed once, and what is stored is what one session would have."""
@@ -298,7 +293,7 @@ def test_a_turn_that_was_answered_is_not_paid_again(at, tmp_path):
         with lock:
             if len(billed) < limit:
                 billed.append(body["seed"])
-                return by_request(number, body)
+                return by_seed(number, body)
         full.set()
         return "hang" if hangs else refuses(401, "no such key", code="invalid_api_key")
 
@@ -317,7 +312,7 @@ def test_a_turn_that_was_answered_is_not_paid_again(at, tmp_path):
                     collect.run(config, tmp_path / "run")
             else:
                 numbers = collect.run(config, tmp_path / "run").numbers
-    with Endpoint(by_request) as endpoint:
+    with Endpoint(by_seed) as endpoint:
         at(endpoint.url)
         collect.run(config, tmp_path / "alone")
     lost = 8  # that were answered, and whose answer the killed process may not have read

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import QVK, one_line, qvk
-from runs import alike, figures, lora, student
-from servers import PLAY, Endpoint, says
+from runs import SMALL_GRPO, alike, figures, lora, student
+from servers import PLAY, Endpoint, by_seed
 
 from qwen_vl_kit.config import CollectConfig, ExportConfig, GRPOConfig, SFTConfig, to_toml
 from qwen_vl_kit.core import InputError, root
@@ -131,6 +131,16 @@ def rows(tmp_path_factory) -> dict:
     return {"train": str(place / "export" / "train.jsonl"), "val": str(place / "export" / "val.jsonl")}
 
 
+def resumes_alike(words: list[str], out: Path, train: Callable[[Path], object]) -> None:
+    "Give the command again: its training in `out` ends with the figures and weights of an undisturbed one."
+    done = qvk(*words)
+    assert done.code == 0, done.err
+    whole = out.with_name("whole")
+    train(whole)
+    assert figures(out) == figures(whole)
+    alike(lora(out), lora(whole))
+
+
 @pytest.mark.parametrize(
     "processes, ways", [(1, ((TERM, alone), (HUP, everyone))), (2, ((TERM, everyone), (HUP, alone)))]
 )
@@ -151,30 +161,11 @@ def test_sft_goes_on(rows, tmp_path, processes, ways):
     for step, (number, send) in zip((3, 9), ways):
         preempt(words, tmp_path, lambda: metrics.is_file() and f'"step":{step},' in metrics.read_text(), number, send)  # noqa: B023
         assert (metrics.parent / "checkpoints" / f"checkpoint-{step - 1}").is_dir()
-    done = qvk(*words)
-    assert done.code == 0, done.err
-    sft.run(config, tmp_path / "whole")
-    assert figures(tmp_path / "sft") == figures(tmp_path / "whole")
-    alike(lora(tmp_path / "sft"), lora(tmp_path / "whole"))
+    resumes_alike(words, tmp_path / "sft", lambda whole: sft.run(config, whole))
 
 
 def test_grpo_goes_on(tmp_path):
-    config = GRPOConfig(
-        model="tiny",
-        adapter=str(student(tmp_path)),
-        groups=2,
-        group_size=3,
-        iterations=3,
-        batch_size=16,
-        max_new_tokens=16,
-        seeds="50-99",
-        sequence_length=128,
-        learning_rate=1e-3,
-        bf16=False,
-        threads=1,
-        horizon="s20",
-        **GAMES,
-    )
+    config = GRPOConfig(adapter=str(student(tmp_path)), **SMALL_GRPO | GAMES | {"horizon": "s20"})
     place = tmp_path / "run"
     words, db = line("grpo", config, place), place / "grpo" / ".work" / "rollouts.db"
 
@@ -185,21 +176,13 @@ def test_grpo_goes_on(tmp_path):
 
     preempt(words, place, lambda: has_played("grpo-0001"), TERM, everyone)
     preempt(words, place, lambda: has_played("grpo-0002"), HUP, alone)
-    done = qvk(*words)
-    assert done.code == 0, done.err
-    grpo.run(config, tmp_path / "whole")
-    assert figures(place / "grpo") == figures(tmp_path / "whole")
-    alike(lora(place / "grpo"), lora(tmp_path / "whole"))
+    resumes_alike(words, place / "grpo", lambda whole: grpo.run(config, whole))
 
 
 def test_a_kernel_that_starts_is_ended(tmp_path):
     words = line("collect", CollectConfig(seeds="0", horizon="s5", **GAMES), tmp_path)
     scratch = tmp_path / "scratch"
     preempt(words, tmp_path, lambda: any(scratch.glob("tmp*.json")), TERM, alone)
-
-
-def by_seed(number, body):
-    return says(f"call {body['seed']} -> {('move_left', 'move_right', 'do', 'noop')[body['seed'] % 4]}")
 
 
 def test_calls_that_hang_are_left(tmp_path, monkeypatch):

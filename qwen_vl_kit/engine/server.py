@@ -154,7 +154,8 @@ class CallRecord:
 
     def end(self, completion: Completion) -> None:
         "Note what has arrived."
-        self.counts, seconds = completion.counts, time.perf_counter() - self.began
+        self.counts = completion.counts
+        seconds = time.perf_counter() - self.began
         self.reply = {"text": completion.text, "finish_reason": completion.finish_reason, "seconds": round(seconds, 6)}
 
     def usage(self) -> dict:
@@ -205,9 +206,10 @@ class Caller:
         A reply that an earlier session has got to the same turn of an episode is taken for it, and nothing is sent.
         """
         is_kept = bool(request.episode) and not self.wants_tokens
-        failures, name = 0, self.client.request_digest(request, sampling, again, adapter) if is_kept else ""
+        name = self.client.request_digest(request, sampling, again, adapter) if is_kept else ""
         if kept := self.calls.meter.replies.get(name):
             return Output(kept.text, None, None, None, kept.finish_reason, kept.usage)
+        failures = 0
         while True:
             try:
                 async with self.connections.one() as transport:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'HEADLINES', 'source_folders', 'check_sources', 'asked_models', 'require_access', 'check_access',
            'check_devices', 'check_adapters', 'spending', 'headline', 'notices', 'ArmsFailed', 'run_stage', 'run_one',
-           'load_all', 'check_protocols', 'run_folder', 'stage_range', 'check_late_arms', 'check_split', 'run_all']
+           'load_all', 'check_protocols', 'run_folder', 'stage_range', 'check_late_arms', 'check_benchmark_seeds',
+           'run_all']
 
 # %% ../../nbs/runner/03_run.ipynb #5b260647
 import contextlib
@@ -344,7 +345,7 @@ def _states(loaded: dict[str, Stage], run: Path, force: bool) -> dict[str, State
     return {stage: None if force else state(stage, settings, run / stage) for stage, settings in loaded.items()}
 
 # %% ../../nbs/runner/03_run.ipynb #a82d007e
-def check_split(loaded: dict[str, Stage]) -> None:
+def check_benchmark_seeds(loaded: dict[str, Stage]) -> None:
     "Raise `InputError` when the benchmark is to play a seed that this run trains one of its arms on."
     benchmark, export, sft = (loaded.get(stage) for stage in ("benchmark", "export", "sft"))
     has_own_rows = not getattr(export, "traces", "") and not getattr(sft, "train", "")
@@ -364,7 +365,7 @@ def run_all(path: str, out: str = "", first: str = "", last: str = "", overrides
     stale ones start again, incomplete ones resume. Raises `ArmsFailed` at the end when the table lacks rows."""
     stages, run = stage_range(first, last), run_folder(path, out)
     loaded = load_all(path, stages, overrides)
-    check_split(loaded)
+    check_benchmark_seeds(loaded)
     states = _states(loaded, run, force)
     done = next((index for index, stage in enumerate(stages) if states[stage] != State.DONE), len(stages))
     notices(*(loaded[stage] for stage in stages[done:]))  # what follows on the first to run may have to run again

@@ -357,7 +357,8 @@ def run(config: BenchmarkConfig, out: str | Path) -> Result:
     with contextlib.ExitStack() as stack:
         stack.enter_context(threads(config.threads))
         players = stack.enter_context(contextlib.closing(Players(config, arms, out / "calls")))
-        table, meters = Table(config, out), all_meters(players, out / "calls")
+        meters = all_meters(players, out / "calls")
+        table = Table(config, out)
         _ask_endpoints(players, arms, table, seeds)
         store = stack.enter_context(Store(out / "rollouts.db"))
         earlier = _begin(store, arms, outdated)
